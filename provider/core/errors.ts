@@ -1,0 +1,128 @@
+/**
+ * Every error the provider raises: one class, one stable code each, and a sentence that says what to do.
+ * The table in the README is made from `errorCodes`, so a code is explained in exactly one place.
+ */
+
+/** What each code means and, in general, what to do about it. */
+export const errorCodes = {
+  INVALID_INPUT: "An argument cannot be right; the message names the property and what would be.",
+  HOST_UNKNOWN:
+    "The host alias is in no SSH configuration and is not a resolvable name. Correct it, or add it to ~/.ssh/config.",
+  HOST_UNREACHABLE:
+    "No SSH connection could be made. Nothing was changed and the state was kept. Check network, address and sshd; run again.",
+  HOST_KEY_UNKNOWN:
+    "The host's key is neither pinned nor in known_hosts. Compare the printed fingerprint with the host's own, then pin it with `hostKey` or add it to known_hosts.",
+  HOST_KEY_MISMATCH:
+    "The host shows another key than the pinned or known one: it was reinstalled, or somebody is in between. Find out which before you change the pin.",
+  AUTH_FAILED: "The host accepts none of the offered keys or passwords for this user.",
+  KEY_UNREADABLE:
+    "A private key file is missing, unreadable, encrypted without a passphrase, or not a private key.",
+  SUDO_DENIED: "The user may not run commands as root with `sudo -n`. Give it passwordless sudo, or connect as root.",
+  LINK_LOST:
+    "The SSH connection broke while a command was running; whether it took effect is unknown. The next `pulumi up` looks and goes on from there.",
+  COMMAND_FAILED: "A command on the host failed; its exit code and stderr are in the message.",
+  COMMAND_TIMED_OUT:
+    "A command passed its deadline and was stopped on the host. A hanging LVM or NBD command points to a dead device or a held lock.",
+  OUTPUT_UNREADABLE:
+    "A command printed what the provider cannot read. It concludes nothing from that; the state was kept.",
+  OUTPUT_TOO_LARGE: "A command printed more than can be right and was stopped.",
+  CANCELLED: "The operation was cancelled; the remote command was stopped. The next `pulumi up` goes on from there.",
+  LVM_LOCKED: "Another LVM command holds the volume group's lock. Run again when it has finished.",
+  PROGRAM_MISSING: "A program the operation needs is not installed on the host; the message names its package.",
+  MODULE_MISSING: "The host's kernel has no nbd module.",
+  VOLUME_GROUP_NOT_FOUND: "The volume group does not exist on the host.",
+  ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host.",
+  ORIGIN_UNSUITABLE:
+    "The origin cannot be snapshotted as declared: it is itself a COW snapshot or an internal volume, is being merged, or needs a `size`.",
+  NO_SPACE: "The volume group or thin pool has too little free space.",
+  SNAPSHOT_OVERFLOWED:
+    "The snapshot's store ran full, its content is lost. `pulumi up` replaces it by a new one of now; give it a larger `size`.",
+  SNAPSHOT_MERGING: "The snapshot is being merged into its origin and cannot be changed.",
+  QUIESCE_FAILED: "The `freeze` command failed; no snapshot was taken and `thaw` was run.",
+  THAW_FAILED:
+    "The snapshot was taken but `thaw` failed: the VM may still stand still. Thaw it by hand NOW, then run `pulumi up` again.",
+  VOLUME_IN_USE: "The volume is open; the message names who holds it. Nothing was removed.",
+  FOREIGN_RESOURCE:
+    "Something of that name exists and does not carry this resource's mark; the message names its owner. Choose another name, or set `adopt: true` to take over an unmarked one.",
+  IDENTITY_MISMATCH:
+    "What now bears the name is not the thing this resource made. Nothing was touched. Run `pulumi refresh`.",
+  DEVICE_NOT_FOUND: "The device does not exist on the host.",
+  DEVICE_NOT_BLOCK: "The path is not a block device.",
+  PORT_IN_USE: "Another program listens on that address and port.",
+  ADDRESS_NOT_LOCAL: "The listen address is not an address of the host.",
+  EXPORT_NOT_SERVING:
+    "The server started but a real NBD handshake did not succeed, or showed another size. Its last log lines are in the message.",
+  EXPORT_UNREACHABLE:
+    "The export cannot be reached from the attaching host: not running, blocked, not in `clients`, or another name.",
+  DEVICE_IN_USE: "The NBD device is mounted or held; the message names the holder. Nothing was detached.",
+  NO_FREE_DEVICE: "No NBD device is free on the host.",
+  ATTACHMENT_DEAD: "The attachment is there, but a read through it fails or takes too long.",
+  UNIT_FAILED: "systemd could not start the unit; its last log lines are in the message.",
+} as const;
+
+/** A stable name for a kind of failure, to be matched by programs and looked up by people. */
+export type ErrorCode = keyof typeof errorCodes;
+
+/** What is known about a failure. Everything here may be shown to a person: no secret belongs in it. */
+export interface ErrorDetails {
+  /** What failed, in one sentence without the code. */
+  readonly message: string;
+  /** The host it happened on, as the user names it. */
+  readonly host?: string | undefined;
+  /** The resource, e.g. `NbdExport vm1`. */
+  readonly resource?: string | undefined;
+  /** The input property at fault, e.g. `size`. */
+  readonly property?: string | undefined;
+  /** The remote command as one could paste it, secrets masked. */
+  readonly command?: string | undefined;
+  readonly exitCode?: number | undefined;
+  /** The end of the command's stderr. */
+  readonly stderr?: string | undefined;
+  /** What to do, when more can be said than the code's general advice. */
+  readonly advice?: string | undefined;
+  readonly cause?: unknown;
+}
+
+/** The only error class of the provider. `message` is the whole text a person needs. */
+export class LvmNbdError extends Error {
+  readonly code: ErrorCode;
+  readonly details: ErrorDetails;
+
+  constructor(code: ErrorCode, details: ErrorDetails) {
+    super(render(code, details), details.cause === undefined ? undefined : { cause: details.cause });
+    this.name = "LvmNbdError";
+    this.code = code;
+    this.details = details;
+  }
+
+  /** The same failure with more known about where it happened; what is set already is kept. */
+  with(extra: Pick<ErrorDetails, "host" | "resource">): LvmNbdError {
+    return new LvmNbdError(this.code, {
+      ...this.details,
+      host: this.details.host ?? extra.host,
+      resource: this.details.resource ?? extra.resource,
+    });
+  }
+}
+
+/** True for an `LvmNbdError`, with one of the codes if any are given. */
+export function isLvmNbdError(error: unknown, ...codes: ErrorCode[]): error is LvmNbdError {
+  return error instanceof LvmNbdError && (codes.length === 0 || codes.includes(error.code));
+}
+
+function render(code: ErrorCode, details: ErrorDetails): string {
+  const where = [details.resource, details.host && `host ${details.host}`].filter(Boolean).join(" on ");
+  const lines = [`${code}: ${where ? `${where}: ` : ""}${printable(details.message)}`];
+  if (details.command !== undefined) lines.push(`  command: ${printable(details.command)}`);
+  if (details.exitCode !== undefined) lines.push(`  exit code: ${details.exitCode}`);
+  const stderr = printable(details.stderr ?? "").trim();
+  if (stderr !== "") lines.push(`  stderr: ${stderr.slice(-2000).replaceAll("\n", "\n          ")}`);
+  lines.push(`  what to do: ${printable(details.advice ?? errorCodes[code])}`);
+  return lines.join("\n");
+}
+
+/** A host's output may hold terminal escape codes: they never reach the person's terminal. */
+export function printable(text: string): string {
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is looked for
+  return text.replaceAll("\r\n", "\n").replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, "?");
+}
