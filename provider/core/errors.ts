@@ -17,7 +17,8 @@ export const errorCodes = {
   AUTH_FAILED: "The host accepts none of the offered keys or passwords for this user.",
   KEY_UNREADABLE:
     "A private key file is missing, unreadable, encrypted without a passphrase, or not a private key.",
-  SUDO_DENIED: "The user may not run commands as root with `sudo -n`. Give it passwordless sudo, or connect as root.",
+  SUDO_DENIED:
+    "The user may not run commands as root with `sudo -n`. Give it passwordless sudo, or connect as root.",
   LINK_LOST:
     "The SSH connection broke while a command was running; whether it took effect is unknown. The next `pulumi up` looks and goes on from there.",
   COMMAND_FAILED: "A command on the host failed; its exit code and stderr are in the message.",
@@ -26,9 +27,11 @@ export const errorCodes = {
   OUTPUT_UNREADABLE:
     "A command printed what the provider cannot read. It concludes nothing from that; the state was kept.",
   OUTPUT_TOO_LARGE: "A command printed more than can be right and was stopped.",
-  CANCELLED: "The operation was cancelled; the remote command was stopped. The next `pulumi up` goes on from there.",
+  CANCELLED:
+    "The operation was cancelled; the remote command was stopped. The next `pulumi up` goes on from there.",
   LVM_LOCKED: "Another LVM command holds the volume group's lock. Run again when it has finished.",
-  PROGRAM_MISSING: "A program the operation needs is not installed on the host; the message names its package.",
+  PROGRAM_MISSING:
+    "A program the operation needs is not installed on the host; the message names its package.",
   MODULE_MISSING: "The host's kernel has no nbd module.",
   VOLUME_GROUP_NOT_FOUND: "The volume group does not exist on the host.",
   ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host.",
@@ -48,6 +51,8 @@ export const errorCodes = {
     "What now bears the name is not the thing this resource made. Nothing was touched. Run `pulumi refresh`.",
   DEVICE_NOT_FOUND: "The device does not exist on the host.",
   DEVICE_NOT_BLOCK: "The path is not a block device.",
+  DEVICE_UNREADABLE:
+    "The device exists but cannot be read, e.g. an overflowed snapshot; dd's words are in the message.",
   PORT_IN_USE: "Another program listens on that address and port.",
   ADDRESS_NOT_LOCAL: "The listen address is not an address of the host.",
   EXPORT_NOT_SERVING:

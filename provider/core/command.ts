@@ -1,0 +1,61 @@
+/** Running a command on a host and turning its failure into an error a person can use. */
+import { displayCommand } from "../ssh/command.js";
+import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { type ErrorCode, LvmNbdError } from "./errors.js";
+import type { Context } from "./resource.js";
+
+/** Runs a command; a non-zero exit code is an error with the code that `explain` finds for it. */
+export async function succeed(
+  context: Context,
+  command: RemoteCommand,
+  what: string,
+  explain: (result: CommandResult) => ErrorCode | undefined = () => undefined,
+): Promise<CommandResult> {
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0) return result;
+  throw failure(context, command, result, what, explain(result) ?? "COMMAND_FAILED");
+}
+
+/** The error for a command that ended with a non-zero exit code. */
+export function failure(
+  context: Context,
+  command: RemoteCommand,
+  result: CommandResult,
+  what: string,
+  code: ErrorCode,
+): LvmNbdError {
+  return new LvmNbdError(code, {
+    message: what,
+    host: context.host.name,
+    resource: context.resource,
+    command: displayCommand(command),
+    exitCode: result.exitCode,
+    stderr: result.stderr,
+  });
+}
+
+/** Reads a command's output with a parser; what it cannot read is `OUTPUT_UNREADABLE`, never "absent". */
+export function parseOutput<T>(
+  context: Context,
+  command: RemoteCommand,
+  result: CommandResult,
+  parse: (stdout: string) => T,
+): T {
+  try {
+    return parse(result.stdout);
+  } catch (cause) {
+    throw new LvmNbdError("OUTPUT_UNREADABLE", {
+      message: `its output could not be read: ${cause instanceof Error ? cause.message.slice(0, 300) : String(cause)}`,
+      host: context.host.name,
+      resource: context.resource,
+      command: displayCommand(command),
+      stderr: result.stderr,
+      cause,
+    });
+  }
+}
+
+/** A script with its arguments as a command; the script is a constant, the arguments are never part of it. */
+export function script(text: string, ...args: string[]): string[] {
+  return ["sh", "-c", text, "sh", ...args];
+}

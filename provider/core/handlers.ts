@@ -1,0 +1,211 @@
+/**
+ * What a door of Pulumi asks of a resource: check, diff, create, read, update, delete. Plain values in, plain
+ * values out; the handlers know neither door.
+ */
+import { z } from "zod";
+import { hostAddress, hostName, validateHostArgs } from "../ssh/config.js";
+import type { Host, HostArgs } from "../ssh/types.js";
+import { isLvmNbdError, LvmNbdError } from "./errors.js";
+import { converge, PartialSuccess, refresh, remove } from "./reconciler.js";
+import type { AnyResourceType, Change, CommonInputs, Context, Problem } from "./resource.js";
+
+type Values = Readonly<Record<string, unknown>>;
+
+/** What the handlers need of the world. */
+export interface Environment {
+  openHost(host: HostArgs): Promise<Host>;
+  /** Shows what is being done now. */
+  progress(message: string): void;
+  /** Shows what a person should know. */
+  warn(message: string): void;
+  readonly signal: AbortSignal;
+}
+
+export interface CheckResult {
+  /** The inputs with defaults; what is unknown is left out. */
+  readonly inputs: Values;
+  readonly problems: readonly Problem[];
+}
+
+export interface DiffResult {
+  readonly changes: readonly Change[];
+  readonly deleteBeforeReplace: boolean;
+}
+
+/** The handlers of one resource type. */
+export interface Handlers {
+  /** `unknown`: properties whose values are only known later; they are in neither `old` nor `wanted`. */
+  check(old: Values | undefined, wanted: Values, unknown: ReadonlySet<string>): Promise<CheckResult>;
+  diff(state: Values, wanted: Values, unknown: ReadonlySet<string>): Promise<DiffResult>;
+  create(wanted: Values): Promise<{ id: string; state: Values }>;
+  /** `undefined`: positively gone. */
+  read(state: Values): Promise<Values | undefined>;
+  update(state: Values, wanted: Values): Promise<Values>;
+  remove(state: Values): Promise<void>;
+}
+
+/** An operation that failed after it made something. Pulumi keeps `state`; the next `up` goes on from it. */
+export class PartialFailure extends Error {
+  constructor(
+    readonly id: string,
+    readonly state: Values,
+    override readonly cause: unknown,
+  ) {
+    super(cause instanceof Error ? cause.message : String(cause));
+    this.name = "PartialFailure";
+  }
+}
+
+export function createHandlers(type: AnyResourceType, environment: Environment): Handlers {
+  const stateShape = z.object({ ...type.inputs.shape, ...type.outputs.shape });
+
+  const context = async (values: CommonInputs): Promise<Context> => {
+    const resource = label(type, values);
+    const host = await openHost(values.host, resource);
+    return {
+      host,
+      resource,
+      signal: environment.signal,
+      progress: (message) => environment.progress(`${resource} on ${host.name}: ${message}`),
+      warn: (message) => environment.warn(`${resource} on ${host.name}: ${message}`),
+    };
+  };
+
+  const openHost = async (host: HostArgs, resource: string): Promise<Host> => {
+    try {
+      return await environment.openHost(host);
+    } catch (error) {
+      throw named(error, resource);
+    }
+  };
+
+  const attempt = async <T>(values: CommonInputs, work: (context: Context) => Promise<T>): Promise<T> => {
+    const opened = await context(values);
+    try {
+      return await work(opened);
+    } catch (error) {
+      if (!(error instanceof PartialSuccess)) throw named(error, opened.resource);
+      const id = type.id(error.state, hostName(error.state.host));
+      throw new PartialFailure(id, defined(error.state), named(error.cause, opened.resource));
+    }
+  };
+
+  const parse = (values: Values, shape: z.ZodObject): CommonInputs => {
+    const parsed = shape.safeParse(values);
+    if (parsed.success) return parsed.data as unknown as CommonInputs;
+    const reasons = issues(parsed.error).map(({ property, reason }) => `${property}: ${reason}`);
+    throw new LvmNbdError("INVALID_INPUT", {
+      message: `the ${type.type} cannot be read: ${reasons.join("; ")}`,
+    });
+  };
+
+  return {
+    async check(old, wanted, unknown) {
+      const shape = Object.fromEntries(Object.entries(type.inputs.shape).filter(([key]) => !unknown.has(key)));
+      const parsed = z.strictObject(shape).safeParse(wanted);
+      if (!parsed.success) return { inputs: wanted, problems: issues(parsed.error) };
+      const inputs = defined(parsed.data);
+      const problems = [...type.validate(inputs, old, unknown)];
+      if (!unknown.has("host"))
+        problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host)));
+      return { inputs, problems };
+    },
+
+    async diff(oldValues, wanted, unknown) {
+      const state = parse(oldValues, stateShape);
+      const changes = [...type.diff(state, wanted, unknown)];
+      let sameHost = true;
+      if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
+      else if (JSON.stringify(wanted.host) !== JSON.stringify(oldValues.host)) {
+        sameHost = await isSameHost(state.host, wanted.host as HostArgs);
+        changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
+      }
+      if (wanted.adopt !== undefined && wanted.adopt !== state.adopt)
+        changes.push({ property: "adopt", effect: "connection" });
+      return { changes, deleteBeforeReplace: sameHost && type.collides(state, wanted) };
+    },
+
+    async create(values) {
+      const wanted = parse(values, type.inputs);
+      const state = await attempt(wanted, (opened) => converge(type, opened, wanted, undefined));
+      return { id: type.id(wanted, hostName(wanted.host)), state: defined(state) };
+    },
+
+    async read(values) {
+      const state = parse(values, stateShape);
+      const seen = await attempt(state, (opened) => refresh(type, opened, state));
+      return seen === undefined ? undefined : defined(seen);
+    },
+
+    async update(oldValues, values) {
+      const state = parse(oldValues, stateShape);
+      const wanted = parse(values, type.inputs);
+      const { changes } = await this.diff(oldValues, values, new Set());
+      if (changes.length > 0 && changes.every(({ effect }) => effect === "connection")) {
+        return defined({ ...state, ...wanted });
+      }
+      return defined(await attempt(wanted, (opened) => converge(type, opened, wanted, state)));
+    },
+
+    async remove(values) {
+      const state = parse(values, stateShape);
+      await attempt(state, (opened) => remove(type, opened, state));
+    },
+  };
+}
+
+async function hostProblems(host: HostArgs): Promise<Problem[]> {
+  try {
+    await validateHostArgs(host);
+    return [];
+  } catch (error) {
+    if (!isLvmNbdError(error)) throw error;
+    return [{ property: error.details.property ?? "host", reason: error.message }];
+  }
+}
+
+async function isSameHost(old: HostArgs, wanted: HostArgs): Promise<boolean> {
+  if (hostName(old) === hostName(wanted)) return true;
+  try {
+    return (await hostAddress(old)) === (await hostAddress(wanted));
+  } catch (error) {
+    // An alias that no longer resolves cannot be told to be the same machine.
+    if (isLvmNbdError(error, "HOST_UNKNOWN", "KEY_UNREADABLE")) return false;
+    throw error;
+  }
+}
+
+function label(type: AnyResourceType, values: CommonInputs): string {
+  return `${type.type} ${values.owner.split("/").slice(3).join("/") || values.owner}`;
+}
+
+function named(error: unknown, resource: string): unknown {
+  return isLvmNbdError(error) ? error.with({ resource }) : error;
+}
+
+/** Pulumi's states hold no `undefined`. */
+function defined(values: object): Record<string, unknown> {
+  return Object.fromEntries(
+    Object.entries(values)
+      .filter(([, value]) => value !== undefined)
+      .map(([key, value]) => [key, isPlainObject(value) ? defined(value) : value]),
+  );
+}
+
+function isPlainObject(value: unknown): value is object {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function issues(error: z.ZodError): Problem[] {
+  return error.issues.flatMap((issue) => {
+    if (issue.code === "unrecognized_keys") {
+      return issue.keys.map((key) => ({
+        property: [...issue.path, key].join("."),
+        reason: "is no property of this resource",
+      }));
+    }
+    const property = issue.path.join(".");
+    const missing = issue.code === "invalid_type" && issue.message.includes("received undefined");
+    return [{ property, reason: missing ? "is required" : issue.message }];
+  });
+}

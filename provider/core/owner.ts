@@ -1,0 +1,64 @@
+/**
+ * The owner mark: whatever the provider makes carries the name of the resource that made it, so that a
+ * create cut off before its answer is recognised, and two stacks cannot take each other's things.
+ */
+import { createHash } from "node:crypto";
+
+/** Prefix of every LVM tag of ours; user tags must not begin with it. */
+export const tagPrefix = "lvm-nbd.";
+
+const ownerTag = `${tagPrefix}owner=`;
+const generationTag = `${tagPrefix}generation=`;
+
+/** `organisation/project/stack/resource` of a resource. */
+export function ownerOf(organization: string, project: string, stack: string, name: string): string {
+  return [organization, project, stack, name].join("/");
+}
+
+/** The owner mark, an LVM tag. Characters a tag may not hold are written `#XX` (UTF-8 bytes in hex). */
+export function ownerMark(owner: string): string {
+  const encoded = [...Buffer.from(owner, "utf8")]
+    .map((byte) => {
+      const character = String.fromCharCode(byte);
+      return /[A-Za-z0-9._\-+/=!:&]/.test(character) ? character : `#${byte.toString(16).padStart(2, "0")}`;
+    })
+    .join("");
+  // Older LVM allows 128 characters in a tag; a longer owner keeps its start for people and a hash for us.
+  const room = 120 - ownerTag.length;
+  return (
+    ownerTag + (encoded.length <= room ? encoded : `${encoded.slice(0, room - 33)}!${digest(owner, 32)}`)
+  );
+}
+
+/** The owner mark among a volume's tags; `undefined` for something without any mark. */
+export function markAmong(tags: readonly string[]): string | undefined {
+  return tags.find((tag) => tag.startsWith(ownerTag));
+}
+
+/** The owner a mark names, for people. */
+export function ownerOfMark(mark: string): string {
+  const encoded = mark.startsWith(ownerTag) ? mark.slice(ownerTag.length) : mark;
+  const bytes = encoded.replace(/#([0-9a-f]{2})/g, (_, hex: string) =>
+    String.fromCharCode(Number.parseInt(hex, 16)),
+  );
+  return Buffer.from(bytes, "latin1").toString("utf8");
+}
+
+/** Marks for which declared generation (triggers, chunk size, ...) a snapshot was taken. */
+export function generationMark(generation: unknown): string {
+  return generationTag + digest(JSON.stringify(generation) ?? "", 16);
+}
+
+/** True if the tags say that the snapshot was taken for another declared moment. Without such a mark: false. */
+export function isOfAnotherGeneration(tags: readonly string[], generation: string): boolean {
+  return tags.some((tag) => tag.startsWith(generationTag)) && !tags.includes(generation);
+}
+
+/** The user's own tags: all but ours. */
+export function userTags(tags: readonly string[]): string[] {
+  return tags.filter((tag) => !tag.startsWith(tagPrefix)).sort();
+}
+
+function digest(text: string, length: number): string {
+  return createHash("sha256").update(text).digest("hex").slice(0, length);
+}

@@ -1,0 +1,187 @@
+/**
+ * Observe, then converge: the one path every create, update, delete and refresh takes.
+ *
+ * Nothing is done on the stored state alone. What is absent is made, what is ours is converged, what is
+ * somebody else's is refused with its owner named. After a lost link nothing is repeated blindly: the host
+ * is looked at again and the work goes on from what is there.
+ */
+import { isLvmNbdError, LvmNbdError } from "./errors.js";
+import { ownerMark, ownerOfMark } from "./owner.js";
+import type { AnyResourceType, CommonInputs, CommonObservation, Context } from "./resource.js";
+
+/** How often a change goes on after the link was lost in the middle of it. */
+const linkLossesBorne = 3;
+
+/** A create or update that made something but did not succeed: Pulumi keeps it and goes on at the next `up`. */
+export class PartialSuccess extends Error {
+  constructor(
+    readonly state: CommonInputs,
+    override readonly cause: unknown,
+  ) {
+    super(cause instanceof Error ? cause.message : String(cause));
+    this.name = "PartialSuccess";
+  }
+}
+
+/** Makes the host match the declaration and returns the state. Used by create and by update alike. */
+export async function converge(
+  type: AnyResourceType,
+  context: Context,
+  wanted: CommonInputs,
+  old: CommonInputs | undefined,
+): Promise<CommonInputs> {
+  let losses = 0;
+  for (;;) {
+    try {
+      return await convergeOnce(type, context, wanted, old);
+    } catch (error) {
+      if (isLvmNbdError(error, "LINK_LOST") && ++losses <= linkLossesBorne) {
+        context.progress("the link was lost in the middle; looking at what is there and going on");
+        continue;
+      }
+      const left = await leftBehind(type, context, wanted, old, error);
+      if (left === undefined) throw error;
+      throw new PartialSuccess(left, error);
+    }
+  }
+}
+
+async function convergeOnce(
+  type: AnyResourceType,
+  context: Context,
+  wanted: CommonInputs,
+  old: CommonInputs | undefined,
+): Promise<CommonInputs> {
+  const before = await type.observe(context, found(wanted, old));
+  if (before === undefined) {
+    await type.create(context, wanted);
+  } else {
+    refuseForeign(type, context, before, wanted, old);
+    await type.converge(context, wanted, before);
+  }
+  const after = await type.observe(context, wanted);
+  if (after === undefined) {
+    throw new LvmNbdError("IDENTITY_MISMATCH", {
+      message: "it was made, but a moment later it was gone again: somebody else removes it",
+      host: context.host.name,
+      resource: context.resource,
+    });
+  }
+  return type.toState(wanted, after);
+}
+
+/** The stored state knows the thing's identity (its UUID, say); the declaration knows where it should be. */
+function found(wanted: CommonInputs, old: CommonInputs | undefined): CommonInputs {
+  return old === undefined ? wanted : old;
+}
+
+/** What exists now after a failed operation, if it is ours and can be seen; its state keeps it from being lost. */
+async function leftBehind(
+  type: AnyResourceType,
+  context: Context,
+  wanted: CommonInputs,
+  old: CommonInputs | undefined,
+  failure: unknown,
+): Promise<CommonInputs | undefined> {
+  if (isLvmNbdError(failure, "FOREIGN_RESOURCE", "IDENTITY_MISMATCH", "INVALID_INPUT")) return undefined;
+  try {
+    const seen = (await type.observe(context, found(wanted, old))) ?? (await type.observe(context, wanted));
+    if (seen === undefined || !isOurs(type, seen, wanted, old)) return undefined;
+    return type.toState(old ?? wanted, seen);
+  } catch (error) {
+    // The first failure is what the person must see. The owner mark lets the next `up` find what was made.
+    context.warn(`what the failed operation left could not be looked at: ${firstLine(error)}`);
+    return undefined;
+  }
+}
+
+/** Observes for a refresh. `undefined`: positively gone, or something that is not ours has taken its place. */
+export async function refresh(
+  type: AnyResourceType,
+  context: Context,
+  state: CommonInputs,
+): Promise<CommonInputs | undefined> {
+  const seen = await type.observe(context, state);
+  if (seen === undefined) {
+    context.warn("is gone from the host; `pulumi up` will make it again");
+    return undefined;
+  }
+  if (!isOurs(type, seen, state, state)) {
+    context.warn(`was replaced by something of the same name ${ownerPhrase(seen)}; it is left alone`);
+    return undefined;
+  }
+  for (const line of type.drift(state, seen)) context.warn(line);
+  return type.toState(state, seen);
+}
+
+/** Removes the thing of the state, if it is there and still the one we made. */
+export async function remove(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
+  for (let losses = 0; ; ) {
+    try {
+      const seen = await type.observe(context, state);
+      if (seen === undefined) return;
+      if (!isOurs(type, seen, state, state)) {
+        context.warn(
+          `what now bears its name is not what was made here ${ownerPhrase(seen)}; it is left alone`,
+        );
+        return;
+      }
+      await type.remove(context, state, seen);
+      const left = await type.observe(context, state);
+      if (left === undefined || !isOurs(type, left, state, state)) return;
+      throw new LvmNbdError("COMMAND_FAILED", {
+        message: "it was removed without an error and is still there",
+        host: context.host.name,
+        resource: context.resource,
+      });
+    } catch (error) {
+      if (isLvmNbdError(error, "LINK_LOST") && ++losses <= linkLossesBorne) {
+        context.progress("the link was lost in the middle; looking at what is there and going on");
+        continue;
+      }
+      throw error;
+    }
+  }
+}
+
+function isOurs(
+  type: AnyResourceType,
+  seen: CommonObservation,
+  wanted: CommonInputs,
+  old: CommonInputs | undefined,
+): boolean {
+  if (old !== undefined && type.isSame(seen, old)) return true;
+  if (seen.mark === undefined) return false;
+  return seen.mark === ownerMark(wanted.owner) || (old !== undefined && seen.mark === ownerMark(old.owner));
+}
+
+function refuseForeign(
+  type: AnyResourceType,
+  context: Context,
+  seen: CommonObservation,
+  wanted: CommonInputs,
+  old: CommonInputs | undefined,
+): void {
+  if (isOurs(type, seen, wanted, old)) return;
+  if (wanted.adopt && seen.mark === undefined) {
+    context.warn("exists without a mark and is taken over (adopt: true)");
+    return;
+  }
+  throw new LvmNbdError("FOREIGN_RESOURCE", {
+    message: `${type.id(wanted, context.host.name)} exists already ${ownerPhrase(seen)}`,
+    host: context.host.name,
+    resource: context.resource,
+    advice:
+      seen.mark === undefined
+        ? "Choose another name, remove it by hand, or set `adopt: true` to take it over."
+        : `It belongs to ${ownerOfMark(seen.mark)}: choose another name, or remove it there.`,
+  });
+}
+
+function ownerPhrase(seen: CommonObservation): string {
+  return seen.mark === undefined ? "and carries no owner mark" : `and belongs to ${ownerOfMark(seen.mark)}`;
+}
+
+function firstLine(error: unknown): string {
+  return (error instanceof Error ? error.message : String(error)).split("\n")[0] ?? "";
+}

@@ -1,0 +1,18 @@
+/** All resource types by name. */
+import { lvSnapshot } from "../resources/lvSnapshot.js";
+import { nbdAttachment } from "../resources/nbdAttachment.js";
+import { nbdExport } from "../resources/nbdExport.js";
+import type { AnyResourceType } from "./resource.js";
+
+export const resourceTypes: readonly AnyResourceType[] = [lvSnapshot, nbdExport, nbdAttachment];
+
+/** The type of that name. Throws for a name that no version of this package knows. */
+export function resourceType(name: string): AnyResourceType {
+  const found = resourceTypes.find((candidate) => candidate.type === name);
+  if (found === undefined) {
+    throw new Error(
+      `pulumi-lvm-nbd has no resource "${name}": the stack was made with a newer version of the package`,
+    );
+  }
+  return found;
+}

@@ -1,0 +1,93 @@
+/**
+ * The contract of a resource. A file in `provider/resources/` says what a thing is, how to look at it and
+ * how to bring it to its declared form; when that is done, and what is refused, is the reconciler's.
+ */
+import type { z } from "zod";
+import type { Host, HostArgs } from "../ssh/types.js";
+
+/** What every resource declares beside its own properties. */
+export interface CommonInputs {
+  readonly host: HostArgs;
+  /** Organisation, project, stack and resource that own the thing; filled in by the program's side. */
+  readonly owner: string;
+  readonly adopt: boolean;
+}
+
+/** What every observation tells beside its own facts. */
+export interface CommonObservation {
+  /** The owner mark on the thing (`ownerMark`); `undefined` if it carries none. */
+  readonly mark: string | undefined;
+}
+
+/** Where an operation runs and how it reports. */
+export interface Context {
+  readonly host: Host;
+  /** Type and name, e.g. `LvSnapshot vm1`, for messages. */
+  readonly resource: string;
+  readonly signal: AbortSignal;
+  /** A short line on what is being done now. */
+  progress(message: string): void;
+  /** Something a person should know though nothing failed. */
+  warn(message: string): void;
+}
+
+/** One property that is not as declared, and what `pulumi up` will do about it. */
+export interface Change {
+  readonly property: string;
+  /** `update`: in place; `replace`: the thing is made anew; `connection`: only how to reach the host. */
+  readonly effect: "update" | "replace" | "connection";
+}
+
+/** An argument that cannot be right. */
+export interface Problem {
+  readonly property: string;
+  /** What is wrong and what would be right, as a sentence that can follow the property's name. */
+  readonly reason: string;
+}
+
+/** What a resource consists of. `Inputs` are as declared with defaults filled in, `State` is what Pulumi keeps. */
+export interface ResourceType<
+  Inputs extends CommonInputs = CommonInputs,
+  State extends CommonInputs = Inputs,
+  Observed extends CommonObservation = CommonObservation,
+> {
+  /** Name of the type, e.g. `LvSnapshot`. */
+  readonly type: string;
+  /** Declared properties: types, defaults, checks of one property and documentation. */
+  readonly inputs: z.ZodObject;
+  /** What is added to them in the state. */
+  readonly outputs: z.ZodObject;
+  /** The input that takes the resource's name when it is not given. */
+  readonly nameInput: keyof Inputs & string;
+
+  /** Checks across properties. Properties that are not known yet (preview) are missing from `inputs`. */
+  validate(
+    inputs: Partial<Inputs>,
+    old: Partial<Inputs> | undefined,
+    unknown: ReadonlySet<string>,
+  ): Problem[];
+  /** Enough to find the thing again: `HOST/...`. */
+  id(inputs: Inputs, hostName: string): string;
+  /** Looks, changes nothing. `undefined` means positively absent; what cannot be told is an error. */
+  observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined>;
+  /** True if this is the very thing the state tells of (by UUID, say), whatever marks it carries now. */
+  isSame(observed: Observed, state: State): boolean;
+  /** The state: what is declared, overridden by what was seen to differ, and the outputs. */
+  toState(declared: Inputs | State, observed: Observed): State;
+  /** What differs between the state and the declaration, `host` aside. `unknown` are properties only known later. */
+  diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[];
+  /** True if, on one host, old and new cannot exist beside one another, so that the old is removed first. */
+  collides(state: State, wanted: Partial<Inputs>): boolean;
+  /** Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. */
+  create(context: Context, wanted: Inputs): Promise<void>;
+  /** Brings an existing thing of ours to its declared form; does nothing to what is right already. */
+  converge(context: Context, wanted: Inputs, observed: Observed): Promise<void>;
+  /** Removes the thing, which was just observed and found ours. Refuses while it is in use. */
+  remove(context: Context, state: State, observed: Observed): Promise<void>;
+  /** In words, what a refresh found changed behind our back; for the log. */
+  drift(state: State, observed: Observed): string[];
+}
+
+/** Any resource type, for code that handles all of them alike. */
+// biome-ignore lint/suspicious/noExplicitAny: the type parameters are contravariant; callers go through the reconciler
+export type AnyResourceType = ResourceType<any, any, any>;

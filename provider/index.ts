@@ -1,0 +1,10 @@
+/** What a Pulumi program imports. */
+export { type ErrorCode, errorCodes } from "./core/errors.js";
+export {
+  LvSnapshot,
+  type LvSnapshotArgs,
+  NbdAttachment,
+  type NbdAttachmentArgs,
+  NbdExport,
+  type NbdExportArgs,
+} from "./pulumi/dynamic.js";

@@ -1,0 +1,99 @@
+/**
+ * The systemd unit of an attachment. Its process is the link: when the link dies the client ends, and systemd
+ * connects again as soon as the export answers, unless somebody still holds the device.
+ */
+import { ownerMark } from "../core/owner.js";
+import { attachCommand, nbdUri } from "./nbd.js";
+import { execLine, literal, ownSection, renderUnit } from "./systemd.js";
+import { unitName } from "./unitName.js";
+
+/** All that the unit is made from; it is kept in the unit itself, so that it can be read back. */
+export interface AttachPlan {
+  readonly owner: string;
+  readonly name: string;
+  readonly server: string;
+  readonly port: number;
+  readonly exportName: string;
+  readonly device: string;
+  readonly readOnly: boolean;
+  readonly connections: number;
+  readonly timeoutSeconds: number;
+  readonly blockSize: number;
+}
+
+export function attachUnitName(name: string): string {
+  return unitName("attach", name);
+}
+
+/** Where the attachment's stable path lies. */
+export function attachPath(name: string): string {
+  return `/dev/lvm-nbd/${name}`;
+}
+
+/**
+ * The device must be free: a link that died under a mounted file system is not replaced beneath it.
+ */
+const free = `modprobe nbd || exit 1; k=\${0##*/}; s=/sys/block/$k; [ -e $s ] || exit 0
+[ ! -e $s/pid ] && [ "$(cat $s/size)" = 0 ] || { echo "$0 is in use"; exit 1; }
+for h in $s/holders/* $s/$k*/holders/*; do [ ! -e "$h" ] || { echo "$0 is held by \${h##*/}"; exit 1; }; done
+! grep -qs " $(cat $s/dev) " /proc/[0-9]*/mountinfo || { echo "$0 is still mounted"; exit 1; }`.replaceAll(
+  "\n",
+  "; ",
+);
+
+const link = `k=\${0##*/}; i=0; while [ "$(cat /sys/block/$k/size 2>/dev/null || echo 0)" = 0 ]; do
+i=$((i+1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done
+mkdir -p /dev/lvm-nbd && ln -sfn "$0" "$1"`
+  .replaceAll("do\n", "do ")
+  .replaceAll("\n", "; ");
+
+/** Cuts the link only if it is this unit's own: somebody else's behind the device is left alone. */
+const cut = `[ "$(cat /sys/block/\${0##*/}/pid)" != "$1" ] || exec nbd-client -d "$0"`;
+
+/** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */
+export function renderAttachUnit(plan: AttachPlan): string {
+  const path = attachPath(plan.name);
+  return renderUnit({
+    Unit: [
+      ["Description", literal(`lvm-nbd: ${nbdUri(plan)} attached as ${path}`)],
+      ["After", "network-online.target"],
+      ["Wants", "network-online.target"],
+      ["StartLimitIntervalSec", "0"],
+    ],
+    Service: [
+      ["Type", "exec"],
+      ["ExecStartPre", execLine(["/bin/sh", "-c", free, plan.device])],
+      ["ExecStart", execLine([...attachCommand(plan), "-nofork", "-nonetlink"])],
+      ["ExecStartPost", execLine(["/bin/sh", "-c", link, plan.device, path])],
+      ["ExecStop", `${execLine(["/bin/sh", "-c", cut, plan.device])} $MAINPID`],
+      ["ExecStopPost", execLine(["/bin/rm", "-f", path])],
+      ["Restart", "always"],
+      ["RestartSec", "2"],
+      ["TimeoutStartSec", "60"],
+      ["TimeoutStopSec", "30"],
+      ["NoNewPrivileges", "yes"],
+      ["ProtectSystem", "yes"],
+      ["ProtectHome", "yes"],
+      ["UMask", "0077"],
+    ],
+    Install: [["WantedBy", "multi-user.target"]],
+    [ownSection]: [
+      ["Mark", ownerMark(plan.owner)],
+      ["Device", plan.device],
+      ["Plan", JSON.stringify(plan)],
+    ],
+  });
+}
+
+/** Loads the module at boot. */
+export const modulesLoad = { path: "/etc/modules-load.d/lvm-nbd.conf", text: "# Made by lvm-nbd.\nnbd\n" };
+
+/**
+ * Keeps udev's LVM, md and by-uuid rules off NBD devices: a guest's volume groups on an attached disk must
+ * not be activated here, nor its file systems take the place of the host's own by UUID. Must come before
+ * 60-persistent-storage.rules and 69-lvm.rules.
+ */
+export const udevRule = {
+  path: "/etc/udev/rules.d/59-lvm-nbd.rules",
+  text: '# Made by lvm-nbd: what lies on an attached disk is the guest\'s, not this host\'s.\nSUBSYSTEM=="block", KERNEL=="nbd*", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{SYSTEMD_READY}="0"\n',
+};

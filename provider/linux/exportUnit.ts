@@ -1,0 +1,113 @@
+/** The systemd unit of an export: hardened, bound to one device, its clients enforced by the kernel. */
+import { ownerMark } from "../core/owner.js";
+import { isAnyAddress, isLoopback } from "./addresses.js";
+import { type NbdServer, nbdServerConfig, nbdUri, serverCommand } from "./nbd.js";
+import { deviceUnit, execLine, literal, ownDirective, ownSection, renderUnit } from "./systemd.js";
+import { unitName } from "./unitName.js";
+
+/** All that the unit is made from; it is kept in the unit itself, so that it can be read back. */
+export interface ExportPlan {
+  readonly owner: string;
+  readonly device: string;
+  readonly exportName: string;
+  readonly listenAddress: string;
+  readonly port: number;
+  readonly readOnly: boolean;
+  readonly clients: readonly string[];
+  readonly server: NbdServer;
+}
+
+export function exportUnitName(exportName: string): string {
+  return unitName("export", exportName);
+}
+
+/** Only nbd-server needs a file of its own. */
+export function exportConfigPath(exportName: string): string {
+  return `/etc/lvm-nbd/${exportUnitName(exportName).replace(/\.service$/, ".conf")}`;
+}
+
+export function exportConfig(plan: ExportPlan): string | undefined {
+  return plan.server === "nbd-server" ? nbdServerConfig(plan) : undefined;
+}
+
+/** Where the host itself reaches the export to look at it. */
+export function probeUri(plan: Pick<ExportPlan, "listenAddress" | "port" | "exportName">): string {
+  const any = isAnyAddress(plan.listenAddress);
+  const server = any ? (plan.listenAddress.includes(":") ? "::1" : "127.0.0.1") : plan.listenAddress;
+  return nbdUri({ server, port: plan.port, exportName: plan.exportName });
+}
+
+/**
+ * Addresses the kernel lets through: the clients, and the host itself, which must see its own export answer
+ * before it may be called serving.
+ */
+export function allowedAddresses(plan: Pick<ExportPlan, "listenAddress" | "clients">): string[] {
+  const itself =
+    isAnyAddress(plan.listenAddress) || isLoopback(plan.listenAddress) ? "localhost" : plan.listenAddress;
+  return [...new Set([...plan.clients, itself])];
+}
+
+/** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */
+export function renderExportUnit(plan: ExportPlan): string {
+  const device = deviceUnit(plan.device);
+  const low = plan.port < 1024 ? "CAP_NET_BIND_SERVICE" : "";
+  return renderUnit({
+    Unit: [
+      ["Description", literal(`lvm-nbd: export ${plan.exportName} of ${plan.device}`)],
+      ["Requires", literal(device)],
+      ["After", `network-online.target ${literal(device)}`],
+      ["Wants", "network-online.target"],
+      ["StartLimitIntervalSec", "0"],
+    ],
+    Service: [
+      ["Type", "exec"],
+      ["ExecStart", execLine(serverCommand(plan.server, plan, exportConfigPath(plan.exportName)))],
+      ["Restart", "on-failure"],
+      ["RestartSec", "2"],
+      ["TimeoutStopSec", "10"],
+      ["IPAddressDeny", "any"],
+      ["IPAddressAllow", allowedAddresses(plan).join(" ")],
+      ["DynamicUser", "yes"],
+      ["SupplementaryGroups", "disk"],
+      ["DevicePolicy", "closed"],
+      ["DeviceAllow", `${literal(plan.device)} ${plan.readOnly ? "r" : "rw"}`],
+      ["CapabilityBoundingSet", low],
+      ["AmbientCapabilities", low],
+      ["NoNewPrivileges", "yes"],
+      ["ProtectSystem", "strict"],
+      ["ProtectHome", "yes"],
+      ["PrivateTmp", "yes"],
+      ["ProtectProc", "invisible"],
+      ["ProcSubset", "pid"],
+      ["ProtectKernelTunables", "yes"],
+      ["ProtectKernelModules", "yes"],
+      ["ProtectKernelLogs", "yes"],
+      ["ProtectControlGroups", "yes"],
+      ["ProtectClock", "yes"],
+      ["ProtectHostname", "yes"],
+      ["LockPersonality", "yes"],
+      ["MemoryDenyWriteExecute", "yes"],
+      ["RestrictAddressFamilies", "AF_INET AF_INET6 AF_UNIX"],
+      ["RestrictNamespaces", "yes"],
+      ["RestrictRealtime", "yes"],
+      ["RestrictSUIDSGID", "yes"],
+      ["RemoveIPC", "yes"],
+      ["SystemCallArchitectures", "native"],
+      ["SystemCallFilter", "@system-service"],
+      ["SystemCallFilter", "~@privileged @resources"],
+      ["UMask", "0077"],
+    ],
+    Install: [["WantedBy", "multi-user.target"]],
+    [ownSection]: [
+      ["Mark", ownerMark(plan.owner)],
+      ["Device", plan.device],
+      ["ProbeUri", probeUri(plan)],
+      ["Plan", JSON.stringify(plan)],
+    ],
+  });
+}
+
+/** The mark in a unit of ours; `undefined` for a unit that is not. */
+export function unitMark(unitText: string): string | undefined {
+  return ownDirective(unitText, "Mark");
+}

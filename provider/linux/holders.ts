@@ -1,0 +1,49 @@
+/**
+ * Who holds a block device: mounts in any mount namespace, swap, device-mapper and md devices on top of it
+ * or of its partitions, and processes that have it open. Sources: proc(5), sysfs block documentation.
+ */
+import { z } from "zod";
+
+/** Prints one line a holder, `KIND<TAB>WHO` with WHO in base64. Argument: the device. Nothing: nobody holds it. */
+export const holdersScript = `
+device=$(readlink -f "$1") || exit 1
+[ -b "$device" ] || { echo "$1 is not a block device" >&2; exit 1; }
+kernel=\${device##*/}
+say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
+names=$kernel
+for part in /sys/class/block/"$kernel"/"$kernel"*; do
+  [ -e "$part/dev" ] && names="$names \${part##*/}"
+done
+for name in $names; do
+  numbers=$(cat /sys/class/block/"$name"/dev) || exit 1
+  for held in /sys/class/block/"$name"/holders/*; do
+    [ -e "$held" ] || continue
+    say device "$(cat "$held/dm/name" 2>/dev/null || echo "\${held##*/}")"
+  done
+  cat /proc/[0-9]*/mountinfo 2>/dev/null | awk -v n="$numbers" '$3 == n { print $5 }' | sort -u |
+    while IFS= read -r where; do say mount "$where"; done
+  awk -v d="/dev/$name" '$1 == d { print $1 }' /proc/swaps | while IFS= read -r swap; do say swap "$swap"; done
+done
+for name in $names; do
+  find /proc/[0-9]*/fd -lname "/dev/$name" 2>/dev/null
+done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
+  say process "$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120) (pid $pid)"
+done
+exit 0
+`;
+
+const kind = z.enum(["device", "mount", "swap", "process"]);
+
+/** The holders in words, e.g. `mounted at /mnt`. */
+export function parseHolders(stdout: string): string[] {
+  const phrase = { device: "used by device", mount: "mounted at", swap: "swap on", process: "open in" };
+  return stdout
+    .split("\n")
+    .filter((line) => line !== "")
+    .map((line) => {
+      const [type, who] = line.split("\t");
+      return `${phrase[kind.parse(type)]} ${Buffer.from(who ?? "", "base64")
+        .toString("utf8")
+        .trim()}`;
+    });
+}

@@ -1,0 +1,144 @@
+/** NBD: URIs, servers' command lines and the client's, as pure functions. Sources: nbd-uri(7), nbdkit(1), nbd-server(5), qemu-nbd(8), nbd-client(8). */
+import { isIP } from "node:net";
+
+/** Programs that can serve an export. */
+export const nbdServers = ["nbdkit", "nbd-server", "qemu-nbd"] as const;
+export type NbdServer = (typeof nbdServers)[number];
+
+/** Debian's package of each program; RPM distributions mostly name them alike. */
+export const packageOf: Readonly<Record<string, string>> = {
+  nbdkit: "nbdkit",
+  "nbd-server": "nbd-server (Debian) or nbd (RPM distributions)",
+  "nbd-client": "nbd-client (Debian) or nbd (RPM distributions)",
+  "qemu-nbd": "qemu-utils (Debian) or qemu-img (RPM distributions)",
+  nbdinfo: "libnbd-bin (Debian) or libnbd (RPM distributions)",
+};
+
+/** Where an export is reached. */
+export interface NbdEndpoint {
+  readonly server: string;
+  readonly port: number;
+  readonly exportName: string;
+}
+
+export const defaultPort = 10809;
+
+/** The NBD URI of an endpoint. */
+export function nbdUri({ server, port, exportName }: NbdEndpoint): string {
+  const authority = isIP(server) === 6 ? `[${server}]` : server;
+  return `nbd://${authority}:${port}/${encodeURIComponent(exportName)}`;
+}
+
+/** Reads an NBD URI over TCP without TLS. Throws an error that says what would be right. */
+export function parseNbdUri(uri: string): NbdEndpoint {
+  const right = `write nbd://SERVER[:${defaultPort}]/EXPORTNAME`;
+  let url: URL;
+  try {
+    url = new URL(uri);
+  } catch {
+    throw new Error(`"${uri}" is not a URI: ${right}`);
+  }
+  if (url.protocol !== "nbd:") throw new Error(`"${uri}" is not an nbd: URI: ${right}`);
+  if (url.hostname === "" || url.username !== "" || url.search !== "" || url.hash !== "") {
+    throw new Error(`"${uri}" cannot be used: ${right}`);
+  }
+  const exportName = decodeURIComponent(url.pathname.replace(/^\//, ""));
+  if (exportName === "") throw new Error(`"${uri}" names no export: ${right}`);
+  return {
+    server: url.hostname.replace(/^\[(.*)\]$/, "$1"),
+    port: url.port === "" ? defaultPort : Number(url.port),
+    exportName,
+  };
+}
+
+/** What a server process is to serve. */
+export interface ServeOptions extends Pick<NbdEndpoint, "port" | "exportName"> {
+  readonly device: string;
+  readonly listenAddress: string;
+  readonly readOnly: boolean;
+}
+
+/** The command line of a server in the foreground. nbd-server reads `nbdServerConfig` from `configPath`. */
+export function serverCommand(server: NbdServer, serve: ServeOptions, configPath: string): string[] {
+  switch (server) {
+    case "nbdkit":
+      return [
+        "nbdkit",
+        "-f",
+        ...(serve.readOnly ? ["-r"] : []),
+        "-i",
+        serve.listenAddress,
+        "-p",
+        String(serve.port),
+        "--filter=exportname",
+        "file",
+        `file=${serve.device}`,
+        "cache=none",
+        "exportname-strict=true",
+        `exportname=${serve.exportName}`,
+      ];
+    case "nbd-server":
+      return ["nbd-server", "-d", "-C", configPath];
+    case "qemu-nbd":
+      // -e 0: any number of clients; the default of 1 lets a second one hang.
+      return [
+        "qemu-nbd",
+        "-t",
+        ...(serve.readOnly ? ["-r"] : []),
+        "-e",
+        "0",
+        "-x",
+        serve.exportName,
+        "-f",
+        "raw",
+        "--cache=none",
+        "--aio=native",
+        "-b",
+        serve.listenAddress,
+        "-p",
+        String(serve.port),
+        serve.device,
+      ];
+  }
+}
+
+/** nbd-server(5). No user or allow-list: the unit drops rights, and the kernel keeps others out. */
+export function nbdServerConfig(serve: ServeOptions): string {
+  return [
+    "[generic]",
+    `listenaddr=${serve.listenAddress}`,
+    `port=${serve.port}`,
+    `[${serve.exportName}]`,
+    `exportname=${serve.device.replaceAll("\\", "\\\\")}`,
+    `readonly=${serve.readOnly}`,
+    "virtstyle=none",
+    "",
+  ].join("\n");
+}
+
+/** How a client connects. */
+export interface AttachOptions extends NbdEndpoint {
+  readonly device: string;
+  readonly readOnly: boolean;
+  readonly connections: number;
+  readonly timeoutSeconds: number;
+  readonly blockSize: number;
+}
+
+/** nbd-client by netlink: it hands the connection to the kernel and ends. Always with a timeout. */
+export function attachCommand(attach: AttachOptions): string[] {
+  return [
+    "nbd-client",
+    "-N",
+    attach.exportName,
+    attach.server,
+    String(attach.port),
+    attach.device,
+    "-timeout",
+    String(attach.timeoutSeconds),
+    "-b",
+    String(attach.blockSize),
+    ...(attach.connections > 1 ? ["-C", String(attach.connections)] : []),
+    ...(attach.readOnly ? ["-readonly"] : []),
+  ];
+}

@@ -1,0 +1,119 @@
+/**
+ * The resources as a program declares them: Pulumi dynamic resources whose closure in the state is a constant
+ * few lines, whatever version of the package made it.
+ */
+import * as pulumi from "@pulumi/pulumi";
+import { ownerOf } from "../core/owner.js";
+import type { AnyResourceType } from "../core/resource.js";
+import { type LvSnapshotDeclaration, type LvSnapshotOutputs, lvSnapshot } from "../resources/lvSnapshot.js";
+import {
+  type NbdAttachmentDeclaration,
+  type NbdAttachmentOutputs,
+  nbdAttachment,
+} from "../resources/nbdAttachment.js";
+import { type NbdExportDeclaration, type NbdExportOutputs, nbdExport } from "../resources/nbdExport.js";
+import { thinProvider } from "./thinProvider.js";
+
+/** A value that may also be given as an output, at any depth. */
+type DeepInput<T> = pulumi.Input<
+  T extends string | number | boolean | undefined
+    ? T
+    : T extends readonly (infer Item)[]
+      ? readonly DeepInput<Item>[]
+      : { readonly [Key in keyof T]: DeepInput<T[Key]> }
+>;
+
+type Args<Declaration, NameInput extends keyof Declaration> = {
+  readonly [Key in keyof Omit<Declaration, "owner" | NameInput>]: DeepInput<Declaration[Key]>;
+} & { readonly [Key in NameInput]?: DeepInput<Declaration[Key]> };
+
+/** Arguments of an `LvSnapshot`; the README's table says what each means. */
+export type LvSnapshotArgs = Args<LvSnapshotDeclaration, "name">;
+/** Arguments of an `NbdExport`; the README's table says what each means. */
+export type NbdExportArgs = Args<NbdExportDeclaration, "exportName">;
+/** Arguments of an `NbdAttachment`; the README's table says what each means. */
+export type NbdAttachmentArgs = Args<NbdAttachmentDeclaration, "name">;
+
+const module_ = "lvm-nbd";
+
+abstract class LvmNbdResource extends pulumi.dynamic.Resource {
+  protected constructor(
+    type: AnyResourceType,
+    name: string,
+    args: Readonly<Record<string, unknown>>,
+    options: pulumi.CustomResourceOptions | undefined,
+  ) {
+    const outputs = Object.fromEntries(Object.keys(type.outputs.shape).map((key) => [key, undefined]));
+    const inputs = {
+      ...outputs,
+      ...args,
+      [type.nameInput]: args[type.nameInput] ?? name,
+      host: withSecrets(args.host),
+      owner: ownerOf(pulumi.getOrganization(), pulumi.getProject(), pulumi.getStack(), name),
+    };
+    super(thinProvider(type.type), name, inputs, options, module_, type.type);
+  }
+}
+
+/** A moment of a logical volume, as a COW or thin snapshot. */
+export class LvSnapshot extends LvmNbdResource {
+  declare readonly name: pulumi.Output<string>;
+  declare readonly volumeGroup: pulumi.Output<string>;
+  declare readonly origin: pulumi.Output<string>;
+  declare readonly uuid: pulumi.Output<LvSnapshotOutputs["uuid"]>;
+  declare readonly path: pulumi.Output<LvSnapshotOutputs["path"]>;
+  declare readonly sizeBytes: pulumi.Output<LvSnapshotOutputs["sizeBytes"]>;
+  declare readonly originSizeBytes: pulumi.Output<LvSnapshotOutputs["originSizeBytes"]>;
+  declare readonly originUuid: pulumi.Output<LvSnapshotOutputs["originUuid"]>;
+  declare readonly createdAt: pulumi.Output<LvSnapshotOutputs["createdAt"]>;
+  declare readonly usedPercent: pulumi.Output<LvSnapshotOutputs["usedPercent"]>;
+  declare readonly state: pulumi.Output<LvSnapshotOutputs["state"]>;
+
+  constructor(name: string, args: LvSnapshotArgs, options?: pulumi.CustomResourceOptions) {
+    super(lvSnapshot, name, args, options);
+  }
+}
+
+/** A block device offered over NBD to named clients. */
+export class NbdExport extends LvmNbdResource {
+  declare readonly exportName: pulumi.Output<string>;
+  declare readonly device: pulumi.Output<string>;
+  declare readonly uri: pulumi.Output<NbdExportOutputs["uri"]>;
+  declare readonly sizeBytes: pulumi.Output<NbdExportOutputs["sizeBytes"]>;
+  declare readonly state: pulumi.Output<NbdExportOutputs["state"]>;
+
+  constructor(name: string, args: NbdExportArgs, options?: pulumi.CustomResourceOptions) {
+    super(nbdExport, name, args, options);
+  }
+}
+
+/** An export as a block device of another host. */
+export class NbdAttachment extends LvmNbdResource {
+  declare readonly name: pulumi.Output<string>;
+  declare readonly device: pulumi.Output<NbdAttachmentOutputs["device"]>;
+  declare readonly path: pulumi.Output<NbdAttachmentOutputs["path"]>;
+  declare readonly sizeBytes: pulumi.Output<NbdAttachmentOutputs["sizeBytes"]>;
+  declare readonly state: pulumi.Output<NbdAttachmentOutputs["state"]>;
+
+  constructor(name: string, args: NbdAttachmentArgs, options?: pulumi.CustomResourceOptions) {
+    super(nbdAttachment, name, args, options);
+  }
+}
+
+const secretFields = ["privateKey", "passphrase", "password"] as const;
+
+/** Keys and passwords are encrypted in the state, whether the program marked them as secrets or not. */
+function withSecrets(host: unknown): unknown {
+  if (pulumi.Output.isInstance(host) || host instanceof Promise) {
+    return pulumi.output(host).apply((value) => withSecrets(value));
+  }
+  if (Array.isArray(host)) return host.map(withSecrets);
+  if (typeof host !== "object" || host === null) return host;
+  return Object.fromEntries(
+    Object.entries(host).map(([key, value]) => {
+      if (key === "proxyJump") return [key, withSecrets(value)];
+      const secret = (secretFields as readonly string[]).includes(key) && value !== undefined;
+      return [key, secret ? pulumi.secret(value) : value];
+    }),
+  );
+}

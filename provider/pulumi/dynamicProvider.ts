@@ -1,0 +1,86 @@
+/**
+ * The handlers as Pulumi's dynamic provider calls them. Facts of that door: `check` and `diff` get the string
+ * `unknownValue` for what is not known yet; every bag of values carries `__provider`, which must come back;
+ * a blank id from `read` removes the resource; an error with `id`, `properties` and `reasons` is a partial
+ * success.
+ */
+import type * as pulumi from "@pulumi/pulumi";
+import { type Handlers, PartialFailure } from "../core/handlers.js";
+import { unknownProperties, withoutProperties } from "./unknowns.js";
+
+type Bag = Record<string, unknown>;
+
+const providerKey = "__provider";
+
+export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourceProvider {
+  return {
+    async check(olds: Bag, news: Bag) {
+      const unknown = unknownProperties(news);
+      const old = Object.keys(olds).length === 0 ? undefined : known(olds, unknown);
+      const { inputs, problems } = await handlers.check(old, known(news, unknown), unknown);
+      const later = Object.fromEntries(Object.entries(news).filter(([key]) => unknown.has(key)));
+      return {
+        inputs: { ...inputs, ...later, [providerKey]: news[providerKey] },
+        failures: problems.map(({ property, reason }) => ({ property, reason: `${property}: ${reason}` })),
+      };
+    },
+
+    async diff(_id: string, olds: Bag, news: Bag) {
+      const unknown = unknownProperties(news);
+      const { changes, deleteBeforeReplace } = await handlers.diff(
+        known(olds, new Set()),
+        known(news, unknown),
+        unknown,
+      );
+      const replaces = changes.filter(({ effect }) => effect === "replace").map(({ property }) => property);
+      return {
+        changes: changes.length > 0,
+        replaces,
+        deleteBeforeReplace: replaces.length > 0 && deleteBeforeReplace,
+      };
+    },
+
+    async create(inputs: Bag) {
+      try {
+        const { id, state } = await handlers.create(known(inputs, new Set()));
+        return { id, outs: state };
+      } catch (error) {
+        throw partial(error, inputs);
+      }
+    },
+
+    async read(id: string, props?: Bag) {
+      const bag = props ?? {};
+      const state = await handlers.read(known(bag, new Set()));
+      return state === undefined
+        ? { id: "", props: {} }
+        : { id, props: { ...state, [providerKey]: bag[providerKey] } };
+    },
+
+    async update(_id: string, olds: Bag, news: Bag) {
+      try {
+        return { outs: await handlers.update(known(olds, new Set()), known(news, new Set())) };
+      } catch (error) {
+        throw partial(error, news);
+      }
+    },
+
+    async delete(_id: string, props: Bag) {
+      await handlers.remove(known(props, new Set()));
+    },
+  };
+}
+
+function known(bag: Bag, unknown: ReadonlySet<string>): Bag {
+  return withoutProperties(bag, new Set([...unknown, providerKey]));
+}
+
+/** The engine saves `properties` as the resource's whole state: without the inputs, `__provider` would be lost. */
+function partial(error: unknown, inputs: Bag): unknown {
+  if (!(error instanceof PartialFailure)) return error;
+  return Object.assign(new Error(error.message, { cause: error.cause }), {
+    id: error.id,
+    properties: { ...inputs, ...error.state },
+    reasons: [error.message],
+  });
+}

@@ -1,0 +1,569 @@
+/**
+ * NbdAttachment: an export as a block device of a host, kept there by a systemd unit.
+ */
+import { z } from "zod";
+import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { LvmNbdError } from "../core/errors.js";
+import { commonInputs, plainName } from "../core/inputs.js";
+import { ownerMark } from "../core/owner.js";
+import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import {
+  type AttachPlan,
+  attachPath,
+  attachUnitName,
+  modulesLoad,
+  renderAttachUnit,
+  udevRule,
+} from "../linux/attachUnit.js";
+import { unitMark } from "../linux/exportUnit.js";
+import { emitFunctions, parseFields } from "../linux/fields.js";
+import { holdersScript, parseHolders } from "../linux/holders.js";
+import { defaultPort, nbdUri, packageOf, parseNbdUri } from "../linux/nbd.js";
+import { ownDirective, parseShow, type UnitProperties } from "../linux/systemd.js";
+import { unitNameProblem } from "../linux/unitName.js";
+import type { RemoteCommand } from "../ssh/types.js";
+
+const inputs = z.strictObject({
+  ...commonInputs,
+  name: z
+    .string()
+    .regex(plainName, "must begin with a letter or digit and hold only letters, digits and _ . : + -")
+    .superRefine((value, refinement) => {
+      const message = unitNameProblem("attach", value);
+      if (message !== undefined) refinement.addIssue({ code: "custom", message });
+    })
+    .describe("Name of the attachment; `/dev/lvm-nbd/NAME` leads to it. Default: the resource's name."),
+  uri: z
+    .string()
+    .superRefine((value, refinement) => {
+      try {
+        parseNbdUri(value);
+      } catch (error) {
+        refinement.addIssue({
+          code: "custom",
+          message: error instanceof Error ? error.message : String(error),
+        });
+      }
+    })
+    .optional()
+    .describe("The export, e.g. the `uri` of an NbdExport. Or give `server`, `port` and `exportName`."),
+  server: z
+    .string()
+    .regex(/^[A-Za-z0-9][A-Za-z0-9.:_-]*$/, "must be an address or a host name")
+    .optional()
+    .describe("Address or name of the NBD server, instead of `uri`."),
+  port: z
+    .number()
+    .int()
+    .min(1, "must be a port from 1 to 65535")
+    .max(65535, "must be a port from 1 to 65535")
+    .optional()
+    .describe(`TCP port, beside \`server\`. Default ${defaultPort}.`),
+  exportName: z
+    .string()
+    .min(1)
+    .regex(/^[^\p{Cc}]+$/u, "must not hold control characters")
+    .optional()
+    .describe("NBD export name, beside `server`."),
+  device: z
+    .string()
+    .regex(/^\/dev\/nbd(0|[1-9]\d{0,2})$/, 'must be an NBD device, e.g. "/dev/nbd0"')
+    .optional()
+    .describe("Device to use. Default: the first free one."),
+  readOnly: z.boolean().default(true).describe("Whether the device may not be written."),
+  connections: z.number().int().min(1).max(16).default(1).describe("TCP connections to the server."),
+  timeoutSeconds: z
+    .number()
+    .int()
+    .min(1)
+    .max(600)
+    .default(30)
+    .describe("Seconds after which an unanswered read or write fails and the link counts as dead."),
+  blockSize: z
+    .number()
+    .int()
+    .refine((value) => [512, 1024, 2048, 4096].includes(value), "must be 512, 1024, 2048 or 4096")
+    .default(512)
+    .describe("Logical block size of the device in bytes."),
+});
+
+const outputs = z.object({
+  device: z.string().describe("The device in use, e.g. `/dev/nbd0`."),
+  path: z.string().describe("Stable path, `/dev/lvm-nbd/NAME`."),
+  sizeBytes: z.number().describe("Size of the device in bytes."),
+  state: z
+    .enum(["attached", "detached", "dead", "replaced", "disabled", "edited"])
+    .describe(
+      "`attached` (proven by a read); `detached`; `dead` (reads fail); `replaced` (something else is behind the device); " +
+        "`disabled` (would not come back after a reboot); `edited` (its unit was changed by hand).",
+    ),
+});
+
+type Inputs = z.infer<typeof inputs>;
+type State = Omit<Inputs, "device"> & z.infer<typeof outputs>;
+
+/** What a program declares, before defaults. */
+export type NbdAttachmentDeclaration = z.input<typeof inputs>;
+/** What a program can read of it. */
+export type NbdAttachmentOutputs = State;
+
+interface Observed {
+  readonly mark: string | undefined;
+  /** What our unit says it was made from; `undefined` if it is not ours or its record was spoiled. */
+  readonly plan: AttachPlan | undefined;
+  readonly edited: boolean;
+  /** The unit runs, but its file was deleted. */
+  readonly fileGone: boolean;
+  readonly show: UnitProperties;
+  /** Process of the link, as the kernel has it. */
+  readonly pid: string | undefined;
+  readonly sizeBytes: number;
+  readonly readOnly: boolean;
+  readonly readable: boolean;
+  readonly linked: boolean;
+}
+
+const observeScript = `${emitFunctions}
+unit=$1 path=$2 file=/etc/systemd/system/$1
+cd /etc/systemd/system || exit 1
+if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
+show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
+emit show "$show"
+if [ -e "$file" ]; then
+  device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")
+  sys=/sys/block/\${device##*/}
+  emit link "$(readlink "$path")"
+  emit device "$device"
+  if [ -n "$device" ] && [ -d "$sys" ]; then
+    emit size "$(cat "$sys/size")"
+    emit ro "$(cat "$sys/ro")"
+    if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
+    if [ "$(cat "$sys/size")" != 0 ]; then
+      emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
+    fi
+  fi
+fi
+emit end ""
+`;
+
+async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
+  const unit = attachUnitName(wanted.name);
+  const command: RemoteCommand = {
+    argv: script(observeScript, unit, attachPath(wanted.name)),
+    kind: "read",
+    // A read through a dead link cannot be stopped before the kernel's own timeout has passed.
+    deadlineSeconds: 60 + wanted.timeoutSeconds,
+  };
+  const result = await succeed(context, command, `the unit ${unit} could not be looked at`);
+  return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
+}
+
+function readObservation(fields: ReadonlyMap<string, string>): Observed | undefined {
+  const shown = fields.get("show");
+  if (shown === undefined) throw new Error('"show" is missing');
+  const show = parseShow(shown);
+  const text = fields.get("unit");
+  const running = !["inactive", "failed"].includes(show.ActiveState ?? "");
+  if (text === undefined && !running) return undefined;
+  const plan = text === undefined ? undefined : readPlan(text);
+  return {
+    mark: text === undefined ? undefined : unitMark(text),
+    plan,
+    edited:
+      plan === undefined ||
+      renderAttachUnit(plan) !== text ||
+      show.NeedDaemonReload === "yes" ||
+      (show.DropInPaths ?? "") !== "",
+    fileGone: text === undefined,
+    show,
+    pid: fields.get("pid"),
+    // sysfs counts sectors of 512 bytes, whatever the block size.
+    sizeBytes: Number(fields.get("size") ?? "0") * 512,
+    readOnly: fields.get("ro") === "1",
+    readable: fields.get("read.rc") === "0",
+    linked: fields.get("link") === fields.get("device"),
+  };
+}
+
+const planShape = z.strictObject({
+  owner: z.string(),
+  name: z.string(),
+  server: z.string(),
+  port: z.number(),
+  exportName: z.string(),
+  device: z.string().regex(/^\/dev\/nbd\d+$/),
+  readOnly: z.boolean(),
+  connections: z.number(),
+  timeoutSeconds: z.number(),
+  blockSize: z.number(),
+});
+
+/** The record in a unit of ours. One that was spoiled by hand counts as edited, and is written anew. */
+function readPlan(unitText: string): AttachPlan | undefined {
+  const record = ownDirective(unitText, "Plan");
+  if (record === undefined) return undefined;
+  let value: unknown;
+  try {
+    value = JSON.parse(record);
+  } catch (error) {
+    if (error instanceof SyntaxError) return undefined;
+    throw error;
+  }
+  const parsed = planShape.safeParse(value);
+  return parsed.success ? parsed.data : undefined;
+}
+
+function endpoint(wanted: Pick<Inputs, "uri" | "server" | "port" | "exportName">) {
+  if (wanted.uri !== undefined) return parseNbdUri(wanted.uri);
+  return {
+    server: wanted.server ?? "",
+    port: wanted.port ?? defaultPort,
+    exportName: wanted.exportName ?? "",
+  };
+}
+
+function planOf(wanted: Inputs, device: string): AttachPlan {
+  const { owner, name, readOnly, connections, timeoutSeconds, blockSize } = wanted;
+  return { owner, name, ...endpoint(wanted), device, readOnly, connections, timeoutSeconds, blockSize };
+}
+
+function stateOf(seen: Observed): State["state"] {
+  if (seen.show.ActiveState !== "active" || seen.sizeBytes === 0) return "detached";
+  if (seen.edited) return "edited";
+  if (seen.pid !== seen.show.MainPID || seen.readOnly !== seen.plan?.readOnly) return "replaced";
+  if (!seen.readable) return "dead";
+  if (!seen.linked) return "edited";
+  return seen.show.UnitFileState === "enabled" ? "attached" : "disabled";
+}
+
+const preflightScript = `${emitFunctions}
+uri=$1
+missing=
+for program in nbd-client nbdinfo systemctl flock udevadm; do command -v "$program" >/dev/null || missing="$missing $program"; done
+emit missing "$missing"
+if [ -d /sys/module/nbd ]; then emit module.rc 0; else emit_output module modprobe -n nbd; fi
+if command -v nbdinfo >/dev/null; then emit_output size timeout 30 nbdinfo --size "$uri"; fi
+emit end ""
+`;
+
+/** Finds out before anything is changed what would make the attachment fail. Returns the export's size in bytes. */
+async function preflight(context: Context, wanted: Inputs): Promise<number> {
+  const uri = nbdUri(endpoint(wanted));
+  const command: RemoteCommand = { argv: script(preflightScript, uri), kind: "read", deadlineSeconds: 60 };
+  const result = await succeed(context, command, "the host could not be looked at");
+  const fields = parseOutput(context, command, result, parseFields);
+  const where = { host: context.host.name, resource: context.resource };
+  const missing = (fields.get("missing") ?? "")
+    .trim()
+    .split(" ")
+    .filter((program) => program !== "");
+  if (missing.length > 0) {
+    throw new LvmNbdError("PROGRAM_MISSING", {
+      ...where,
+      message: `not installed on the host: ${missing.map((program) => `${program}, from package ${packageOf[program] ?? program}`).join("; ")}`,
+    });
+  }
+  if (fields.get("module.rc") !== "0") {
+    throw new LvmNbdError("MODULE_MISSING", {
+      ...where,
+      message: `modprobe nbd would fail: ${fields.get("module") ?? ""}`,
+    });
+  }
+  const size = Number(fields.get("size"));
+  if (fields.get("size.rc") !== "0" || !Number.isSafeInteger(size) || size <= 0) {
+    throw new LvmNbdError("EXPORT_UNREACHABLE", {
+      ...where,
+      message: `${uri} does not answer here`,
+      stderr: fields.get("size"),
+    });
+  }
+  return size;
+}
+
+const candidatesScript = `
+modprobe nbd || exit 1
+last=-1
+for sys in /sys/block/nbd*; do
+  [ -e "$sys" ] || continue
+  n=\${sys##*/nbd}
+  [ "$n" -gt "$last" ] && last=$n
+  [ ! -e "$sys/pid" ] && [ "$(cat "$sys/size")" = 0 ] || continue
+  set -- "$sys"/holders/*; [ -e "$1" ] && continue
+  grep -qsx "Device=/dev/nbd$n" /etc/systemd/system/lvm-nbd-attach-*.service && continue
+  echo "$n"
+done | sort -n
+`;
+
+/** Exit code 75: the device is not free any more. 70: the client did not connect. */
+const applyScript = `${emitFunctions}
+unit=$1 device=$2 path=$3 expected=$4 modules=$5 modules_text=$6 rule=$7 rule_text=$8 wait=$9
+file=/etc/systemd/system/$unit
+exec 9>/run/lock/lvm-nbd.lock && flock -w 60 9 || { echo "another attachment is being made for more than 60 s" >&2; exit 1; }
+install_file() {
+  [ -f "$1" ] && [ "$(cat "$1"; echo x)" = "$(printf %s "$2"; echo x)" ] && return 0
+  mkdir -p "\${1%/*}" && rm -f "$1.new" && printf %s "$2" >"$1.new" && sync "$1.new" && mv -f "$1.new" "$1"
+}
+umask 022
+new=$(cat; echo x); new=\${new%x}
+if [ -e "$file" ]; then systemctl stop "$unit" || exit 1; fi
+sys=/sys/block/\${device##*/}
+if [ -e "$sys/pid" ] || [ "$(cat "$sys/size" 2>/dev/null || echo 0)" != 0 ]; then echo "$device is in use" >&2; exit 75; fi
+for other in $(grep -lsx "Device=$device" /etc/systemd/system/lvm-nbd-attach-*.service); do
+  [ "$other" = "$file" ] || { echo "$device belongs to $other" >&2; exit 75; }
+done
+install_file "$modules" "$modules_text" && install_file "$rule" "$rule_text" && udevadm control --reload || exit 1
+modprobe nbd || exit 1
+install_file "$file" "$new" && rm -rf "$file.d" && systemctl daemon-reload || exit 1
+systemctl reset-failed "$unit" 2>/dev/null
+fail() { echo "$1" >&2; journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
+systemctl enable --quiet "$unit" && systemctl start "$unit" || fail "the unit did not start"
+size=$(( $(cat "$sys/size") * 512 ))
+[ "$size" = "$expected" ] || fail "the device has $size bytes, the export $expected"
+timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 || fail "no sector could be read"
+exit 0
+`;
+
+async function apply(context: Context, plan: AttachPlan, sizeBytes: number): Promise<"attached" | "taken"> {
+  // The kernel cuts the device to whole blocks.
+  const expected = sizeBytes - (sizeBytes % plan.blockSize);
+  const command: RemoteCommand = {
+    argv: script(
+      applyScript,
+      attachUnitName(plan.name),
+      plan.device,
+      attachPath(plan.name),
+      String(expected),
+      modulesLoad.path,
+      modulesLoad.text,
+      udevRule.path,
+      udevRule.text,
+      String(Math.min(plan.timeoutSeconds, 30)),
+    ),
+    stdin: renderAttachUnit(plan),
+    kind: "change",
+    deadlineSeconds: 180 + plan.timeoutSeconds,
+  };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0) return "attached";
+  if (result.exitCode === 75) return "taken";
+  const dead = result.exitCode === 70;
+  throw failure(
+    context,
+    command,
+    result,
+    dead
+      ? `${nbdUri(plan)} could not be attached as ${plan.device}`
+      : "the attachment's unit could not be written",
+    dead ? "ATTACHMENT_DEAD" : "COMMAND_FAILED",
+  );
+}
+
+async function attach(context: Context, wanted: Inputs, current: string | undefined): Promise<void> {
+  const sizeBytes = await preflight(context, wanted);
+  const fixed = wanted.device ?? current;
+  for (const device of fixed === undefined ? await freeDevices(context) : [fixed]) {
+    context.progress(`attaching ${nbdUri(endpoint(wanted))} as ${device}`);
+    try {
+      if ((await apply(context, planOf(wanted, device), sizeBytes)) === "attached") return;
+    } catch (error) {
+      // What does not connect is not left behind: it would keep trying on a host nobody looks at.
+      if (error instanceof LvmNbdError && ["ATTACHMENT_DEAD", "COMMAND_FAILED"].includes(error.code)) {
+        await takeDown(context, wanted.name);
+      }
+      throw error;
+    }
+  }
+  throw new LvmNbdError(fixed === undefined ? "NO_FREE_DEVICE" : "DEVICE_IN_USE", {
+    message:
+      fixed === undefined ? "every NBD device is in use" : `device: ${fixed} is in use by something else`,
+    host: context.host.name,
+    resource: context.resource,
+    advice:
+      "Detach what is not needed, or give another `device`: `lsblk` and `nbd-client -c /dev/nbdN` show what is in use.",
+  });
+}
+
+async function freeDevices(context: Context): Promise<string[]> {
+  const command: RemoteCommand = { argv: script(candidatesScript), kind: "read", deadlineSeconds: 60 };
+  const result = await succeed(context, command, "the NBD devices could not be listed");
+  return parseOutput(context, command, result, (stdout) =>
+    stdout
+      .split("\n")
+      .filter((line) => line !== "")
+      .map((line) => `/dev/nbd${z.coerce.number().int().parse(line)}`),
+  );
+}
+
+async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
+  const device = wanted.device ?? seen.plan?.device;
+  const asDeclared =
+    seen.plan !== undefined &&
+    device !== undefined &&
+    renderAttachUnit(seen.plan) === renderAttachUnit(planOf(wanted, device));
+  if (asDeclared && stateOf(seen) === "attached") return;
+  if (seen.plan !== undefined) await refuseHeld(context, seen.plan.device);
+  await attach(
+    context,
+    wanted,
+    seen.plan !== undefined && stateOf(seen) !== "replaced" ? seen.plan.device : undefined,
+  );
+}
+
+async function refuseHeld(context: Context, device: string): Promise<void> {
+  const command: RemoteCommand = { argv: script(heldScript, device), kind: "read", deadlineSeconds: 60 };
+  const result = await succeed(context, command, `who holds ${device} could not be found out`);
+  const holders = parseOutput(context, command, result, parseHolders).filter(
+    (holder) => !/^open in (nbd-client|\S*\/nbd-client) /.test(holder),
+  );
+  if (holders.length === 0) return;
+  throw new LvmNbdError("DEVICE_IN_USE", {
+    message: `${device} is in use: ${holders.join(", ")}`,
+    host: context.host.name,
+    resource: context.resource,
+    advice: "Unmount or stop what is named, then run again. Nothing was detached.",
+  });
+}
+
+const heldScript = `[ -b "$1" ] || exit 0\n${holdersScript}`;
+
+const takeDownScript = `
+unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3
+exec 9>/run/lock/lvm-nbd.lock && flock -w 60 9 || { echo "an attachment is being made for more than 60 s" >&2; exit 1; }
+if [ -e "$file" ]; then systemctl disable --quiet --now "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
+rm -f "$file" "$file.new" && rm -rf "$file.d" || exit 1
+systemctl daemon-reload || exit 1
+systemctl reset-failed "$unit" 2>/dev/null
+set -- /etc/systemd/system/lvm-nbd-attach-*.service
+if [ ! -e "$1" ]; then rm -f "$modules" "$rule" && udevadm control --reload; rmdir /dev/lvm-nbd 2>/dev/null; fi
+exit 0
+`;
+
+async function takeDown(context: Context, name: string): Promise<void> {
+  const unit = attachUnitName(name);
+  await succeed(
+    context,
+    {
+      argv: script(takeDownScript, unit, modulesLoad.path, udevRule.path),
+      kind: "change",
+      deadlineSeconds: 120,
+    },
+    `the unit ${unit} could not be removed`,
+  );
+}
+
+function toState(declared: Inputs | State, seen: Observed): State {
+  const { plan } = seen;
+  const before = "sizeBytes" in declared ? declared : undefined;
+  const seenEndpoint =
+    plan === undefined || nbdUri(plan) === nbdUri(endpoint(declared))
+      ? {}
+      : declared.uri !== undefined
+        ? { uri: nbdUri(plan) }
+        : { server: plan.server, port: plan.port, exportName: plan.exportName };
+  return {
+    ...declared,
+    ...seenEndpoint,
+    ...(plan === undefined
+      ? {}
+      : {
+          readOnly: plan.readOnly,
+          connections: plan.connections,
+          timeoutSeconds: plan.timeoutSeconds,
+          blockSize: plan.blockSize,
+        }),
+    device: plan?.device ?? declared.device ?? "",
+    path: attachPath(declared.name),
+    sizeBytes: seen.sizeBytes === 0 ? (before?.sizeBytes ?? 0) : seen.sizeBytes,
+    state: stateOf(seen),
+  };
+}
+
+function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
+  const changes: Change[] = [];
+  if (unknown.has("name") || wanted.name !== state.name)
+    changes.push({ property: "name", effect: "replace" });
+  const where = ["uri", "server", "port", "exportName"] as const;
+  const openEnd = where.filter((property) => unknown.has(property));
+  if (openEnd.length > 0) {
+    for (const property of openEnd) changes.push({ property, effect: "replace" });
+  } else if (nbdUri(endpoint(wanted)) !== nbdUri(endpoint(state))) {
+    const changed = where.filter((property) => wanted[property] !== state[property]);
+    for (const property of changed) changes.push({ property, effect: "replace" });
+  }
+  for (const property of ["readOnly", "connections", "timeoutSeconds", "blockSize", "owner"] as const) {
+    if (unknown.has(property) || wanted[property] !== state[property])
+      changes.push({ property, effect: "update" });
+  }
+  if (unknown.has("device") || (wanted.device !== undefined && wanted.device !== state.device)) {
+    changes.push({ property: "device", effect: "update" });
+  }
+  if (state.state !== "attached") changes.push({ property: "state", effect: "update" });
+  return changes;
+}
+
+function validate(
+  wanted: Partial<Inputs>,
+  _old: Partial<Inputs> | undefined,
+  unknown: ReadonlySet<string>,
+): Problem[] {
+  const problems: Problem[] = [];
+  const given = (property: keyof Inputs) => wanted[property] !== undefined || unknown.has(property);
+  if (!given("uri") && !(given("server") && given("exportName"))) {
+    problems.push({
+      property: "uri",
+      reason: "is missing: give the `uri` of an NbdExport, or `server` and `exportName`",
+    });
+  }
+  const apart = (["server", "port", "exportName"] as const).filter(
+    (property) => wanted[property] !== undefined,
+  );
+  if (wanted.uri !== undefined && apart.length > 0) {
+    problems.push({
+      property: apart[0] ?? "server",
+      reason: "is part of `uri` already: give `uri` alone, or `server` and `exportName`",
+    });
+  }
+  return problems;
+}
+
+/** The resource as the reconciler sees it. */
+export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
+  type: "NbdAttachment",
+  inputs,
+  outputs,
+  nameInput: "name",
+  validate,
+  id: (wanted, hostName) => `${hostName}/${wanted.name}`,
+  observe,
+  isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,
+  toState,
+  diff,
+  collides: (state, wanted) =>
+    state.name === wanted.name || (wanted.device !== undefined && wanted.device === state.device),
+  create: (context, wanted) => attach(context, wanted, undefined),
+  converge,
+  async remove(context, state, seen) {
+    const device = seen.plan?.device ?? state.device;
+    // Somebody else's link behind the device is not ours to look at or to cut.
+    if (stateOf(seen) !== "replaced" && device !== "") await refuseHeld(context, device);
+    context.progress(`detaching ${device}`);
+    await takeDown(context, state.name);
+  },
+  drift(state, seen) {
+    const now = toState(state, seen);
+    const lines: string[] = [];
+    for (const property of [
+      "uri",
+      "device",
+      "readOnly",
+      "connections",
+      "timeoutSeconds",
+      "blockSize",
+    ] as const) {
+      const [before, after] = [JSON.stringify(state[property]), JSON.stringify(now[property])];
+      if (before !== after) lines.push(`${property} is ${after}, declared is ${before}`);
+    }
+    if (now.state !== "attached") lines.push(`is ${now.state}; \`pulumi up\` will attach it as declared`);
+    return lines;
+  },
+};

@@ -1,0 +1,487 @@
+/**
+ * NbdExport: a block device offered over NBD by a hardened systemd unit of its own.
+ */
+import { isIP } from "node:net";
+import { z } from "zod";
+import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { LvmNbdError } from "../core/errors.js";
+import { commonInputs } from "../core/inputs.js";
+import { ownerMark } from "../core/owner.js";
+import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import { clientProblem, isAnyAddress, isLoopback } from "../linux/addresses.js";
+import {
+  type ExportPlan,
+  exportConfig,
+  exportConfigPath,
+  exportUnitName,
+  probeUri,
+  renderExportUnit,
+  unitMark,
+} from "../linux/exportUnit.js";
+import { emitFunctions, parseFields } from "../linux/fields.js";
+import { listenersOn, parseListeners } from "../linux/listeners.js";
+import { defaultPort, nbdServers, nbdUri, packageOf } from "../linux/nbd.js";
+import { ownDirective, parseShow, type UnitProperties } from "../linux/systemd.js";
+import { unitNameProblem } from "../linux/unitName.js";
+import type { RemoteCommand } from "../ssh/types.js";
+
+const inputs = z.strictObject({
+  ...commonInputs,
+  device: z
+    .string()
+    .regex(/^\/dev\/[^\s%\\"]+$/, 'must be the path of a block device below /dev, e.g. "/dev/VgVm/vm1-snap"')
+    .refine((path) => !path.split("/").includes(".."), 'must not hold ".."')
+    .describe("Block device to export, e.g. the `path` of an LvSnapshot."),
+  exportName: z
+    .string()
+    .min(1)
+    .regex(/^[^\p{Cc}[\]/]+$/u, "must not hold control characters, brackets or slashes")
+    .superRefine((value, refinement) => {
+      const message = unitNameProblem("export", value);
+      if (message !== undefined) refinement.addIssue({ code: "custom", message });
+    })
+    .describe("NBD export name; unique on the host. Default: the resource's name."),
+  listenAddress: z
+    .string()
+    .refine((address) => isIP(address) !== 0, 'must be an IP address of the host, e.g. "10.0.0.1"')
+    .describe("The one address to listen on. Required: nothing is exported on all interfaces by default."),
+  port: z
+    .number()
+    .int("must be a whole number")
+    .min(1, "must be a port from 1 to 65535")
+    .max(65535, "must be a port from 1 to 65535")
+    .default(defaultPort)
+    .describe("TCP port."),
+  readOnly: z.boolean().default(true).describe("Whether clients may only read."),
+  clients: z
+    .array(
+      z.string().superRefine((value, refinement) => {
+        const message = clientProblem(value);
+        if (message !== undefined) refinement.addIssue({ code: "custom", message });
+      }),
+    )
+    .default([])
+    .describe(
+      "Addresses or networks that may connect; enforced by the host's kernel. Required unless `listenAddress` is loopback. " +
+        "The host itself can always connect.",
+    ),
+  server: z.enum(nbdServers).default("nbdkit").describe("Program that serves."),
+});
+
+const outputs = z.object({
+  uri: z.string().describe("NBD URI, e.g. `nbd://10.0.0.1:10809/vm1`."),
+  sizeBytes: z.number().describe("Size that a client sees, in bytes."),
+  state: z
+    .enum(["serving", "stopped", "failed", "notServing", "disabled", "edited"])
+    .describe(
+      "`serving` (proven by a handshake); `stopped`; `failed` (the server ends by itself); `notServing` (runs, but the handshake " +
+        "fails or shows another size); `disabled` (would not come back after a reboot); `edited` (its unit was changed by hand).",
+    ),
+});
+
+type Inputs = z.infer<typeof inputs>;
+type State = Inputs & z.infer<typeof outputs>;
+
+/** What a program declares, before defaults. */
+export type NbdExportDeclaration = z.input<typeof inputs>;
+/** What a program can read of it. */
+export type NbdExportOutputs = State;
+
+interface Observed {
+  readonly mark: string | undefined;
+  /** What our unit says it was made from; `undefined` if it is not ours or its record was spoiled. */
+  readonly plan: ExportPlan | undefined;
+  readonly edited: boolean;
+  /** The unit runs, but its file was deleted. */
+  readonly fileGone: boolean;
+  readonly show: UnitProperties;
+  readonly deviceSizeBytes: number | undefined;
+  readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
+}
+
+const observeScript = `${emitFunctions}
+unit=$1 conf=$2 file=/etc/systemd/system/$1
+cd /etc/systemd/system || exit 1
+if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
+if [ -e "$conf" ]; then emit_file conf "$conf"; fi
+show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
+emit show "$show"
+if [ -e "$file" ]; then
+  device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")
+  uri=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^ProbeUri=//p' "$file")
+  if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
+  case $show in *ActiveState=active*)
+    command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
+    emit_output size timeout 15 nbdinfo --size "$uri"
+    emit_output readOnly timeout 15 nbdinfo --is read-only "$uri";;
+  esac
+fi
+emit end ""
+`;
+
+async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
+  const unit = exportUnitName(wanted.exportName);
+  const command: RemoteCommand = {
+    argv: script(observeScript, unit, exportConfigPath(wanted.exportName)),
+    kind: "read",
+    deadlineSeconds: 60,
+  };
+  const result = await succeed(context, command, `the unit ${unit} could not be looked at`, (failed) =>
+    failed.exitCode === 127 ? "PROGRAM_MISSING" : undefined,
+  );
+  return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
+}
+
+function readObservation(fields: ReadonlyMap<string, string>): Observed | undefined {
+  const show = parseShow(required(fields, "show"));
+  const text = fields.get("unit");
+  const running = !["inactive", "failed"].includes(show.ActiveState ?? "");
+  if (text === undefined) {
+    // A unit whose file was deleted while it runs still serves: that is not absent.
+    return running
+      ? {
+          mark: undefined,
+          plan: undefined,
+          edited: true,
+          fileGone: true,
+          show,
+          deviceSizeBytes: undefined,
+          probe: undefined,
+        }
+      : undefined;
+  }
+  const plan = readPlan(text);
+  const config = plan === undefined ? undefined : exportConfig(plan);
+  const size = fields.get("size.rc") === "0" ? Number(fields.get("size")) : Number.NaN;
+  const deviceSize = fields.get("deviceSize");
+  return {
+    mark: unitMark(text),
+    plan,
+    edited:
+      plan === undefined ||
+      renderExportUnit(plan) !== text ||
+      (config !== undefined && config !== fields.get("conf")) ||
+      show.NeedDaemonReload === "yes" ||
+      (show.DropInPaths ?? "") !== "",
+    fileGone: false,
+    show,
+    deviceSizeBytes: deviceSize === undefined ? undefined : Number(deviceSize),
+    probe: Number.isSafeInteger(size)
+      ? { sizeBytes: size, readOnly: fields.get("readOnly.rc") === "0" }
+      : undefined,
+  };
+}
+
+function required(fields: ReadonlyMap<string, string>, name: string): string {
+  const value = fields.get(name);
+  if (value === undefined) throw new Error(`"${name}" is missing`);
+  return value;
+}
+
+const planShape = inputs
+  .pick({
+    owner: true,
+    device: true,
+    exportName: true,
+    listenAddress: true,
+    port: true,
+    readOnly: true,
+    clients: true,
+    server: true,
+  })
+  .strict();
+
+/** The record in a unit of ours. One that was spoiled by hand counts as edited, and is written anew. */
+function readPlan(unitText: string): ExportPlan | undefined {
+  const record = ownDirective(unitText, "Plan");
+  if (record === undefined) return undefined;
+  let value: unknown;
+  try {
+    value = JSON.parse(record);
+  } catch (error) {
+    if (error instanceof SyntaxError) return undefined;
+    throw error;
+  }
+  const parsed = planShape.safeParse(value);
+  return parsed.success ? parsed.data : undefined;
+}
+
+function planOf(wanted: Inputs): ExportPlan {
+  const { owner, device, exportName, listenAddress, port, readOnly, clients, server } = wanted;
+  return { owner, device, exportName, listenAddress, port, readOnly, clients, server };
+}
+
+function stateOf(seen: Observed): State["state"] {
+  const { ActiveState: active, UnitFileState: file } = seen.show;
+  if (active === "failed" || active === "activating") return "failed";
+  if (active !== "active") return "stopped";
+  if (seen.edited) return "edited";
+  if (seen.probe === undefined || seen.probe.sizeBytes !== seen.deviceSizeBytes) return "notServing";
+  if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
+  return file === "enabled" ? "serving" : "disabled";
+}
+
+const preflightScript = `${emitFunctions}
+server=$1 device=$2 address=$3 port=$4 unit=$5
+missing=
+for program in "$server" nbdinfo systemctl ss ip; do command -v "$program" >/dev/null || missing="$missing $program"; done
+emit missing "$missing"
+if [ ! -e "$device" ]; then emit device absent
+elif [ ! -b "$device" ]; then emit device other
+else emit device block
+  emit_output read timeout 20 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
+fi
+emit addresses "$(ip -o addr show to "$address")"
+emit listeners "$(ss -Hltnp "sport = :$port")"
+emit pid "$(systemctl show -p MainPID --value "$unit")"
+emit end ""
+`;
+
+/** Finds out before anything is changed what would make the export fail. */
+async function preflight(context: Context, plan: ExportPlan): Promise<void> {
+  const unit = exportUnitName(plan.exportName);
+  const command: RemoteCommand = {
+    argv: script(preflightScript, plan.server, plan.device, plan.listenAddress, String(plan.port), unit),
+    kind: "read",
+    deadlineSeconds: 60,
+  };
+  const result = await succeed(context, command, "the host could not be looked at");
+  const fields = parseOutput(context, command, result, parseFields);
+  const refuse = (
+    code:
+      | "PROGRAM_MISSING"
+      | "DEVICE_NOT_FOUND"
+      | "DEVICE_NOT_BLOCK"
+      | "DEVICE_UNREADABLE"
+      | "ADDRESS_NOT_LOCAL"
+      | "PORT_IN_USE",
+    property: string,
+    message: string,
+  ) =>
+    new LvmNbdError(code, {
+      message: `${property}: ${message}`,
+      host: context.host.name,
+      resource: context.resource,
+      property,
+    });
+
+  const missing = (fields.get("missing") ?? "")
+    .trim()
+    .split(" ")
+    .filter((program) => program !== "");
+  if (missing.length > 0) {
+    throw refuse(
+      "PROGRAM_MISSING",
+      "server",
+      `not installed on the host: ${missing.map((program) => `${program}, from package ${packageOf[program] ?? program}`).join("; ")}`,
+    );
+  }
+  if (fields.get("device") === "absent")
+    throw refuse("DEVICE_NOT_FOUND", "device", `${plan.device} does not exist on the host`);
+  if (fields.get("device") !== "block")
+    throw refuse("DEVICE_NOT_BLOCK", "device", `${plan.device} is not a block device`);
+  if (fields.get("read.rc") !== "0") {
+    throw refuse("DEVICE_UNREADABLE", "device", `${plan.device} cannot be read: ${fields.get("read") ?? ""}`);
+  }
+  if (!isAnyAddress(plan.listenAddress) && (fields.get("addresses") ?? "").trim() === "") {
+    throw refuse(
+      "ADDRESS_NOT_LOCAL",
+      "listenAddress",
+      `${plan.listenAddress} is no address of the host; \`ip address\` lists them`,
+    );
+  }
+  const others = listenersOn(parseListeners(fields.get("listeners") ?? ""), plan.listenAddress).filter(
+    (listener) => listener.pid === undefined || String(listener.pid) !== fields.get("pid"),
+  );
+  const other = others[0];
+  if (other !== undefined) {
+    throw refuse(
+      "PORT_IN_USE",
+      "port",
+      `${plan.port} on ${other.address} is taken by ${other.program ?? "another program"}${other.pid === undefined ? "" : ` (pid ${other.pid})`}: choose another port`,
+    );
+  }
+}
+
+/** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. */
+const applyScript = `${emitFunctions}
+unit=$1 conf=$2 config=$3 uri=$4 file=/etc/systemd/system/$1
+umask 022
+rm -f "$file.new" && cat >"$file.new" && sync "$file.new" || { rm -f "$file.new"; exit 1; }
+if [ -n "$config" ]; then
+  mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" && mv -f "$conf.new" "$conf" || exit 1
+fi
+mv -f "$file.new" "$file" || exit 1
+if [ -z "$config" ]; then rm -f "$conf"; fi
+rm -rf "$file.d" && systemctl daemon-reload && systemctl reset-failed "$unit" 2>/dev/null
+systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
+  journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
+end=$(( $(date +%s) + 40 ))
+while :; do
+  if answer=$(timeout 25 nbdinfo --size "$uri" 2>&1); then emit size "$answer"; emit end ""; exit 0; fi
+  state=$(systemctl show -p NRestarts -p ActiveState "$unit")
+  case $state in *NRestarts=0*ActiveState=active*|*ActiveState=active*NRestarts=0*) ;; *) break;; esac
+  [ "$(date +%s)" -lt "$end" ] || break
+  sleep 0.2
+done
+printf '%s\\n' "$answer" >&2
+journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2
+exit 70
+`;
+
+async function apply(context: Context, plan: ExportPlan): Promise<void> {
+  const command: RemoteCommand = {
+    argv: script(
+      applyScript,
+      exportUnitName(plan.exportName),
+      exportConfigPath(plan.exportName),
+      exportConfig(plan) ?? "",
+      probeUri(plan),
+    ),
+    stdin: renderExportUnit(plan),
+    kind: "change",
+    deadlineSeconds: 120,
+  };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0) return;
+  throw failure(
+    context,
+    command,
+    result,
+    result.exitCode === 70
+      ? `${plan.server} does not serve ${plan.device} on ${probeUri(plan)}`
+      : "the export's unit could not be written",
+    result.exitCode === 70 ? "EXPORT_NOT_SERVING" : "COMMAND_FAILED",
+  );
+}
+
+async function create(context: Context, wanted: Inputs): Promise<void> {
+  const plan = planOf(wanted);
+  await preflight(context, plan);
+  context.progress(`starting ${plan.server} for ${plan.device} on ${plan.listenAddress}:${plan.port}`);
+  try {
+    await apply(context, plan);
+  } catch (error) {
+    // What does not serve is not left behind: it would keep restarting on a host nobody looks at.
+    if (error instanceof LvmNbdError && ["EXPORT_NOT_SERVING", "COMMAND_FAILED"].includes(error.code)) {
+      await takeDown(context, wanted.exportName);
+    }
+    throw error;
+  }
+}
+
+async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
+  const plan = planOf(wanted);
+  const asDeclared = seen.plan !== undefined && renderExportUnit(seen.plan) === renderExportUnit(plan);
+  if (asDeclared && stateOf(seen) === "serving") return;
+  await preflight(context, plan);
+  context.progress(
+    stateOf(seen) === "serving"
+      ? `restarting the export ${plan.exportName}; connected clients are cut off and attachments reconnect`
+      : `starting the export ${plan.exportName} again (it was ${stateOf(seen)})`,
+  );
+  await apply(context, plan);
+}
+
+const takeDownScript = `
+unit=$1 conf=$2 file=/etc/systemd/system/$1
+if [ -e "$file" ]; then systemctl disable --quiet --now "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
+rm -f "$file" "$file.new" "$conf" "$conf.new" && rm -rf "$file.d" || exit 1
+rmdir /etc/lvm-nbd 2>/dev/null
+systemctl daemon-reload || exit 1
+systemctl reset-failed "$unit" 2>/dev/null
+exit 0
+`;
+
+async function takeDown(context: Context, exportName: string): Promise<void> {
+  const unit = exportUnitName(exportName);
+  await succeed(
+    context,
+    { argv: script(takeDownScript, unit, exportConfigPath(exportName)), kind: "change", deadlineSeconds: 60 },
+    `the unit ${unit} could not be removed`,
+  );
+}
+
+function uriOf(
+  plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "host">,
+  hostName: string,
+): string {
+  if (!isAnyAddress(plan.listenAddress)) return nbdUri({ ...plan, server: plan.listenAddress });
+  return nbdUri({ ...plan, server: typeof plan.host === "string" ? hostName : plan.host.address });
+}
+
+function toState(declared: Inputs | State, seen: Observed): State {
+  const seenPlan = seen.plan === undefined ? {} : withoutOwner(seen.plan);
+  const merged = { ...declared, ...seenPlan };
+  return {
+    ...merged,
+    uri: uriOf(merged, typeof merged.host === "string" ? merged.host : merged.host.address),
+    sizeBytes:
+      seen.probe?.sizeBytes ?? seen.deviceSizeBytes ?? ("sizeBytes" in declared ? declared.sizeBytes : 0),
+    state: stateOf(seen),
+  };
+}
+
+function withoutOwner({ owner: _, ...rest }: ExportPlan): Omit<Inputs, "owner" | "host" | "adopt"> {
+  return { ...rest, clients: [...rest.clients] };
+}
+
+function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
+  const changes: Change[] = [];
+  for (const property of ["device", "exportName"] as const) {
+    if (unknown.has(property) || wanted[property] !== state[property])
+      changes.push({ property, effect: "replace" });
+  }
+  for (const property of ["listenAddress", "port", "readOnly", "server", "clients", "owner"] as const) {
+    if (unknown.has(property) || JSON.stringify(wanted[property]) !== JSON.stringify(state[property])) {
+      changes.push({ property, effect: "update" });
+    }
+  }
+  if (state.state !== "serving") changes.push({ property: "state", effect: "update" });
+  return changes;
+}
+
+function validate(wanted: Partial<Inputs>): Problem[] {
+  const { listenAddress, clients } = wanted;
+  if (listenAddress === undefined || clients === undefined) return [];
+  if (clients.length > 0 || isLoopback(listenAddress)) return [];
+  return [
+    {
+      property: "clients",
+      reason: isAnyAddress(listenAddress)
+        ? `an export on all interfaces (${listenAddress}) would let everybody read the disk: name the addresses that may connect, e.g. ["10.0.0.2"], and better listen on one address`
+        : `an export on ${listenAddress} needs the addresses or networks that may connect, e.g. ["10.0.0.2"]`,
+    },
+  ];
+}
+
+/** The resource as the reconciler sees it. */
+export const nbdExport: ResourceType<Inputs, State, Observed> = {
+  type: "NbdExport",
+  inputs,
+  outputs,
+  nameInput: "exportName",
+  validate,
+  id: (wanted, hostName) => `${hostName}/${wanted.exportName}`,
+  observe,
+  isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,
+  toState,
+  diff,
+  collides: (state, wanted) => state.exportName === wanted.exportName,
+  create,
+  converge,
+  remove: (context, state) => {
+    context.progress(`stopping the export ${state.exportName}`);
+    return takeDown(context, state.exportName);
+  },
+  drift(state, seen) {
+    const now = toState(state, seen);
+    const lines: string[] = [];
+    for (const property of ["device", "listenAddress", "port", "readOnly", "server", "clients"] as const) {
+      const [before, after] = [JSON.stringify(state[property]), JSON.stringify(now[property])];
+      if (before !== after) lines.push(`${property} is ${after}, declared is ${before}`);
+    }
+    if (now.state !== "serving") lines.push(`is ${now.state}; \`pulumi up\` will start it as declared`);
+    return lines;
+  },
+};
