@@ -1,0 +1,66 @@
+import { access, constants, readFile } from "node:fs/promises";
+import { delimiter, join } from "node:path";
+import { programSearchPath, runChild } from "./child.mts";
+
+/** Programs the lab needs on this machine and the Debian package each comes in. */
+const PROGRAMS: Readonly<Record<string, string>> = {
+  "qemu-system-x86_64": "qemu-system-x86",
+  "qemu-img": "qemu-utils",
+  mmdebstrap: "mmdebstrap",
+  cpio: "cpio",
+  mke2fs: "e2fsprogs",
+  flock: "util-linux",
+  setpriv: "util-linux",
+  ssh: "openssh-client",
+  "ssh-keygen": "openssh-client",
+  busybox: "busybox-static",
+};
+
+/** The full path of a program on PATH or in the system directories, which an ordinary user's PATH may lack. */
+export async function findProgram(name: string): Promise<string | undefined> {
+  for (const directory of programSearchPath().split(delimiter)) {
+    const path = join(directory || ".", name);
+    try {
+      await access(path, constants.X_OK);
+      return path;
+    } catch {
+      // Not in this directory.
+    }
+  }
+  return undefined;
+}
+
+/**
+ * Makes sure that everything the lab runs on this machine is installed. As root it installs what is missing
+ * with apt; otherwise it fails and names all of it in one line.
+ */
+export async function ensureMachinePackages(log: (line: string) => void): Promise<void> {
+  const root = process.getuid?.() === 0;
+  const programs = root ? PROGRAMS : { ...PROGRAMS, fakeroot: "fakeroot", newuidmap: "uidmap" };
+  const missing = new Set<string>();
+  for (const [program, debianPackage] of Object.entries(programs)) {
+    if ((await findProgram(program)) === undefined) missing.add(debianPackage);
+  }
+  if (missing.size === 0) return;
+  const names = [...missing].join(" ");
+  if (!root || (await findProgram("apt-get")) === undefined) {
+    throw new Error(`lab: these packages are missing: ${names} (install them: apt-get install ${names})`);
+  }
+  log(`lab: installing ${names} ...`);
+  const env = { ...process.env, DEBIAN_FRONTEND: "noninteractive", PATH: programSearchPath() };
+  await runChild(["apt-get", "update", "-qq"], { env, timeoutSeconds: 300 });
+  await runChild(["apt-get", "install", "-qq", "-y", "--no-install-recommends", ...missing], {
+    env,
+    timeoutSeconds: 900,
+  });
+}
+
+/** The Debian release of this machine ("bookworm") and its distributor ("debian"), from os-release(5). */
+export async function machineRelease(): Promise<{ codename: string; distributor: string }> {
+  const text = await readFile("/etc/os-release", "utf8");
+  const field = (name: string): string | undefined =>
+    new RegExp(`^${name}="?([^"\n]*)"?$`, "m").exec(text)?.[1];
+  const codename = field("VERSION_CODENAME");
+  if (codename === undefined) throw new Error("lab: /etc/os-release names no VERSION_CODENAME");
+  return { codename, distributor: field("ID") ?? "debian" };
+}
