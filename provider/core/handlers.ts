@@ -101,7 +101,9 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
 
   return {
     async check(old, wanted, unknown) {
-      const shape = Object.fromEntries(Object.entries(type.inputs.shape).filter(([key]) => !unknown.has(key)));
+      const shape = Object.fromEntries(
+        Object.entries(type.inputs.shape).filter(([key]) => !unknown.has(key)),
+      );
       const parsed = z.strictObject(shape).safeParse(wanted);
       if (!parsed.success) return { inputs: wanted, problems: issues(parsed.error) };
       const inputs = defined(parsed.data);

@@ -53,6 +53,8 @@ export interface ResourceType<
 > {
   /** Name of the type, e.g. `LvSnapshot`. */
   readonly type: string;
+  /** One sentence on what it is. */
+  readonly description: string;
   /** Declared properties: types, defaults, checks of one property and documentation. */
   readonly inputs: z.ZodObject;
   /** What is added to them in the state. */

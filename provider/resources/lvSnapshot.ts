@@ -537,6 +537,7 @@ function shrinking(old: Partial<Inputs>, wanted: Partial<Inputs>): string | unde
 /** The resource as the reconciler sees it. */
 export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   type: "LvSnapshot",
+  description: "A moment of a logical volume: a COW snapshot (with `size`) or a thin one (without).",
   inputs,
   outputs,
   nameInput: "name",

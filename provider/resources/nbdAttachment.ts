@@ -529,6 +529,7 @@ function validate(
 /** The resource as the reconciler sees it. */
 export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   type: "NbdAttachment",
+  description: "An export as a block device of another host, kept there by a systemd unit.",
   inputs,
   outputs,
   nameInput: "name",

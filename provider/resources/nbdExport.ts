@@ -458,6 +458,7 @@ function validate(wanted: Partial<Inputs>): Problem[] {
 /** The resource as the reconciler sees it. */
 export const nbdExport: ResourceType<Inputs, State, Observed> = {
   type: "NbdExport",
+  description: "A block device offered over NBD to named clients, by a hardened systemd unit of its own.",
   inputs,
   outputs,
   nameInput: "exportName",

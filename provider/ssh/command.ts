@@ -1,0 +1,69 @@
+/** A command as it goes over the wire, and as it is shown. */
+import { quoteAll } from "./quoting.js";
+import type { RemoteCommand } from "./types.js";
+
+export const defaultGraceSeconds = 5;
+
+/**
+ * Prints its process id first, so that an abort can end it with all its children, then becomes `timeout`,
+ * which leads a process group of that id and ends it when the deadline passes, whatever happens to the link.
+ */
+const wrapper = `echo "$1 $$" >&2; shift; exec timeout "$@"`;
+
+const environment = [
+  "LC_ALL=C",
+  "LVM_SUPPRESS_FD_WARNINGS=1",
+  "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+];
+
+/** The one line that the host's login shell gets. `marker` begins the first line of stderr, see `takePid`. */
+export function wireCommand(command: RemoteCommand, sudo: boolean, marker: string): string {
+  const grace = command.graceSeconds ?? defaultGraceSeconds;
+  return quoteAll([
+    ...(sudo ? ["sudo", "-n", "--"] : []),
+    "env",
+    ...environment,
+    "sh",
+    "-c",
+    wrapper,
+    "sh",
+    marker,
+    "-k",
+    String(grace),
+    String(command.deadlineSeconds),
+    ...command.argv,
+  ]);
+}
+
+/** Ends a process group on the host: TERM, and KILL for what is still there after the grace. */
+export function killCommand(pid: number, graceSeconds: number, sudo: boolean): string {
+  const script =
+    'kill -TERM -- "-$1" 2>/dev/null; i=0; while kill -0 -- "-$1" 2>/dev/null; do ' +
+    'i=$((i+1)); [ "$i" -le "$2" ] || { kill -KILL -- "-$1"; break; }; sleep 0.2; done';
+  return quoteAll([
+    ...(sudo ? ["sudo", "-n", "--"] : []),
+    "sh",
+    "-c",
+    script,
+    "sh",
+    String(pid),
+    String(graceSeconds * 5),
+  ]);
+}
+
+/** Takes the marked line out of stderr. Without it the command was never started (sudo refused, no shell). */
+export function takePid(stderr: string, marker: string): { pid: number | undefined; stderr: string } {
+  const match = new RegExp(`^${marker} (\\d+)\\n`, "m").exec(stderr);
+  if (match === null) return { pid: undefined, stderr };
+  return { pid: Number(match[1]), stderr: stderr.replace(match[0], "") };
+}
+
+/** The command as one could paste it. Scripts are shortened; stdin, which may hold secrets, is never shown. */
+export function displayCommand(command: Pick<RemoteCommand, "argv">): string {
+  return quoteAll(
+    command.argv.map((argument) => {
+      const lines = argument.trim().split("\n");
+      return lines.length > 2 || argument.length > 300 ? `${(lines[0] ?? "").slice(0, 60)}...` : argument;
+    }),
+  );
+}

@@ -1,0 +1,350 @@
+/**
+ * A declared host, resolved: what to connect to, with which keys, and what its host key is held against. An
+ * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there.
+ */
+import { execFile } from "node:child_process";
+import { lookup } from "node:dns/promises";
+import { readFile } from "node:fs/promises";
+import { isIP } from "node:net";
+import { homedir } from "node:os";
+import { join } from "node:path";
+import { promisify } from "node:util";
+import { utils } from "ssh2";
+import { LvmNbdError } from "../core/errors.js";
+import { pinProblem, type Trust } from "./hostKeys.js";
+import type { HostArgs, HostConnection } from "./types.js";
+
+const run = promisify(execFile);
+
+/** A private key with the name it is shown by. */
+export interface IdentityKey {
+  readonly label: string;
+  readonly privateKey: string;
+  readonly passphrase: string | undefined;
+}
+
+/** All that is needed to connect. */
+export interface ResolvedHost {
+  /** As the user names it. */
+  readonly name: string;
+  readonly address: string;
+  readonly port: number;
+  readonly user: string;
+  readonly keys: readonly IdentityKey[];
+  readonly agent: string | undefined;
+  readonly password: string | undefined;
+  readonly trust: Trust;
+  /** Names under which known_hosts may have the host. */
+  readonly hostKeyNames: readonly string[];
+  readonly sudo: boolean;
+  /** To be connected first, in order. */
+  readonly jumps: readonly ResolvedHost[];
+}
+
+/** The alias, or `address[:port]`. */
+export function hostName(args: HostArgs): string {
+  if (typeof args === "string") return args;
+  const port = args.port ?? 22;
+  return port === 22
+    ? args.address
+    : `${isIP(args.address) === 6 ? `[${args.address}]` : args.address}:${port}`;
+}
+
+/** `address:port`, to see whether two declarations mean the same machine. Raises HOST_UNKNOWN. */
+export async function hostAddress(args: HostArgs): Promise<string> {
+  if (typeof args !== "string") return `${args.address.toLowerCase()}:${args.port ?? 22}`;
+  const config = await sshConfig(args);
+  return `${(config.hostname ?? args).toLowerCase()}:${config.port ?? "22"}`;
+}
+
+/**
+ * Checks what can be checked without connecting: an unknown alias, an unreadable key, a malformed pin.
+ * Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT.
+ */
+export async function validateHostArgs(args: HostArgs): Promise<void> {
+  const resolved = await resolveHost(args);
+  const first = resolved.jumps[0] ?? resolved;
+  if (isIP(first.address) !== 0) return;
+  try {
+    await lookup(first.address);
+  } catch (error) {
+    // Only a definite "no such name" is the user's mistake; a name server that does not answer is not.
+    if (!(error instanceof Error && "code" in error && error.code === "ENOTFOUND")) return;
+    throw new LvmNbdError("HOST_UNKNOWN", {
+      host: resolved.name,
+      property: "host",
+      message:
+        typeof args === "string" && first.address === args
+          ? `"${args}" is neither an alias in the SSH configuration nor a name that resolves`
+          : `the name ${first.address} does not resolve`,
+    });
+  }
+}
+
+/** Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
+export async function resolveHost(args: HostArgs): Promise<ResolvedHost> {
+  return typeof args === "string" ? resolveAlias(args, 0) : resolveConnection(args, 0);
+}
+
+async function resolveConnection(args: HostConnection, depth: number): Promise<ResolvedHost> {
+  const name = hostName(args);
+  const port = args.port ?? 22;
+  const user = args.user ?? "root";
+  const keys: IdentityKey[] = [];
+  if (args.privateKey !== undefined)
+    keys.push(parsedKey("privateKey", args.privateKey, args.passphrase, name));
+  if (args.privateKeyPath !== undefined) {
+    keys.push(await readKey(expandHome(args.privateKeyPath), args.passphrase, name, "privateKeyPath"));
+  }
+  const pins = listOf(args.hostKey);
+  for (const pin of pins) {
+    const problem = pinProblem(pin);
+    if (problem !== undefined) throw invalid("host.hostKey", problem, name);
+  }
+  const files = listOf(args.knownHostsPath).map(expandHome);
+  const alone = keys.length === 0 && args.password === undefined;
+  const agent = args.agent === undefined ? alone : args.agent;
+  const jumps: ResolvedHost[] = [];
+  const proxyJump = args.proxyJump;
+  const declared = proxyJump === undefined ? [] : Array.isArray(proxyJump) ? proxyJump : [proxyJump];
+  for (const jump of declared as readonly HostArgs[]) jumps.push(...(await resolveJump(jump, depth)));
+  return {
+    name,
+    address: args.address,
+    port,
+    user,
+    keys,
+    agent: typeof agent === "string" ? expandHome(agent) : agent ? process.env.SSH_AUTH_SOCK : undefined,
+    password: args.password,
+    trust:
+      pins.length > 0
+        ? { pins }
+        : { knownHosts: await readTexts(files.length > 0 ? files : defaultKnownHosts()) },
+    hostKeyNames: [port === 22 ? args.address : `[${args.address}]:${port}`],
+    sudo: args.sudo ?? user !== "root",
+    jumps,
+  };
+}
+
+async function resolveAlias(alias: string, depth: number): Promise<ResolvedHost> {
+  const config = await sshConfig(alias);
+  const command = config.proxycommand;
+  if (command !== undefined && command !== "none") {
+    throw invalid(
+      "host",
+      `the alias "${alias}" uses ProxyCommand, which is not supported: use ProxyJump`,
+      alias,
+    );
+  }
+  const address = config.hostname ?? alias;
+  const port = Number(config.port ?? "22");
+  const user = config.user ?? "root";
+  const keys: IdentityKey[] = [];
+  for (const file of config.identityfile) {
+    const key = await readKeyIfThere(expandHome(file), alias);
+    if (key !== undefined) keys.push(key);
+  }
+  const jumps: ResolvedHost[] = [];
+  if (config.proxyjump !== undefined && config.proxyjump !== "none") {
+    for (const jump of config.proxyjump.split(",")) jumps.push(...(await resolveJump(jump.trim(), depth)));
+  }
+  const base = config.hostkeyalias ?? address;
+  const agent =
+    config.identityagent === undefined || config.identityagent === "SSH_AUTH_SOCK"
+      ? process.env.SSH_AUTH_SOCK
+      : config.identityagent;
+  return {
+    name: alias,
+    address,
+    port,
+    user,
+    keys,
+    agent: agent === "none" || agent === undefined ? undefined : expandHome(agent),
+    password: undefined,
+    trust: {
+      knownHosts: await readTexts(
+        [...config.userknownhostsfile, ...config.globalknownhostsfile].map(expandHome),
+      ),
+    },
+    hostKeyNames: [config.hostkeyalias === undefined && port !== 22 ? `[${base}]:${port}` : base],
+    sudo: user !== "root",
+    jumps,
+  };
+}
+
+/** A jump may be an alias, `[user@]host[:port]` or `ssh://...`; its own jumps come first. */
+async function resolveJump(jump: HostArgs, depth: number): Promise<readonly ResolvedHost[]> {
+  if (depth > 8) throw invalid("host", "ProxyJump goes in a circle", hostName(jump));
+  let resolved: ResolvedHost;
+  if (typeof jump !== "string") resolved = await resolveConnection(jump, depth + 1);
+  else {
+    const match = /^(?:ssh:\/\/)?(?:([^@]+)@)?(\[[^\]]+\]|[^:]+)(?::(\d+))?\/?$/.exec(jump);
+    if (match?.[2] === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
+    const alias = await resolveAlias(match[2].replace(/^\[(.*)\]$/, "$1"), depth + 1);
+    const port = match[3] === undefined ? alias.port : Number(match[3]);
+    resolved = {
+      ...alias,
+      user: match[1] ?? alias.user,
+      port,
+      hostKeyNames:
+        match[3] === undefined
+          ? alias.hostKeyNames
+          : [port === 22 ? alias.address : `[${alias.address}]:${port}`],
+    };
+  }
+  return [...resolved.jumps, { ...resolved, jumps: [] }];
+}
+
+interface SshConfig {
+  readonly hostname?: string;
+  readonly port?: string;
+  readonly user?: string;
+  readonly hostkeyalias?: string;
+  readonly proxyjump?: string;
+  readonly proxycommand?: string;
+  readonly identityagent?: string;
+  readonly identityfile: readonly string[];
+  readonly userknownhostsfile: readonly string[];
+  readonly globalknownhostsfile: readonly string[];
+}
+
+const configs = new Map<string, Promise<SshConfig>>();
+
+/** What OpenSSH makes of an alias. Asked once per process. */
+function sshConfig(alias: string): Promise<SshConfig> {
+  if (!/^[A-Za-z0-9_.:%@+][A-Za-z0-9_.:%@+-]*$/.test(alias)) {
+    throw invalid("host", `"${alias}" is not a host alias: letters, digits and _ . : - are right`, alias);
+  }
+  const file = process.env.LVM_NBD_SSH_CONFIG;
+  const key = `${file ?? ""}\0${alias}`;
+  let config = configs.get(key);
+  if (config === undefined) {
+    config = askOpenSsh(alias, file);
+    configs.set(key, config);
+  }
+  return config;
+}
+
+async function askOpenSsh(alias: string, file: string | undefined): Promise<SshConfig> {
+  let stdout: string;
+  try {
+    ({ stdout } = await run("ssh", [...(file === undefined ? [] : ["-F", file]), "-G", "--", alias], {
+      timeout: 20_000,
+    }));
+  } catch (error) {
+    const missing = error instanceof Error && "code" in error && error.code === "ENOENT";
+    throw invalid(
+      "host",
+      missing
+        ? `the alias "${alias}" is resolved by OpenSSH's \`ssh\`, which is not installed here: install it, or give the host as an object`
+        : `OpenSSH cannot resolve the alias "${alias}": ${error instanceof Error ? error.message.split("\n").slice(0, 3).join(" ") : String(error)}`,
+      alias,
+    );
+  }
+  const lines = stdout.split("\n").map((line) => line.trim());
+  const first = (key: string) => {
+    const line = lines.find((candidate) => candidate.startsWith(`${key} `));
+    return line === undefined ? {} : { [key]: line.slice(key.length + 1) };
+  };
+  const words = (key: string) =>
+    lines
+      .filter((line) => line.startsWith(`${key} `))
+      .flatMap((line) => line.slice(key.length + 1).split(/\s+/));
+  return {
+    ...first("hostname"),
+    ...first("port"),
+    ...first("user"),
+    ...first("hostkeyalias"),
+    ...first("proxyjump"),
+    ...first("proxycommand"),
+    ...first("identityagent"),
+    identityfile: lines.filter((line) => line.startsWith("identityfile ")).map((line) => line.slice(13)),
+    userknownhostsfile: words("userknownhostsfile"),
+    globalknownhostsfile: words("globalknownhostsfile"),
+  };
+}
+
+async function readKey(
+  path: string,
+  passphrase: string | undefined,
+  host: string,
+  property: string,
+): Promise<IdentityKey> {
+  let text: string;
+  try {
+    text = await readFile(path, "utf8");
+  } catch (error) {
+    throw new LvmNbdError("KEY_UNREADABLE", {
+      host,
+      property: `host.${property}`,
+      message: `the private key ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, open .*/, "") : String(error)}`,
+    });
+  }
+  return { ...parsedKey(property, text, passphrase, host, path), label: path };
+}
+
+/** OpenSSH's default keys need not exist, and one that is encrypted is left to the agent. */
+async function readKeyIfThere(path: string, host: string): Promise<IdentityKey | undefined> {
+  try {
+    return await readKey(path, undefined, host, "privateKeyPath");
+  } catch (error) {
+    if (error instanceof LvmNbdError && error.code === "KEY_UNREADABLE") return undefined;
+    throw error;
+  }
+}
+
+function parsedKey(
+  property: string,
+  privateKey: string,
+  passphrase: string | undefined,
+  host: string,
+  path?: string,
+): IdentityKey {
+  const what = path === undefined ? "the private key" : `the private key ${path}`;
+  const fail = (message: string) =>
+    new LvmNbdError("KEY_UNREADABLE", { host, property: `host.${property}`, message });
+  const parsed = utils.parseKey(privateKey, passphrase);
+  if (parsed instanceof Error) {
+    const encrypted = /passphrase|encrypted/i.test(parsed.message);
+    throw fail(
+      encrypted && passphrase === undefined
+        ? `${what} is encrypted: give its \`passphrase\`, or use the agent`
+        : encrypted
+          ? `${what} cannot be decrypted with the given passphrase`
+          : `${what} is not a private key (${parsed.message})`,
+    );
+  }
+  const key = Array.isArray(parsed) ? parsed[0] : parsed;
+  if (key === undefined || !key.isPrivateKey()) throw fail(`${what} is a public key: give the private one`);
+  return { label: what, privateKey, passphrase };
+}
+
+function invalid(property: string, message: string, host: string): LvmNbdError {
+  return new LvmNbdError("INVALID_INPUT", { property, message: `${property}: ${message}`, host });
+}
+
+function listOf(value: string | readonly string[] | undefined): readonly string[] {
+  return value === undefined ? [] : typeof value === "string" ? [value] : value;
+}
+
+function expandHome(path: string): string {
+  return path === "~" || path.startsWith("~/") ? join(homedir(), path.slice(1)) : path;
+}
+
+function defaultKnownHosts(): string[] {
+  return [join(homedir(), ".ssh", "known_hosts"), "/etc/ssh/ssh_known_hosts"];
+}
+
+/** Files that do not exist know no host; one that cannot be read is an error, lest a known key seem unknown. */
+async function readTexts(paths: readonly string[]): Promise<string[]> {
+  const texts: string[] = [];
+  for (const path of paths) {
+    try {
+      texts.push(await readFile(path, "utf8"));
+    } catch (error) {
+      const code = error instanceof Error && "code" in error ? error.code : undefined;
+      if (code !== "ENOENT" && code !== "ENOTDIR") throw error;
+    }
+  }
+  return texts;
+}

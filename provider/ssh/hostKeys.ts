@@ -1,0 +1,147 @@
+/**
+ * Host keys: pins and known_hosts. Always verified; there is no switch. Source: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT.
+ */
+import { createHash, createHmac, timingSafeEqual } from "node:crypto";
+import { LvmNbdError } from "../core/errors.js";
+
+/** A line of known_hosts that can say something about a plain host key. */
+interface KnownKey {
+  readonly marker: string | undefined;
+  readonly patterns: string;
+  readonly type: string;
+  readonly key: Buffer;
+}
+
+export type Verdict =
+  | { readonly verdict: "ok" }
+  | { readonly verdict: "unknown" }
+  | { readonly verdict: "mismatch"; readonly expected: readonly string[] }
+  | { readonly verdict: "revoked" };
+
+/** What is trusted for a host: pins, or the texts of known_hosts files. */
+export type Trust = { readonly pins: readonly string[] } | { readonly knownHosts: readonly string[] };
+
+/** `SHA256:...` of a public key blob, as ssh-keygen -l prints it. */
+export function fingerprint(key: Buffer): string {
+  return `SHA256:${createHash("sha256").update(key).digest("base64").replace(/=+$/, "")}`;
+}
+
+/** The key's type, from the blob itself. */
+export function keyType(key: Buffer): string {
+  const length = key.length >= 4 ? key.readUInt32BE(0) : 0;
+  return key.subarray(4, 4 + length).toString("latin1");
+}
+
+/** Why this is no pin; `undefined` when it is one. */
+export function pinProblem(pin: string): string | undefined {
+  const right =
+    "write `ssh-ed25519 AAAA...` (a line of `ssh-keyscan` that you have compared) or `SHA256:...`";
+  if (/^SHA256:[A-Za-z0-9+/]{43}=?$/.test(pin)) return undefined;
+  const [type, blob] = pin.trim().split(/\s+/);
+  if (type === undefined || blob === undefined) return `"${pin.slice(0, 60)}" is not a host key: ${right}`;
+  return keyType(Buffer.from(blob, "base64")) === type
+    ? undefined
+    : `"${pin.slice(0, 60)}" is not a host key: ${right}`;
+}
+
+/** Judges a host's key. `names` are the host's name or address, with `[...]:port` where the port is not 22. */
+export function judge(key: Buffer, names: readonly string[], trust: Trust): Verdict {
+  if ("pins" in trust) {
+    return trust.pins.some((pin) => matchesPin(key, pin))
+      ? { verdict: "ok" }
+      : { verdict: "mismatch", expected: trust.pins };
+  }
+  const known = trust.knownHosts
+    .flatMap(parseKnownHosts)
+    .filter((line) => names.some((name) => matchesHost(line.patterns, name)));
+  if (known.some((line) => line.marker === "@revoked" && line.key.equals(key))) return { verdict: "revoked" };
+  // A @cert-authority line vouches for host certificates, which ssh2 does not speak: it says nothing of a key.
+  const plain = known.filter((line) => line.marker === undefined);
+  if (plain.some((line) => line.key.equals(key))) return { verdict: "ok" };
+  if (plain.length === 0) return { verdict: "unknown" };
+  return { verdict: "mismatch", expected: plain.map((line) => `${line.type} ${fingerprint(line.key)}`) };
+}
+
+/** Types of the keys that are known for a host: those are asked for first, so that a known host shows the known key. */
+export function knownTypes(names: readonly string[], trust: Trust): string[] {
+  const types =
+    "pins" in trust
+      ? trust.pins.flatMap((pin) => (pin.startsWith("SHA256:") ? [] : [pin.trim().split(/\s+/)[0] ?? ""]))
+      : trust.knownHosts
+          .flatMap(parseKnownHosts)
+          .filter(
+            (line) => line.marker === undefined && names.some((name) => matchesHost(line.patterns, name)),
+          )
+          .map((line) => line.type);
+  return [...new Set(types)];
+}
+
+/** The error for a key that was not accepted; it says how to go on. */
+export function hostKeyError(host: string, name: string, key: Buffer, verdict: Verdict): LvmNbdError {
+  const type = keyType(key);
+  const shown = `${type} ${fingerprint(key)}`;
+  if (verdict.verdict === "unknown") {
+    return new LvmNbdError("HOST_KEY_UNKNOWN", {
+      host,
+      message: `its host key ${shown} is not known`,
+      advice:
+        `Compare it with \`ssh-keygen -lf /etc/ssh/ssh_host_${type.replace(/^ssh-|-.*$/g, "")}_key.pub\` run on the host itself. ` +
+        `If it is the same, pin it with hostKey: "${type} ${key.toString("base64")}" or add to known_hosts: ${name} ${type} ${key.toString("base64")}`,
+    });
+  }
+  const expected =
+    verdict.verdict === "mismatch"
+      ? `; expected is ${verdict.expected.map((one) => one.slice(0, 120)).join(" or ")}`
+      : "";
+  return new LvmNbdError("HOST_KEY_MISMATCH", {
+    host,
+    message:
+      verdict.verdict === "revoked"
+        ? `its host key ${shown} is revoked in known_hosts`
+        : `it shows the host key ${shown}${expected}`,
+  });
+}
+
+function matchesPin(key: Buffer, pin: string): boolean {
+  if (pin.startsWith("SHA256:")) return fingerprint(key) === pin.replace(/=+$/, "");
+  return Buffer.from(pin.trim().split(/\s+/)[1] ?? "", "base64").equals(key);
+}
+
+function parseKnownHosts(text: string): KnownKey[] {
+  return text.split("\n").flatMap((line) => {
+    const words = line.trim().split(/\s+/);
+    if (words[0] === undefined || words[0] === "" || words[0].startsWith("#")) return [];
+    const marker = words[0].startsWith("@") ? words.shift() : undefined;
+    const [patterns, type, blob] = words;
+    if (patterns === undefined || type === undefined || blob === undefined) return [];
+    const key = Buffer.from(blob, "base64");
+    return keyType(key) === type ? [{ marker, patterns, type, key }] : [];
+  });
+}
+
+function matchesHost(patterns: string, name: string): boolean {
+  if (patterns.startsWith("|1|")) {
+    const [, , salt, hash] = patterns.split("|");
+    const computed = createHmac("sha1", Buffer.from(salt ?? "", "base64"))
+      .update(name)
+      .digest();
+    const expected = Buffer.from(hash ?? "", "base64");
+    return expected.length === computed.length && timingSafeEqual(expected, computed);
+  }
+  let matched = false;
+  for (const pattern of patterns.split(",")) {
+    const negated = pattern.startsWith("!");
+    if (!wildcard(negated ? pattern.slice(1) : pattern).test(name)) continue;
+    if (negated) return false;
+    matched = true;
+  }
+  return matched;
+}
+
+function wildcard(pattern: string): RegExp {
+  const text = pattern
+    .replace(/[.+^${}()|[\]\\]/g, "\\$&")
+    .replaceAll("*", ".*")
+    .replaceAll("?", ".");
+  return new RegExp(`^${text}$`, "i");
+}

@@ -1,0 +1,135 @@
+/**
+ * The hosts of a run: one connection each, opened at first use, opened again when it was lost. Reads are run
+ * again after a lost link; a change never is, once it may have reached the host.
+ */
+import { createHash } from "node:crypto";
+import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { displayCommand } from "./command.js";
+import { hostName, type ResolvedHost, resolveHost } from "./config.js";
+import { Connection, DialFailed, LinkLost } from "./connection.js";
+import type { CommandResult, Host, HostArgs, RemoteCommand } from "./types.js";
+
+/** What the pool needs of a connection. */
+export type OpenConnection = Pick<Connection, "run" | "end" | "lost">;
+
+export interface HostPool {
+  /** The host, not yet connected. Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
+  get(args: HostArgs): Promise<Host>;
+  /** Ends all connections. */
+  close(): void;
+}
+
+export interface PoolOptions {
+  readonly connect?: (host: ResolvedHost) => Promise<OpenConnection>;
+  /** Milliseconds to wait before each further attempt. */
+  readonly backoff?: readonly number[];
+}
+
+export function createHostPool(options: PoolOptions = {}): HostPool {
+  const connect = options.connect ?? Connection.open;
+  const backoff = options.backoff ?? [500, 2000, 5000];
+  const hosts = new Map<string, PooledHost>();
+  return {
+    async get(args) {
+      const key = createHash("sha256").update(JSON.stringify(args)).digest("hex");
+      let host = hosts.get(key);
+      if (host === undefined) {
+        const resolved = await resolveHost(args);
+        host = hosts.get(key) ?? new PooledHost(hostName(args), resolved, connect, backoff);
+        hosts.set(key, host);
+      }
+      return host;
+    },
+    close() {
+      for (const host of hosts.values()) host.close();
+      hosts.clear();
+    },
+  };
+}
+
+class PooledHost implements Host {
+  private connection: Promise<OpenConnection> | undefined;
+
+  constructor(
+    readonly name: string,
+    private readonly resolved: ResolvedHost,
+    private readonly connect: (host: ResolvedHost) => Promise<OpenConnection>,
+    private readonly backoff: readonly number[],
+  ) {}
+
+  async run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
+    for (let attempt = 0; ; attempt++) {
+      try {
+        const connection = await this.connected(signal);
+        return await connection.run(command, signal);
+      } catch (error) {
+        const repeatable =
+          (error instanceof DialFailed && error.mayPass) ||
+          (error instanceof LinkLost && (!error.sent || command.kind === "read"));
+        const pause = this.backoff[attempt];
+        if (!repeatable || pause === undefined || signal?.aborted) throw this.named(error, command);
+        await sleep(pause * (0.5 + Math.random()), signal);
+      }
+    }
+  }
+
+  close(): void {
+    const { connection } = this;
+    this.connection = undefined;
+    connection?.then(
+      (open) => open.end(),
+      // A dial that failed left nothing to end; whoever asked for it has its error.
+      () => undefined,
+    );
+  }
+
+  /** The open connection; all who ask while it is being dialled share the dial. A failed one is not kept. */
+  private async connected(signal: AbortSignal | undefined): Promise<OpenConnection> {
+    if (signal?.aborted)
+      throw new LvmNbdError("CANCELLED", { host: this.name, message: "cancelled before it began" });
+    for (;;) {
+      this.connection ??= this.dial();
+      const current = this.connection;
+      const open = await current;
+      if (!open.lost) return open;
+      if (this.connection === current) this.connection = undefined;
+    }
+  }
+
+  private dial(): Promise<OpenConnection> {
+    const dialled = this.connect(this.resolved);
+    dialled.catch(() => {
+      if (this.connection === dialled) this.connection = undefined;
+    });
+    return dialled;
+  }
+
+  private named(error: unknown, command: RemoteCommand): unknown {
+    if (error instanceof DialFailed) {
+      return new LvmNbdError("HOST_UNREACHABLE", {
+        host: this.name,
+        message: `it cannot be reached: ${error.message}`,
+      });
+    }
+    if (error instanceof LinkLost) {
+      return new LvmNbdError(error.sent && command.kind === "change" ? "LINK_LOST" : "HOST_UNREACHABLE", {
+        host: this.name,
+        message: `the link was lost: ${error.message}`,
+        command: displayCommand(command),
+      });
+    }
+    return isLvmNbdError(error) ? error.with({ host: this.name }) : error;
+  }
+}
+
+function sleep(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {
+  return new Promise((resolve) => {
+    const done = () => {
+      clearTimeout(timer);
+      signal?.removeEventListener("abort", done);
+      resolve();
+    };
+    const timer = setTimeout(done, milliseconds);
+    signal?.addEventListener("abort", done);
+  });
+}

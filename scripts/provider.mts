@@ -1,0 +1,9 @@
+/** The built provider, for the scripts that make documentation and schema from it. */
+import { createRequire } from "node:module";
+
+const require = createRequire(import.meta.url);
+
+export const { resourceTypes } =
+  require("../dist/core/registry.js") as typeof import("../provider/core/registry.ts");
+export const { errorCodes } =
+  require("../dist/core/errors.js") as typeof import("../provider/core/errors.ts");

@@ -1,0 +1,96 @@
+import fc from "fast-check";
+import { describe, expect, it } from "vitest";
+import {
+  attachCommand,
+  nbdServerConfig,
+  nbdUri,
+  parseNbdUri,
+  serverCommand,
+} from "../../provider/linux/nbd.js";
+
+describe("NBD URIs", () => {
+  it("reads what it writes", () => {
+    fc.assert(
+      fc.property(
+        fc.constantFrom("10.0.0.1", "server1", "fe80::1", "::1"),
+        fc.integer({ min: 1, max: 65535 }),
+        fc.string({ minLength: 1, unit: "grapheme" }),
+        (server, port, exportName) => {
+          expect(parseNbdUri(nbdUri({ server, port, exportName }))).toEqual({ server, port, exportName });
+        },
+      ),
+    );
+  });
+
+  it("knows the default port", () => {
+    expect(parseNbdUri("nbd://server1/vm1").port).toBe(10809);
+  });
+
+  it.each([
+    "",
+    "vm1",
+    "http://a/b",
+    "nbd:///x",
+    "nbd://a",
+    "nbd://a/",
+    "nbd://u@a/b",
+    "nbd://a/b?c=d",
+    "nbds://a/b",
+  ])("refuses %j and says what would be right", (uri) => {
+    expect(() => parseNbdUri(uri)).toThrow(/write nbd:\/\/SERVER/);
+  });
+});
+
+describe("servers", () => {
+  const serve = {
+    device: "/dev/VgVm/s",
+    exportName: "vm1",
+    listenAddress: "10.0.0.1",
+    port: 1234,
+    readOnly: true,
+  };
+
+  it("lets nbdkit serve just the named export, read-only", () => {
+    const argv = serverCommand("nbdkit", serve, "");
+    expect(argv).toEqual(
+      expect.arrayContaining(["-r", "-i", "10.0.0.1", "exportname-strict=true", "exportname=vm1"]),
+    );
+  });
+
+  it("lets qemu-nbd serve more than one client", () => {
+    expect(serverCommand("qemu-nbd", serve, "").join(" ")).toContain("-e 0");
+  });
+
+  it("writes booleans as nbd-server reads them, and takes a % in a path literally", () => {
+    const config = nbdServerConfig(serve);
+    expect(config).toContain("readonly=true\n");
+    expect(config).toContain("virtstyle=none\n");
+    expect(serverCommand("nbd-server", serve, "/etc/x.conf")).toEqual([
+      "nbd-server",
+      "-d",
+      "-C",
+      "/etc/x.conf",
+    ]);
+  });
+
+  it("never serves a writable export as read-only or the other way round", () => {
+    const writable = { ...serve, readOnly: false };
+    expect(serverCommand("nbdkit", writable, "")).not.toContain("-r");
+    expect(serverCommand("qemu-nbd", writable, "")).not.toContain("-r");
+    expect(nbdServerConfig(writable)).toContain("readonly=false");
+  });
+});
+
+it("attaches always with a timeout", () => {
+  const argv = attachCommand({
+    server: "10.0.0.1",
+    port: 10809,
+    exportName: "vm1",
+    device: "/dev/nbd0",
+    readOnly: true,
+    connections: 2,
+    timeoutSeconds: 30,
+    blockSize: 512,
+  });
+  expect(argv.join(" ")).toBe("nbd-client -N vm1 10.0.0.1 10809 /dev/nbd0 -timeout 30 -b 512 -C 2 -readonly");
+});
