@@ -401,7 +401,7 @@ function logIn(host: ResolvedHost, name: string, stream: Duplex): Promise<Client
       resolve(client);
     });
     client.once("close", () =>
-      fail(new DialFailed("the connection was closed before the login was complete")),
+      fail(new DialFailed("the connection was closed before the login was complete", true)),
     );
     client.once("error", (error: Error & { level?: string }) => {
       if (refused !== undefined && shownKey !== undefined) {
