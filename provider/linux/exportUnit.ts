@@ -2,7 +2,15 @@
 import { ownerMark } from "../core/owner.js";
 import { isAnyAddress, isLoopback } from "./addresses.js";
 import { type NbdServer, nbdServerConfig, nbdUri, serverCommand } from "./nbd.js";
-import { deviceUnit, execLine, literal, ownDirective, ownSection, renderUnit } from "./systemd.js";
+import {
+  type Directive,
+  deviceUnit,
+  execLine,
+  literal,
+  ownDirective,
+  ownSection,
+  renderUnit,
+} from "./systemd.js";
 import { unitName } from "./unitName.js";
 
 /** All that the unit is made from; it is kept in the unit itself, so that it can be read back. */
@@ -60,8 +68,7 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["StartLimitIntervalSec", "0"],
     ],
     Service: [
-      ["Type", "exec"],
-      ["ExecStart", execLine(serverCommand(plan.server, plan, exportConfigPath(plan.exportName)))],
+      ...start(plan),
       ["Restart", "on-failure"],
       ["RestartSec", "2"],
       ["TimeoutStopSec", "10"],
@@ -94,7 +101,9 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["RemoveIPC", "yes"],
       ["SystemCallArchitectures", "native"],
       ["SystemCallFilter", "@system-service"],
-      ["SystemCallFilter", "~@privileged @resources"],
+      ["SystemCallFilter", "~@privileged"],
+      // The servers try calls they can do without (dropping rights they do not have, CPU affinity).
+      ["SystemCallErrorNumber", "EPERM"],
       ["UMask", "0077"],
     ],
     Install: [["WantedBy", "multi-user.target"]],
@@ -105,6 +114,20 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["Plan", JSON.stringify(plan)],
     ],
   });
+}
+
+function start(plan: ExportPlan): Directive[] {
+  const command = execLine(serverCommand(plan.server, plan, exportConfigPath(plan.exportName)));
+  if (plan.server !== "nbd-server")
+    return [
+      ["Type", "exec"],
+      ["ExecStart", command],
+    ];
+  return [
+    ["Type", "forking"],
+    ["RuntimeDirectory", "%N"],
+    ["ExecStart", `${command} -p %t/%N/pid`],
+  ];
 }
 
 /** The mark in a unit of ours; `undefined` for a unit that is not. */

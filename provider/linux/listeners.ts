@@ -6,7 +6,7 @@ export interface Listener {
   readonly address: string;
   readonly host: string;
   readonly program: string | undefined;
-  readonly pid: number | undefined;
+  readonly pids: readonly number[];
 }
 
 export function parseListeners(stdout: string): Listener[] {
@@ -18,17 +18,13 @@ export function parseListeners(stdout: string): Listener[] {
       const address = columns[0] === "LISTEN" ? columns[3] : columns[2];
       if (address === undefined || !address.includes(":"))
         throw new Error(`ss: unexpected line "${line.slice(0, 80)}"`);
-      const process = /\(\("([^"]*)",pid=(\d+)/.exec(line);
+      const program = /\(\("([^"]*)",pid=/.exec(line)?.[1];
+      const pids = [...line.matchAll(/,pid=(\d+)/g)].map((match) => Number(match[1]));
       const host = address
         .slice(0, address.lastIndexOf(":"))
         .replace(/%.*$/, "")
         .replace(/^\[(.*)\]$/, "$1");
-      return {
-        address,
-        host,
-        program: process?.[1],
-        pid: process?.[2] === undefined ? undefined : Number(process[2]),
-      };
+      return { address, host, program, pids };
     });
 }
 

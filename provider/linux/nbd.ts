@@ -58,7 +58,7 @@ export interface ServeOptions extends Pick<NbdEndpoint, "port" | "exportName"> {
   readonly readOnly: boolean;
 }
 
-/** The command line of a server in the foreground. nbd-server reads `nbdServerConfig` from `configPath`. */
+/** The command line of a server; in the foreground, but for nbd-server. nbd-server reads `nbdServerConfig` from `configPath`. */
 export function serverCommand(server: NbdServer, serve: ServeOptions, configPath: string): string[] {
   switch (server) {
     case "nbdkit":
@@ -78,7 +78,8 @@ export function serverCommand(server: NbdServer, serve: ServeOptions, configPath
         `exportname=${serve.exportName}`,
       ];
     case "nbd-server":
-      return ["nbd-server", "-d", "-C", configPath];
+      // Not -d: that serves a single client and ends. It forks; its unit is of that type.
+      return ["nbd-server", "-C", configPath];
     case "qemu-nbd":
       // -e 0: any number of clients; the default of 1 lets a second one hang.
       return [

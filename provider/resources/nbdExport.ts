@@ -291,14 +291,14 @@ async function preflight(context: Context, plan: ExportPlan): Promise<void> {
     );
   }
   const others = listenersOn(parseListeners(fields.get("listeners") ?? ""), plan.listenAddress).filter(
-    (listener) => listener.pid === undefined || String(listener.pid) !== fields.get("pid"),
+    (listener) => !listener.pids.some((pid) => String(pid) === fields.get("pid")),
   );
   const other = others[0];
   if (other !== undefined) {
     throw refuse(
       "PORT_IN_USE",
       "port",
-      `${plan.port} on ${other.address} is taken by ${other.program ?? "another program"}${other.pid === undefined ? "" : ` (pid ${other.pid})`}: choose another port`,
+      `${plan.port} on ${other.address} is taken by ${other.program ?? "another program"}${other.pids.length === 0 ? "" : ` (pid ${other.pids.join(", ")})`}: choose another port`,
     );
   }
 }
@@ -316,9 +316,10 @@ if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d" && systemctl daemon-reload && systemctl reset-failed "$unit" 2>/dev/null
 systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
   journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
-end=$(( $(date +%s) + 40 ))
+# nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
+end=$(( $(date +%s) + 80 ))
 while :; do
-  if answer=$(timeout 25 nbdinfo --size "$uri" 2>&1); then emit size "$answer"; emit end ""; exit 0; fi
+  if answer=$(timeout 75 nbdinfo --size "$uri" 2>&1); then emit size "$answer"; emit end ""; exit 0; fi
   state=$(systemctl show -p NRestarts -p ActiveState "$unit")
   case $state in *NRestarts=0*ActiveState=active*|*ActiveState=active*NRestarts=0*) ;; *) break;; esac
   [ "$(date +%s)" -lt "$end" ] || break
@@ -340,7 +341,7 @@ async function apply(context: Context, plan: ExportPlan): Promise<void> {
     ),
     stdin: renderExportUnit(plan),
     kind: "change",
-    deadlineSeconds: 120,
+    deadlineSeconds: 180,
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;

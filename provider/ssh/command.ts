@@ -63,7 +63,7 @@ export function displayCommand(command: Pick<RemoteCommand, "argv">): string {
   return quoteAll(
     command.argv.map((argument) => {
       const lines = argument.trim().split("\n");
-      return lines.length > 2 || argument.length > 300 ? `${(lines[0] ?? "").slice(0, 60)}...` : argument;
+      return lines.length > 1 || argument.length > 300 ? `${(lines[0] ?? "").slice(0, 60)}...` : argument;
     }),
   );
 }

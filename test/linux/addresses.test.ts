@@ -58,7 +58,7 @@ describe("listeners", () => {
   });
 
   it("names the program", () => {
-    expect(parseListeners(printed)[0]).toMatchObject({ program: "nbdkit", pid: 412 });
+    expect(parseListeners(printed)[0]).toMatchObject({ program: "nbdkit", pids: [412] });
     expect(parseListeners(printed)[1]?.program).toBeUndefined();
   });
 });
