@@ -85,9 +85,9 @@ export async function runChild(argv: readonly string[], options: ChildOptions = 
   }
 }
 
-/** Is there a program of this name on PATH (or in the system directories, which PATH may lack)? */
+/** PATH and the system directories, which an ordinary user's PATH may lack. */
 export function programSearchPath(): string {
-  return `${process.env["PATH"] ?? ""}:/usr/local/sbin:/usr/sbin:/sbin`;
+  return `${process.env.PATH ?? ""}:/usr/local/sbin:/usr/sbin:/sbin`;
 }
 
 function describe(argv: readonly string[], what: string, result: ChildResult): string {

@@ -20,7 +20,7 @@ LAB_NAME=NAME before it means another lab than "default"; labs run beside each o
 const log = (line: string): void => console.error(line);
 
 async function main(args: readonly string[]): Promise<number> {
-  const name = process.env["LAB_NAME"] || "default";
+  const name = process.env.LAB_NAME || "default";
   const started = performance.now();
   switch (args[0]) {
     case "up": {

@@ -16,13 +16,13 @@ const PROGRAMS: Readonly<Record<string, string>> = {
   busybox: "busybox-static",
 };
 
-/** The full path of a program on PATH or in the system directories, which an ordinary user's PATH may lack. */
-export async function findProgram(name: string): Promise<string | undefined> {
-  for (const directory of programSearchPath().split(delimiter)) {
-    const path = join(directory || ".", name);
+/** The full path of a program on PATH or in the system directories (or in other directories), if it is there. */
+export async function findProgram(name: string, path = programSearchPath()): Promise<string | undefined> {
+  for (const directory of path.split(delimiter)) {
+    const file = join(directory || ".", name);
     try {
-      await access(path, constants.X_OK);
-      return path;
+      await access(file, constants.X_OK);
+      return file;
     } catch {
       // Not in this directory.
     }
