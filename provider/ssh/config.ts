@@ -107,7 +107,9 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   const jumps: ResolvedHost[] = [];
   const proxyJump = args.proxyJump;
   const declared = proxyJump === undefined ? [] : Array.isArray(proxyJump) ? proxyJump : [proxyJump];
-  for (const jump of declared as readonly HostArgs[]) jumps.push(...(await resolveJump(jump, depth)));
+  for (const jump of declared as readonly HostArgs[]) {
+    jumps.push(...(await resolveJump(jump, depth, jumps.length === 0)));
+  }
   return {
     name,
     address: args.address,
@@ -126,7 +128,7 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   };
 }
 
-async function resolveAlias(alias: string, depth: number): Promise<ResolvedHost> {
+async function resolveAlias(alias: string, depth: number, forcedPort?: number): Promise<ResolvedHost> {
   const config = await sshConfig(alias);
   const command = config.proxycommand;
   if (command !== undefined && command !== "none") {
@@ -137,22 +139,26 @@ async function resolveAlias(alias: string, depth: number): Promise<ResolvedHost>
     );
   }
   const address = config.hostname ?? alias;
-  const port = Number(config.port ?? "22");
+  const port = forcedPort ?? Number(config.port ?? "22");
   const user = config.user ?? "root";
   const keys: IdentityKey[] = [];
-  for (const file of config.identityfile) {
+  for (const file of config.identityfile.filter((path) => path !== "none")) {
     const key = await readKeyIfThere(expandHome(file), alias);
     if (key !== undefined) keys.push(key);
   }
   const jumps: ResolvedHost[] = [];
   if (config.proxyjump !== undefined && config.proxyjump !== "none") {
-    for (const jump of config.proxyjump.split(",")) jumps.push(...(await resolveJump(jump.trim(), depth)));
+    for (const jump of config.proxyjump.split(",")) {
+      jumps.push(...(await resolveJump(jump.trim(), depth, jumps.length === 0)));
+    }
   }
   const base = config.hostkeyalias ?? address;
   const agent =
     config.identityagent === undefined || config.identityagent === "SSH_AUTH_SOCK"
       ? process.env.SSH_AUTH_SOCK
-      : config.identityagent;
+      : config.identityagent.startsWith("$")
+        ? process.env[config.identityagent.replace(/^\$\{?|\}$/g, "")]
+        : config.identityagent;
   return {
     name: alias,
     address,
@@ -163,7 +169,9 @@ async function resolveAlias(alias: string, depth: number): Promise<ResolvedHost>
     password: undefined,
     trust: {
       knownHosts: await readTexts(
-        [...config.userknownhostsfile, ...config.globalknownhostsfile].map(expandHome),
+        [...config.userknownhostsfile, ...config.globalknownhostsfile]
+          .filter((path) => path !== "none")
+          .map(expandHome),
       ),
     },
     hostKeyNames: [config.hostkeyalias === undefined && port !== 22 ? `[${base}]:${port}` : base],
@@ -172,25 +180,21 @@ async function resolveAlias(alias: string, depth: number): Promise<ResolvedHost>
   };
 }
 
-/** A jump may be an alias, `[user@]host[:port]` or `ssh://...`; its own jumps come first. */
-async function resolveJump(jump: HostArgs, depth: number): Promise<readonly ResolvedHost[]> {
+/**
+ * A jump may be an alias, `[user@]host[:port]` or `ssh://...`. As in OpenSSH the configuration's own jumps of an
+ * alias come before it only when it is the first: a later one is reached through those before it.
+ */
+async function resolveJump(jump: HostArgs, depth: number, first: boolean): Promise<readonly ResolvedHost[]> {
   if (depth > 8) throw invalid("host", "ProxyJump goes in a circle", hostName(jump));
   let resolved: ResolvedHost;
   if (typeof jump !== "string") resolved = await resolveConnection(jump, depth + 1);
   else {
     const match = /^(?:ssh:\/\/)?(?:([^@]+)@)?(\[[^\]]+\]|[^:]+)(?::(\d+))?\/?$/.exec(jump);
     if (match?.[2] === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
-    const alias = await resolveAlias(match[2].replace(/^\[(.*)\]$/, "$1"), depth + 1);
-    const port = match[3] === undefined ? alias.port : Number(match[3]);
-    resolved = {
-      ...alias,
-      user: match[1] ?? alias.user,
-      port,
-      hostKeyNames:
-        match[3] === undefined
-          ? alias.hostKeyNames
-          : [port === 22 ? alias.address : `[${alias.address}]:${port}`],
-    };
+    const name = match[2].replace(/^\[(.*)\]$/, "$1");
+    const port = match[3] === undefined ? undefined : Number(match[3]);
+    const alias = await resolveAlias(name, depth + 1, port);
+    resolved = { ...alias, user: match[1] ?? alias.user, jumps: first ? alias.jumps : [] };
   }
   return [...resolved.jumps, { ...resolved, jumps: [] }];
 }
@@ -221,6 +225,7 @@ function sshConfig(alias: string): Promise<SshConfig> {
   if (config === undefined) {
     config = askOpenSsh(alias, file);
     configs.set(key, config);
+    config.catch(() => configs.delete(key));
   }
   return config;
 }
@@ -343,7 +348,11 @@ async function readTexts(paths: readonly string[]): Promise<string[]> {
       texts.push(await readFile(path, "utf8"));
     } catch (error) {
       const code = error instanceof Error && "code" in error ? error.code : undefined;
-      if (code !== "ENOENT" && code !== "ENOTDIR") throw error;
+      if (code === "ENOENT" || code === "ENOTDIR") continue;
+      throw new LvmNbdError("INVALID_INPUT", {
+        property: "host.knownHostsPath",
+        message: `the known_hosts file ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, (open|read).*/, "") : String(error)}`,
+      });
     }
   }
   return texts;

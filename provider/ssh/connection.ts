@@ -9,12 +9,23 @@ import type { ResolvedHost } from "./config.js";
 import { hostKeyError, judge, knownTypes, type Verdict } from "./hostKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
 
-const connectMilliseconds = 20_000;
 /** sshd's MaxSessions is 10 unless configured; a refused channel teaches a lower limit. */
 const firstChannelLimit = 8;
 const defaultMaxOutput = 16 * 1024 * 1024;
-/** Beyond a command's own deadline and grace: for the host to answer at all. */
-const slackSeconds = 10;
+/** setTimeout takes more than this for "at once". */
+const longestTimer = 2 ** 31 - 1;
+
+/** Milliseconds that the host itself is given, beside what a command may take. */
+export interface Timing {
+  /** For the TCP connection, for the login, and for a jump to reach the next hop. */
+  readonly connect: number;
+  /** Beyond a command's own deadline and grace: for the host to answer at all. */
+  readonly slack: number;
+  /** Between two keepalives while commands run; three without an answer are a lost link. */
+  readonly keepalive: number;
+}
+
+const usualTiming: Timing = { connect: 20_000, slack: 10_000, keepalive: 10_000 };
 
 /** The link broke. `sent` tells whether the command may have run. */
 export class LinkLost extends Error {
@@ -37,6 +48,9 @@ export class DialFailed extends Error {
     this.name = "DialFailed";
   }
 }
+
+/** The host opened no session: the command was not started. */
+class ChannelRefused extends Error {}
 
 const serverHostKeys: readonly ServerHostKeyAlgorithm[] = [
   "ssh-ed25519",
@@ -66,26 +80,24 @@ const algorithms: NonNullable<ConnectConfig["algorithms"]> = {
 /** An open connection. */
 export class Connection {
   private readonly waiting: (() => void)[] = [];
+  private readonly onLoss = new Set<() => void>();
   private channels = 0;
   private limit = firstChannelLimit;
   private lostBecause: string | undefined;
+  private keepalive: NodeJS.Timeout | undefined;
 
   private constructor(
     private readonly host: ResolvedHost,
     private readonly client: Client,
     /** The TCP connection that carries it: its own, or the first hop's. */
     private readonly socket: Socket,
-    private readonly behind: Connection | undefined,
+    private readonly timing: Timing,
   ) {
-    client.on("error", (error) => {
-      this.lostBecause ??= error.message;
-    });
-    client.on("close", () => {
-      this.lostBecause ??= "the host closed the connection";
-      for (const wake of this.waiting.splice(0)) wake();
-      this.behind?.end();
-    });
-    this.unref();
+    client.on("error", (error) => this.lose(error.message));
+    client.on("end", () => this.lose("the host closed the connection"));
+    client.on("close", () => this.lose("the host closed the connection"));
+    // An idle connection does not keep the process alive; a running command does.
+    socket.unref();
   }
 
   get lost(): boolean {
@@ -93,92 +105,95 @@ export class Connection {
   }
 
   /** Dials, through the jumps if there are any. Raises DialFailed, HOST_KEY_UNKNOWN, HOST_KEY_MISMATCH, AUTH_FAILED. */
-  static async open(host: ResolvedHost): Promise<Connection> {
-    let behind: Connection | undefined;
+  static async open(host: ResolvedHost, timing: Timing = usualTiming): Promise<Connection> {
+    let last: Connection | undefined;
     try {
       for (const hop of [...host.jumps, host]) {
-        const socket: Socket = behind === undefined ? await openSocket(hop) : behind.socket;
-        const stream: Duplex = behind === undefined ? socket : await behind.forward(hop);
-        behind = new Connection(hop, await logIn(hop, host.name, stream), socket, behind);
+        const name: string = hop === host ? host.name : `${hop.name} (jump to ${host.name})`;
+        const socket: Socket = last === undefined ? await openSocket(hop, timing) : last.socket;
+        const stream: Duplex = last === undefined ? socket : await last.forward(hop);
+        last = await logIn(
+          hop,
+          name,
+          stream,
+          timing,
+          (client) => new Connection(hop, client, socket, timing),
+        );
       }
     } catch (error) {
-      behind?.end();
+      last?.end();
       throw error;
     }
-    if (behind === undefined) throw new Error("a host has at least itself to connect to");
-    return behind;
+    if (last === undefined) throw new Error("a host has at least itself to connect to");
+    return last;
   }
 
   end(): void {
-    this.lostBecause ??= "the connection was ended";
-    this.client.end();
+    if (!this.lost) this.client.end();
+    this.lose("the connection was ended");
+  }
+
+  /** Tells all who wait for this connection, and closes what is left of it, with the jumps before it. */
+  private lose(reason: string): void {
+    if (this.lost) return;
+    this.lostBecause = reason;
+    clearInterval(this.keepalive);
+    for (const tell of [...this.onLoss]) tell();
+    for (const wake of this.waiting.splice(0)) wake();
+    this.socket.destroySoon();
   }
 
   private forward(to: ResolvedHost): Promise<Duplex> {
+    const what = `${this.host.name} cannot reach ${to.address}:${to.port}`;
     return new Promise((resolve, reject) => {
-      this.ref();
-      this.client.forwardOut("127.0.0.1", 0, to.address, to.port, (error, channel) => {
-        if (error)
-          reject(
-            new DialFailed(
-              `${this.host.name} cannot reach ${to.address}:${to.port}: ${error.message}`,
-              false,
-            ),
-          );
-        else resolve(channel);
-      });
+      const fail = (message: string, mayPass: boolean) => {
+        clearTimeout(timer);
+        reject(new DialFailed(`${what}: ${message}`, mayPass));
+      };
+      const timer = setTimeout(
+        () => fail(`no answer within ${this.timing.connect / 1000} s`, false),
+        this.timing.connect,
+      );
+      this.socket.ref();
+      try {
+        this.client.forwardOut("127.0.0.1", 0, to.address, to.port, (error, channel) => {
+          clearTimeout(timer);
+          if (error) fail(error.message, this.lost || /refused|reset/i.test(error.message));
+          else resolve(channel);
+        });
+      } catch (error) {
+        fail(error instanceof Error ? error.message : String(error), true);
+      }
     });
   }
 
-  /** Runs a command. Raises LinkLost beside what `Host.run` raises. */
+  /**
+   * Runs a command on a channel as soon as one is free; a host that refuses one is asked for fewer at once from
+   * then on. Raises LinkLost beside what `Host.run` raises.
+   */
   async run(command: RemoteCommand, signal: AbortSignal | undefined): Promise<CommandResult> {
     const marker = `lvm-nbd-${randomUUID()}`;
-    const channel = await this.openChannel(wireCommand(command, this.host.sudo, marker), command, signal);
-    try {
-      return await this.follow(channel, command, marker, signal);
-    } finally {
-      this.release();
-    }
-  }
-
-  /** A channel as soon as one is free; a host that refuses one is asked for fewer at once from then on. */
-  private async openChannel(
-    line: string,
-    command: RemoteCommand,
-    signal: AbortSignal | undefined,
-  ): Promise<ClientChannel> {
-    const until = Date.now() + (command.deadlineSeconds + 60) * 1000;
+    const line = wireCommand(command, this.host.sudo, marker);
+    const until = performance.now() + (command.deadlineSeconds + 60) * 1000;
     for (;;) {
       while (this.channels >= this.limit && !this.lost) await this.turn(until, command, signal);
+      if (signal?.aborted) throw this.error("CANCELLED", "cancelled before it began", command);
       if (this.lost) throw new LinkLost(false, this.lostBecause ?? "");
       this.take();
       try {
-        return await this.exec(line);
+        return await this.execute(line, command, marker, signal);
       } catch (error) {
-        this.release();
-        if (this.lost) throw new LinkLost(false, this.lostBecause ?? "");
-        const others = this.channels;
-        if (others === 0 || Date.now() > until) {
-          throw this.error(
-            "HOST_UNREACHABLE",
-            `it opens no session for commands: ${error instanceof Error ? error.message : String(error)}`,
-          );
+        if (!(error instanceof ChannelRefused)) throw error;
+        const others = this.channels - 1;
+        if (others === 0 || performance.now() > until) {
+          throw this.error("HOST_UNREACHABLE", `it opens no session for commands: ${error.message}`);
         }
-        this.limit = Math.max(1, Math.min(this.limit, others));
+        // One session less than it allows: the one that ends a cancelled command.
+        this.limit = Math.max(1, Math.min(this.limit, others - 1));
+      } finally {
+        this.release();
       }
     }
-  }
-
-  private exec(line: string): Promise<ClientChannel> {
-    return new Promise((resolve, reject) => {
-      const gone = () => reject(new Error("the link was lost"));
-      this.client.once("close", gone);
-      this.client.exec(line, (error, channel) => {
-        this.client.off("close", gone);
-        if (error) reject(error);
-        else resolve(channel);
-      });
-    });
   }
 
   private turn(until: number, command: RemoteCommand, signal: AbortSignal | undefined): Promise<void> {
@@ -194,7 +209,7 @@ export class Connection {
       const cancelled = done(() => reject(this.error("CANCELLED", "cancelled before it began", command)));
       const timer = setTimeout(
         done(() => reject(this.error("COMMAND_TIMED_OUT", "no session became free for it in time", command))),
-        Math.max(0, until - Date.now()),
+        Math.min(longestTimer, Math.max(0, until - performance.now())),
       );
       if (signal?.aborted) cancelled();
       else {
@@ -206,54 +221,93 @@ export class Connection {
 
   private take(): void {
     this.channels++;
-    this.ref();
+    if (this.channels > 1) return;
+    this.socket.ref();
+    this.watch();
   }
 
   private release(): void {
     this.channels--;
     this.waiting.shift()?.();
-    if (this.channels === 0) this.unref();
-  }
-
-  /** An idle connection does not keep the process alive; a running command does. */
-  private unref(): void {
+    if (this.channels > 0) return;
+    clearInterval(this.keepalive);
     this.socket.unref();
   }
 
-  private ref(): void {
-    this.socket.ref();
+  /**
+   * Keepalives of our own: ssh2's run on a timer that would keep an idle process alive. The request, to stop a
+   * forwarding that never was, is one that every server answers.
+   */
+  private watch(): void {
+    let unanswered = 0;
+    clearInterval(this.keepalive);
+    this.keepalive = setInterval(() => {
+      if (unanswered === 3) {
+        this.lose(`no answer to keepalives for ${(3 * this.timing.keepalive) / 1000} s`);
+        this.socket.destroy();
+        return;
+      }
+      unanswered++;
+      try {
+        this.client.unforwardIn("127.0.0.1", 1, () => {
+          unanswered = 0;
+        });
+      } catch (error) {
+        this.lose(error instanceof Error ? error.message : String(error));
+      }
+    }, this.timing.keepalive);
   }
 
-  private follow(
-    channel: ClientChannel,
+  private execute(
+    line: string,
     command: RemoteCommand,
     marker: string,
     signal: AbortSignal | undefined,
   ): Promise<CommandResult> {
     const maxOutput = command.maxOutputBytes ?? defaultMaxOutput;
     const grace = command.graceSeconds ?? defaultGraceSeconds;
-    const started = Date.now();
+    // Before it is sent: an answer that is read late must not make a command that timed out look quick.
+    const started = performance.now();
     const out: Buffer[] = [];
     const err: Buffer[] = [];
     let size = 0;
     let exitCode: number | undefined;
     let exitSignal: string | undefined;
     return new Promise((resolve, reject) => {
+      let channel: ClientChannel | undefined;
       let stopping: LvmNbdError | undefined;
+      let killing = false;
+      let finished = false;
+      let giveUp: NodeJS.Timeout | undefined;
+      const finish = (act: () => void) => {
+        if (finished) return;
+        finished = true;
+        clearTimeout(timer);
+        clearTimeout(giveUp);
+        signal?.removeEventListener("abort", cancelled);
+        this.onLoss.delete(lost);
+        act();
+      };
       /** Stops the command on the host, then fails with the reason; bounded, whatever the host does. */
       const stop = (reason: LvmNbdError) => {
         if (stopping !== undefined) return;
         stopping = reason;
-        const { pid } = takePid(Buffer.concat(err).toString("utf8"), marker);
-        if (pid !== undefined) this.kill(pid, grace);
-        else channel.close();
-        setTimeout(
+        giveUp = setTimeout(
           () => {
-            channel.close();
+            channel?.close();
             finish(() => reject(reason));
           },
-          (grace + 5) * 1000,
+          grace * 1000 + this.timing.slack / 2,
         );
+        killWhenKnown();
+      };
+      /** Its process id is the first it says, which may still be on the way. */
+      const killWhenKnown = () => {
+        if (killing) return;
+        const { pid } = takePid(Buffer.concat(err).toString("utf8"), marker);
+        if (pid === undefined) return;
+        killing = true;
+        this.kill(pid, grace, () => !finished);
       };
       const cancelled = () => stop(this.error("CANCELLED", "cancelled", command));
       const timer = setTimeout(
@@ -265,70 +319,91 @@ export class Connection {
               command,
             ),
           ),
-        (command.deadlineSeconds + grace + slackSeconds) * 1000,
+        Math.min(longestTimer, (command.deadlineSeconds + grace) * 1000 + this.timing.slack),
       );
       const lost = () =>
         finish(() => reject(stopping ?? new LinkLost(true, this.lostBecause ?? "the link was lost")));
-      let finished = false;
-      const finish = (act: () => void) => {
-        if (finished) return;
-        finished = true;
-        clearTimeout(timer);
-        signal?.removeEventListener("abort", cancelled);
-        this.client.off("close", lost);
-        act();
-      };
       const collect = (into: Buffer[]) => (chunk: Buffer) => {
-        if (stopping !== undefined) return;
+        if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
         size += chunk.length;
         into.push(chunk);
-        if (size > maxOutput)
+        if (stopping !== undefined) killWhenKnown();
+        else if (size > maxOutput)
           stop(this.error("OUTPUT_TOO_LARGE", `it printed more than ${maxOutput} bytes`, command));
       };
-      this.client.once("close", lost);
+      const ended = () => {
+        if (stopping !== undefined) return reject(stopping);
+        if (exitCode === undefined && exitSignal === undefined) {
+          return reject(
+            new LinkLost(true, this.lostBecause ?? "the host ended the session without a result"),
+          );
+        }
+        const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
+        const result = { exitCode: exitCode ?? 128, stdout: Buffer.concat(out).toString("utf8"), stderr };
+        if (pid === undefined) return reject(this.notStarted(result));
+        const late = performance.now() - started >= command.deadlineSeconds * 1000;
+        if (late && (result.exitCode === 124 || result.exitCode === 137 || exitSignal !== undefined)) {
+          return reject(
+            this.error("COMMAND_TIMED_OUT", `stopped after ${command.deadlineSeconds} s`, command, stderr),
+          );
+        }
+        resolve(result);
+      };
+      this.onLoss.add(lost);
       signal?.addEventListener("abort", cancelled);
-      channel.on("data", collect(out));
-      channel.stderr.on("data", collect(err));
-      channel.on("exit", (code: number | null, name?: string) => {
-        exitCode = code ?? undefined;
-        exitSignal = name;
-      });
-      channel.on("error", lost);
-      channel.on("close", () => {
-        finish(() => {
-          if (stopping !== undefined) return reject(stopping);
-          if (exitCode === undefined && exitSignal === undefined) {
-            return reject(
-              new LinkLost(true, this.lostBecause ?? "the host ended the session without a result"),
-            );
-          }
-          const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
-          const result = { exitCode: exitCode ?? 128, stdout: Buffer.concat(out).toString("utf8"), stderr };
-          if (pid === undefined) return reject(this.notStarted(result));
-          const late = Date.now() - started >= command.deadlineSeconds * 1000;
-          if (late && (result.exitCode === 124 || result.exitCode === 137 || exitSignal !== undefined)) {
-            return reject(
-              this.error("COMMAND_TIMED_OUT", `stopped after ${command.deadlineSeconds} s`, command, stderr),
-            );
-          }
-          resolve(result);
+      try {
+        this.client.exec(line, (error, opened) => {
+          if (error) return finish(() => reject(stopping ?? new ChannelRefused(error.message)));
+          if (finished) return opened.close();
+          channel = opened;
+          // All listeners at once: the whole answer may be in the packet that is being read.
+          opened.on("data", collect(out));
+          opened.stderr.on("data", collect(err));
+          opened.on("exit", (code: number | null, name?: string) => {
+            exitCode = code ?? undefined;
+            exitSignal = name;
+          });
+          opened.on("error", lost);
+          opened.on("close", () => finish(ended));
+          opened.end(command.stdin ?? "");
         });
-      });
-      if (signal?.aborted) cancelled();
-      channel.end(command.stdin ?? "");
+      } catch (error) {
+        // ssh2 throws only when it finds the connection closed before it sends anything.
+        const message = error instanceof Error ? error.message : String(error);
+        finish(() => reject(new LinkLost(false, message)));
+        this.lose(message);
+      }
     });
   }
 
-  /** Ends a command's process group over a session of its own; what it leaves is bounded by the command's own `timeout`. */
-  private kill(pid: number, graceSeconds: number): void {
-    this.client.exec(killCommand(pid, graceSeconds, this.host.sudo), (error, channel) => {
-      if (!error) channel.resume().end();
-    });
+  /**
+   * Ends a command's process group over a session of its own, asking again while the host refuses one; what
+   * that leaves is bounded by the command's own `timeout`.
+   */
+  private kill(pid: number, graceSeconds: number, wanted: () => boolean): void {
+    if (this.lost || !wanted()) return;
+    this.take();
+    try {
+      this.client.exec(killCommand(pid, graceSeconds, this.host.sudo), (error, channel) => {
+        if (error) {
+          this.release();
+          setTimeout(() => this.kill(pid, graceSeconds, wanted), 200).unref();
+        } else
+          channel
+            .on("close", () => this.release())
+            .resume()
+            .end();
+      });
+    } catch (error) {
+      this.release();
+      this.lose(error instanceof Error ? error.message : String(error));
+    }
   }
 
   private notStarted(result: CommandResult): LvmNbdError {
     const text = `${result.stderr}${result.stdout}`.trim();
-    if (this.host.sudo) {
+    // Without sudo's own words it was the login shell, e.g. nologin, that ended it.
+    if (this.host.sudo && /sudo|password/i.test(text)) {
       return new LvmNbdError("SUDO_DENIED", {
         host: this.host.name,
         message: `\`sudo -n\` as ${this.host.user} was refused`,
@@ -359,62 +434,76 @@ export class Connection {
   }
 }
 
-function openSocket({ address, port }: ResolvedHost): Promise<Socket> {
+function openSocket({ address, port }: ResolvedHost, timing: Timing): Promise<Socket> {
   return new Promise((resolve, reject) => {
     const socket = connect({ host: address, port });
     const fail = (message: string, mayPass: boolean) => {
+      clearTimeout(timer);
       socket.destroy();
       reject(new DialFailed(`${address}:${port}: ${message}`, mayPass));
     };
     const timer = setTimeout(
-      () => fail(`no answer within ${connectMilliseconds / 1000} s`, false),
-      connectMilliseconds,
+      () => fail(`no answer within ${timing.connect / 1000} s`, false),
+      timing.connect,
     );
     socket.once("error", (error: NodeJS.ErrnoException) => {
-      clearTimeout(timer);
-      fail(error.message, error.code === "ECONNREFUSED" || error.code === "ECONNRESET");
+      // The error of a name with several addresses has a code and no message.
+      fail(error.message || (error.code ?? error.name), /^(ECONNREFUSED|ECONNRESET)$/.test(error.code ?? ""));
     });
     socket.once("connect", () => {
       clearTimeout(timer);
       socket.removeAllListeners("error");
       socket.setNoDelay(true);
+      socket.setKeepAlive(true, timing.keepalive);
       resolve(socket);
     });
   });
 }
 
-function logIn(host: ResolvedHost, name: string, stream: Duplex): Promise<Client> {
+/** Logs in; `opened` is called before the next packet is read, so that no event of the connection is missed. */
+function logIn<T>(
+  host: ResolvedHost,
+  name: string,
+  stream: Duplex,
+  timing: Timing,
+  opened: (client: Client) => T,
+): Promise<T> {
   return new Promise((resolve, reject) => {
     const client = new Client();
-    let refused: Verdict | undefined;
-    let shownKey: Buffer | undefined;
-    const tried: string[] = [];
+    let refused: { readonly verdict: Verdict; readonly key: Buffer } | undefined;
+    const login = new LoginAttempts(host);
     const fail = (error: unknown) => {
       client.removeAllListeners();
       // ssh2 may still report the socket's end; nobody is interested any more.
       client.on("error", () => undefined);
       client.end();
+      stream.destroy();
       reject(error);
     };
+    const authFailed = (why: string) =>
+      fail(
+        new LvmNbdError("AUTH_FAILED", {
+          host: name,
+          message: `the login as ${host.user} was refused${why}; tried: ${login.tried.join(", ") || "nothing, since no key, agent or password is there"}`,
+        }),
+      );
     client.once("ready", () => {
       client.removeAllListeners();
-      resolve(client);
+      resolve(opened(client));
     });
     client.once("close", () =>
       fail(new DialFailed("the connection was closed before the login was complete", true)),
     );
-    client.once("error", (error: Error & { level?: string }) => {
-      if (refused !== undefined && shownKey !== undefined) {
-        return fail(hostKeyError(name, host.hostKeyNames[0] ?? host.address, shownKey, refused));
+    client.on("change password", () => authFailed(" until the password is changed"));
+    client.on("error", (error: Error & { level?: string; code?: unknown }) => {
+      if (refused !== undefined) {
+        return fail(hostKeyError(name, host.hostKeyNames[0] ?? host.address, refused.key, refused.verdict));
       }
-      if (error.level === "client-authentication") {
-        return fail(
-          new LvmNbdError("AUTH_FAILED", {
-            host: name,
-            message: `the login as ${host.user} was refused; tried: ${tried.join(", ") || "nothing, since no key, agent or password is there"}`,
-          }),
-        );
-      }
+      // ssh2 goes on with the next attempt after these.
+      if (error.level === "agent") return login.agentFailed(error.message);
+      if (error.level === "client-authentication") return login.exhausted ? authFailed("") : undefined;
+      // A disconnect by the host in the middle of the login, e.g. "Too many authentication failures".
+      if (login.tried.length > 0 && typeof error.code === "number") return authFailed(` (${error.message})`);
       fail(
         new DialFailed(`${host.address}:${host.port}: ${error.message}`, error.level !== "client-timeout"),
       );
@@ -426,9 +515,7 @@ function logIn(host: ResolvedHost, name: string, stream: Duplex): Promise<Client
     client.connect({
       sock: stream,
       username: host.user,
-      readyTimeout: connectMilliseconds,
-      keepaliveInterval: 10_000,
-      keepaliveCountMax: 3,
+      readyTimeout: timing.connect,
       algorithms: {
         ...algorithms,
         serverHostKey: [...preferred, ...serverHostKeys.filter((type) => !preferred.includes(type))],
@@ -436,43 +523,84 @@ function logIn(host: ResolvedHost, name: string, stream: Duplex): Promise<Client
       hostVerifier: (key: Buffer) => {
         const verdict = judge(key, host.hostKeyNames, host.trust);
         if (verdict.verdict === "ok") return true;
-        refused = verdict;
-        shownKey = key;
+        refused = { verdict, key };
         return false;
       },
-      authHandler: loginAttempts(host, tried) as NonNullable<ConnectConfig["authHandler"]>,
-      ...(host.agent === undefined ? {} : { agent: host.agent }),
+      authHandler: ((
+        left: readonly string[] | null,
+        _partial: unknown,
+        next: (attempt: object | false) => void,
+      ) => next(login.next(left))) as NonNullable<ConnectConfig["authHandler"]>,
     });
   });
 }
 
-/** The agent, then every key, then the password; what was tried is told if all are refused. */
-function loginAttempts(host: ResolvedHost, tried: string[]) {
-  const attempts: { readonly label: string; readonly attempt: object }[] = [
-    ...host.keys.map((key) => ({
-      label: key.label,
-      attempt: {
-        type: "publickey",
-        username: host.user,
-        key: key.privateKey,
-        ...(key.passphrase === undefined ? {} : { passphrase: key.passphrase }),
-      },
-    })),
-    ...(host.agent === undefined
-      ? []
-      : [{ label: "the agent's keys", attempt: { type: "agent", username: host.user, agent: host.agent } }]),
-    ...(host.password === undefined
-      ? []
-      : [
-          {
-            label: "the password",
-            attempt: { type: "password", username: host.user, password: host.password },
+interface Prompt {
+  readonly echo?: boolean;
+}
+
+/**
+ * Every key that is named, then the agent's, of which there may be more than the host's MaxAuthTries, then the
+ * password; what was tried is told if all are refused.
+ */
+class LoginAttempts {
+  readonly tried: string[] = [];
+  exhausted = false;
+  private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
+
+  constructor(host: ResolvedHost) {
+    const { user: username, agent, password } = host;
+    this.attempts = host.keys.map(({ label, privateKey: key, passphrase }) => ({
+      label,
+      method: "publickey",
+      attempt: { type: "publickey", username, key, ...(passphrase === undefined ? {} : { passphrase }) },
+    }));
+    if (agent !== undefined) {
+      this.attempts.push({
+        label: "the agent's keys",
+        method: "publickey",
+        attempt: { type: "agent", username, agent },
+      });
+    }
+    if (password !== undefined) {
+      this.attempts.push(
+        { label: "the password", method: "password", attempt: { type: "password", username, password } },
+        {
+          label: "the password (keyboard-interactive)",
+          method: "keyboard-interactive",
+          attempt: {
+            type: "keyboard-interactive",
+            username,
+            prompt: (
+              _name: string,
+              _instructions: string,
+              _language: string,
+              prompts: readonly Prompt[],
+              answer: (answers: string[]) => void,
+            ) => answer(prompts.map((prompt) => (prompt.echo ? "" : password))),
           },
-        ]),
-  ];
-  return (_left: unknown, _partial: unknown, next: (attempt: object | false) => void) => {
-    const current = attempts.shift();
-    if (current !== undefined) tried.push(current.label);
-    next(current?.attempt ?? false);
-  };
+        },
+      );
+    }
+  }
+
+  /** The next attempt of a method that the host still takes; `left` is unknown before the first. */
+  next(left: readonly string[] | null): object | false {
+    for (;;) {
+      const current = this.attempts.shift();
+      if (current === undefined) {
+        this.exhausted = true;
+        return false;
+      }
+      const taken = left?.includes(current.method) ?? true;
+      if (taken || current.method !== "keyboard-interactive")
+        this.tried.push(taken ? current.label : `${current.label} (the host does not take it)`);
+      if (taken) return current.attempt;
+    }
+  }
+
+  agentFailed(message: string): void {
+    const last = this.tried.pop();
+    if (last !== undefined) this.tried.push(`${last} (${message})`);
+  }
 }

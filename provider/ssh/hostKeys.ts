@@ -35,7 +35,7 @@ export function keyType(key: Buffer): string {
 /** Why this is no pin; `undefined` when it is one. */
 export function pinProblem(pin: string): string | undefined {
   const right =
-    "write `ssh-ed25519 AAAA...` (a line of `ssh-keyscan` that you have compared) or `SHA256:...`";
+    "write `ssh-ed25519 AAAA...` (of a line of `ssh-keyscan` that you have compared, without the name before it) or `SHA256:...`";
   if (/^SHA256:[A-Za-z0-9+/]{43}=?$/.test(pin)) return undefined;
   const [type, blob] = pin.trim().split(/\s+/);
   if (type === undefined || blob === undefined) return `"${pin.slice(0, 60)}" is not a host key: ${right}`;
@@ -49,7 +49,7 @@ export function judge(key: Buffer, names: readonly string[], trust: Trust): Verd
   if ("pins" in trust) {
     return trust.pins.some((pin) => matchesPin(key, pin))
       ? { verdict: "ok" }
-      : { verdict: "mismatch", expected: trust.pins };
+      : { verdict: "mismatch", expected: trust.pins.map(shownPin) };
   }
   const known = trust.knownHosts
     .flatMap(parseKnownHosts)
@@ -102,6 +102,12 @@ export function hostKeyError(host: string, name: string, key: Buffer, verdict: V
   });
 }
 
+/** In the form in which the key that was shown is printed, so that the two can be compared. */
+function shownPin(pin: string): string {
+  const [type, blob] = pin.trim().split(/\s+/);
+  return blob === undefined ? pin : `${type} ${fingerprint(Buffer.from(blob, "base64"))}`;
+}
+
 function matchesPin(key: Buffer, pin: string): boolean {
   if (pin.startsWith("SHA256:")) return fingerprint(key) === pin.replace(/=+$/, "");
   return Buffer.from(pin.trim().split(/\s+/)[1] ?? "", "base64").equals(key);
@@ -123,7 +129,7 @@ function matchesHost(patterns: string, name: string): boolean {
   if (patterns.startsWith("|1|")) {
     const [, , salt, hash] = patterns.split("|");
     const computed = createHmac("sha1", Buffer.from(salt ?? "", "base64"))
-      .update(name)
+      .update(name.toLowerCase())
       .digest();
     const expected = Buffer.from(hash ?? "", "base64");
     return expected.length === computed.length && timingSafeEqual(expected, computed);

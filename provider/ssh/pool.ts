@@ -26,7 +26,7 @@ export interface PoolOptions {
 }
 
 export function createHostPool(options: PoolOptions = {}): HostPool {
-  const connect = options.connect ?? Connection.open;
+  const connect = options.connect ?? ((host) => Connection.open(host));
   const backoff = options.backoff ?? [500, 2000, 5000];
   const hosts = new Map<string, PooledHost>();
   return {
@@ -49,6 +49,7 @@ export function createHostPool(options: PoolOptions = {}): HostPool {
 
 class PooledHost implements Host {
   private connection: Promise<OpenConnection> | undefined;
+  private closed = false;
 
   constructor(
     readonly name: string,
@@ -74,6 +75,7 @@ class PooledHost implements Host {
   }
 
   close(): void {
+    this.closed = true;
     const { connection } = this;
     this.connection = undefined;
     connection?.then(
@@ -88,9 +90,11 @@ class PooledHost implements Host {
     if (signal?.aborted)
       throw new LvmNbdError("CANCELLED", { host: this.name, message: "cancelled before it began" });
     for (;;) {
+      if (this.closed)
+        throw new LvmNbdError("CANCELLED", { host: this.name, message: "its connection was ended" });
       this.connection ??= this.dial();
       const current = this.connection;
-      const open = await current;
+      const open = await unlessAborted(current, signal, this.name);
       if (!open.lost) return open;
       if (this.connection === current) this.connection = undefined;
     }
@@ -122,6 +126,17 @@ class PooledHost implements Host {
   }
 }
 
+/** A dial is shared: who is cancelled leaves it to the others. */
+function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined, host: string): Promise<T> {
+  if (signal === undefined) return promise;
+  return new Promise((resolve, reject) => {
+    const cancelled = () =>
+      reject(new LvmNbdError("CANCELLED", { host, message: "cancelled before it began" }));
+    signal.addEventListener("abort", cancelled);
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", cancelled));
+  });
+}
+
 function sleep(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {
   return new Promise((resolve) => {
     const done = () => {
@@ -131,5 +146,6 @@ function sleep(milliseconds: number, signal: AbortSignal | undefined): Promise<v
     };
     const timer = setTimeout(done, milliseconds);
     signal?.addEventListener("abort", done);
+    if (signal?.aborted) done();
   });
 }

@@ -1,0 +1,173 @@
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import {
+  fingerprint,
+  hostKeyError,
+  judge,
+  keyType,
+  knownTypes,
+  pinProblem,
+} from "../../provider/ssh/hostKeys.js";
+
+const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-keys-"));
+afterAll(() => rmSync(folder, { recursive: true }));
+
+interface Key {
+  readonly line: string;
+  readonly blob: Buffer;
+  readonly file: string;
+}
+
+function makeKey(name: string, type: string): Key {
+  const file = join(folder, name);
+  execFileSync("ssh-keygen", ["-q", "-t", type, "-N", "", "-C", "", "-f", file]);
+  const line = readFileSync(`${file}.pub`, "utf8").trim();
+  return { line, blob: Buffer.from(line.split(" ")[1] ?? "", "base64"), file: `${file}.pub` };
+}
+
+let mine: Key;
+let other: Key;
+let ecdsa: Key;
+beforeAll(() => {
+  mine = makeKey("mine", "ed25519");
+  other = makeKey("other", "ed25519");
+  ecdsa = makeKey("ecdsa", "ecdsa");
+});
+
+function verdict(known: string, names: readonly string[] = ["vm1.example.com"]): string {
+  return judge(mine.blob, names, { knownHosts: [known] }).verdict;
+}
+
+test("fingerprint and type are those that ssh-keygen prints", () => {
+  const printed = execFileSync("ssh-keygen", ["-lf", mine.file], { encoding: "utf8" });
+  expect(printed).toContain(fingerprint(mine.blob));
+  expect(keyType(mine.blob)).toBe("ssh-ed25519");
+  expect(keyType(ecdsa.blob)).toBe("ecdsa-sha2-nistp256");
+  expect(keyType(Buffer.alloc(2))).toBe("");
+});
+
+describe("pins", () => {
+  test.each([
+    ["key line", () => mine.line],
+    ["key line with a comment", () => `${mine.line} root@vm1`],
+    ["fingerprint", () => fingerprint(mine.blob)],
+    ["fingerprint with padding", () => `${fingerprint(mine.blob)}=`],
+  ])("a %s accepts its key and no other", (_what, pin) => {
+    expect(pinProblem(pin())).toBeUndefined();
+    expect(judge(mine.blob, [], { pins: [pin()] }).verdict).toBe("ok");
+    expect(judge(other.blob, [], { pins: [pin()] }).verdict).toBe("mismatch");
+  });
+
+  test("one of several is enough", () => {
+    expect(judge(mine.blob, [], { pins: [other.line, fingerprint(mine.blob)] }).verdict).toBe("ok");
+  });
+
+  test.each([
+    "",
+    "ssh-ed25519",
+    "SHA256:short",
+    "MD5:00:11",
+    "vm1 ssh-ed25519 AAAA",
+    "ssh-rsa AAAAC3NzaC1lZDI1NTE5AAAA",
+  ])("%j is no pin, and what would be one is said", (pin) => {
+    expect(pinProblem(pin)).toMatch(/SHA256:/);
+  });
+});
+
+describe("known_hosts", () => {
+  test.each([
+    ["plain", (key: string) => `vm1.example.com ${key}`, "ok"],
+    ["upper case", (key: string) => `VM1.example.com ${key}`, "ok"],
+    ["list", (key: string) => `vm0,vm1.example.com,10.0.0.1 ${key}`, "ok"],
+    ["wildcards", (key: string) => `vm?.*.com ${key}`, "ok"],
+    ["wildcard of too few characters", (key: string) => `vm?1.example.com ${key}`, "unknown"],
+    ["dot is a dot", (key: string) => `vm1xexample.com ${key}`, "unknown"],
+    ["negated after a match", (key: string) => `*.example.com,!vm1.example.com ${key}`, "unknown"],
+    ["negated before a match", (key: string) => `!vm1.*,*.example.com ${key}`, "unknown"],
+    ["another name negated", (key: string) => `*.example.com,!vm2.example.com ${key}`, "ok"],
+    ["another host", (key: string) => `vm2.example.com ${key}`, "unknown"],
+    ["another port", (key: string) => `[vm1.example.com]:2222 ${key}`, "unknown"],
+    ["comment", (key: string) => `# vm1.example.com ${key}\n\n`, "unknown"],
+    ["with comment and CRLF", (key: string) => `vm1.example.com ${key} root@vm1\r\n`, "ok"],
+    ["certificate authority", (key: string) => `@cert-authority *.example.com ${key}`, "unknown"],
+    ["revoked", (key: string) => `@revoked * ${key}\nvm1.example.com ${key}`, "revoked"],
+    ["revoked elsewhere", (key: string) => `@revoked vm9 ${key}\nvm1.example.com ${key}`, "ok"],
+    ["cut line", () => "vm1.example.com ssh-ed25519", "unknown"],
+    [
+      "type that is not the key's",
+      (key: string) => `vm1.example.com ${key.replace("ed25519", "rsa")}`,
+      "unknown",
+    ],
+  ] as const)("%s", (_what, text, expected) => {
+    expect(verdict(text(mine.line))).toBe(expected);
+  });
+
+  test("another key of the host is a mismatch that names it", () => {
+    const judged = judge(mine.blob, ["vm1"], { knownHosts: [`vm1 ${other.line}`] });
+    expect(judged).toEqual({ verdict: "mismatch", expected: [`ssh-ed25519 ${fingerprint(other.blob)}`] });
+  });
+
+  test("a second line with the key makes it known, in another file too", () => {
+    expect(judge(mine.blob, ["vm1"], { knownHosts: [`vm1 ${other.line}`, `vm1 ${mine.line}`] }).verdict).toBe(
+      "ok",
+    );
+  });
+
+  test("a port other than 22 is looked up in brackets", () => {
+    expect(verdict(`[vm1.example.com]:2222 ${mine.line}`, ["[vm1.example.com]:2222"])).toBe("ok");
+    expect(verdict(`[*.example.com]:2222 ${mine.line}`, ["[vm1.example.com]:2222"])).toBe("ok");
+    expect(verdict(`vm1.example.com ${mine.line}`, ["[vm1.example.com]:2222"])).toBe("unknown");
+  });
+
+  test("names hashed by ssh-keygen are found, whatever their case", () => {
+    const file = join(folder, "known_hosts");
+    writeFileSync(file, `vm1.example.com ${mine.line}\n[vm1.example.com]:2222 ${mine.line}\n`);
+    execFileSync("ssh-keygen", ["-q", "-H", "-f", file], { stdio: "ignore" });
+    const hashed = readFileSync(file, "utf8");
+    expect(hashed).not.toContain("vm1");
+    expect(verdict(hashed)).toBe("ok");
+    expect(verdict(hashed, ["VM1.example.com"])).toBe("ok");
+    expect(verdict(hashed, ["[vm1.example.com]:2222"])).toBe("ok");
+    expect(verdict(hashed, ["vm2.example.com"])).toBe("unknown");
+  });
+
+  test("the types known for a host are asked for first", () => {
+    const text = `vm1 ${ecdsa.line}\nvm2 ${mine.line}\n@cert-authority vm1 ${mine.line}`;
+    expect(knownTypes(["vm1"], { knownHosts: [text] })).toEqual(["ecdsa-sha2-nistp256"]);
+    expect(knownTypes(["vm1"], { pins: [mine.line, fingerprint(ecdsa.blob)] })).toEqual(["ssh-ed25519"]);
+  });
+});
+
+describe("the error", () => {
+  test("of an unknown key tells its fingerprint and two ways to pin it", () => {
+    const error = hostKeyError("web", "[10.0.0.1]:2222", mine.blob, { verdict: "unknown" });
+    expect(error.code).toBe("HOST_KEY_UNKNOWN");
+    expect(error.message).toContain(fingerprint(mine.blob));
+    expect(error.message).toContain(`hostKey: "${mine.line}"`);
+    expect(error.message).toContain(`known_hosts: [10.0.0.1]:2222 ${mine.line}`);
+    expect(error.message).toContain("ssh_host_ed25519_key.pub");
+    expect(hostKeyError("web", "web", ecdsa.blob, { verdict: "unknown" }).message).toContain(
+      "ssh_host_ecdsa_key.pub",
+    );
+  });
+
+  test.each([
+    ["key line", () => other.line],
+    ["fingerprint", () => fingerprint(other.blob)],
+  ])("of another key than the pinned %s tells both fingerprints", (_what, pin) => {
+    const error = hostKeyError("web", "web", mine.blob, judge(mine.blob, ["web"], { pins: [pin()] }));
+    expect(error.code).toBe("HOST_KEY_MISMATCH");
+    expect(error.message).toContain(`shows the host key ssh-ed25519 ${fingerprint(mine.blob)}`);
+    expect(error.message).toContain(fingerprint(other.blob));
+  });
+
+  test("of a revoked key says so", () => {
+    const error = hostKeyError("web", "web", mine.blob, { verdict: "revoked" });
+    expect(error.code).toBe("HOST_KEY_MISMATCH");
+    expect(error.message).toContain("revoked");
+    expect(error.message).toContain(fingerprint(mine.blob));
+  });
+});
