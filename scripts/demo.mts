@@ -34,15 +34,20 @@ async function tell<T>(what: string, work: () => Promise<T>): Promise<T> {
 
 /** Lines of Pulumi's output that a reader of the story needs. */
 function essence(output: string): string {
+  const seen = new Set<string>();
   return output
     .split("\n")
+    .map((line) => line.trimEnd().replace("pulumi-nodejs:dynamic/lvm-nbd:", ""))
     .filter((line) =>
-      /^\s*(\+|~|-|\+-|@|warning:|error:|Outputs:|Resources:)|lvm-nbd|[+~-] \d+ |unchanged|device|takenAt|uri/.test(
-        line,
-      ),
+      /^ *([+~-]|\+-|warning:|error:|Outputs:|Resources:)|^ {4}\w+ *: "| unchanged$/.test(line),
     )
-    .filter((line) => !/pulumi-nodejs:dynamic.*\[urn/.test(line))
-    .map((line) => line.trimEnd())
+    .filter(
+      (line) =>
+        !/\[urn=|pulumi:pulumi:Stack|creating \(|updating \(|deleting \(|refreshing \(|from \$PATH|--outputs/.test(
+          line,
+        ),
+    )
+    .filter((line) => !seen.has(line) && seen.add(line))
     .join("\n");
 }
 

@@ -17,16 +17,14 @@ if (script === undefined) {
   process.exit(2);
 }
 
-ensure(
-  "node_modules/.installed-for",
-  digest(["package-lock.json"]),
-  "installing the dependencies (npm ci)",
-  () => {
-    // npm's own Node is used here: the one in node_modules is about to be replaced.
-    const path = (process.env.PATH ?? "").split(":").filter((entry) => !entry.includes("node_modules/.bin"));
-    run("npm", ["ci", "--no-audit", "--no-fund", "--loglevel=error"], { PATH: path.join(":") });
-  },
-);
+ensure("node_modules/.installed-for", digest(["package-lock.json"]), "installing the dependencies", () => {
+  // npm's own Node is used here: the one in node_modules is about to be replaced.
+  const path = (process.env.PATH ?? "").split(":").filter((entry) => !entry.includes("node_modules/.bin"));
+  // Not `npm ci`: it refuses a lockfile made where packages of other platforms could not be seen.
+  run("npm", ["install", "--no-save", "--no-audit", "--no-fund", "--loglevel=error"], {
+    PATH: path.join(":"),
+  });
+});
 const bin = join(root, "node_modules", ".bin");
 const env = { PATH: `${bin}:${process.env.PATH ?? ""}` };
 const sources = readdirSync(join(root, "provider"), { recursive: true })

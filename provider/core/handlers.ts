@@ -91,7 +91,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
   };
 
   const parse = (values: Values, shape: z.ZodObject): CommonInputs => {
-    const parsed = shape.safeParse(values);
+    const own = Object.fromEntries(Object.entries(values).filter(([key]) => key in shape.shape));
+    const parsed = shape.safeParse(own);
     if (parsed.success) return parsed.data as unknown as CommonInputs;
     const reasons = issues(parsed.error).map(({ property, reason }) => `${property}: ${reason}`);
     throw new LvmNbdError("INVALID_INPUT", {
@@ -110,7 +111,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const problems = [...type.validate(inputs, old, unknown)];
       if (!unknown.has("host"))
         problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host)));
-      return { inputs, problems };
+      // Pulumi takes the inputs for the outputs of a preview: what can be known of them already is put there.
+      return { inputs: { ...inputs, ...type.predict(inputs) }, problems };
     },
 
     async diff(oldValues, wanted, unknown) {

@@ -68,6 +68,8 @@ export interface ResourceType<
     old: Partial<Inputs> | undefined,
     unknown: ReadonlySet<string>,
   ): Problem[];
+  /** Outputs that follow from the inputs alone, so that a preview knows them; `{}` while those are not known. */
+  predict(inputs: Partial<Inputs>): Readonly<Record<string, unknown>>;
   /** Enough to find the thing again: `HOST/...`. */
   id(inputs: Inputs, hostName: string): string;
   /** Looks, changes nothing. `undefined` means positively absent; what cannot be told is an error. */

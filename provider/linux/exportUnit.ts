@@ -69,8 +69,12 @@ export function renderExportUnit(plan: ExportPlan): string {
     ],
     Service: [
       ...start(plan),
-      ["Restart", "on-failure"],
+      ["Restart", "always"],
       ["RestartSec", "2"],
+      // On TERM nbdkit waits for its clients to leave. What a server has acknowledged lies with the kernel
+      // already, so nothing is lost when it is ended at once.
+      ["KillSignal", "SIGKILL"],
+      ["SuccessExitStatus", "SIGKILL"],
       ["TimeoutStopSec", "10"],
       ["IPAddressDeny", "any"],
       ["IPAddressAllow", allowedAddresses(plan).join(" ")],

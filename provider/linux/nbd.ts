@@ -12,6 +12,7 @@ export const packageOf: Readonly<Record<string, string>> = {
   "nbd-client": "nbd-client (Debian) or nbd (RPM distributions)",
   "qemu-nbd": "qemu-utils (Debian) or qemu-img (RPM distributions)",
   nbdinfo: "libnbd-bin (Debian) or libnbd (RPM distributions)",
+  nbdcopy: "libnbd-bin (Debian) or libnbd (RPM distributions)",
 };
 
 /** Where an export is reached. */

@@ -542,6 +542,8 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   outputs,
   nameInput: "name",
   validate,
+  predict: ({ volumeGroup, name }) =>
+    volumeGroup === undefined || name === undefined ? {} : { path: `/dev/${volumeGroup}/${name}` },
   id: (wanted, hostName) => `${hostName}/${wanted.volumeGroup}/${wanted.name}`,
   observe,
   isSame: (seen, state) => seen.lv.uuid === state.uuid,

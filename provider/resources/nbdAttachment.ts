@@ -534,6 +534,7 @@ export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   outputs,
   nameInput: "name",
   validate,
+  predict: ({ name }) => (name === undefined ? {} : { path: attachPath(name) }),
   id: (wanted, hostName) => `${hostName}/${wanted.name}`,
   observe,
   isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,

@@ -113,7 +113,8 @@ if [ -e "$file" ]; then
   case $show in *ActiveState=active*)
     command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
     emit_output size timeout 15 nbdinfo --size "$uri"
-    emit_output readOnly timeout 15 nbdinfo --is read-only "$uri";;
+    emit_output readOnly timeout 15 nbdinfo --is read-only "$uri"
+    emit bytes "$(timeout 15 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)";;
   esac
 fi
 emit end ""
@@ -152,7 +153,9 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
   }
   const plan = readPlan(text);
   const config = plan === undefined ? undefined : exportConfig(plan);
-  const size = fields.get("size.rc") === "0" ? Number(fields.get("size")) : Number.NaN;
+  // A handshake alone can succeed where every read hangs: the proof is a sector.
+  const served = fields.get("size.rc") === "0" && fields.get("bytes")?.trim() === "512";
+  const size = served ? Number(fields.get("size")) : Number.NaN;
   const deviceSize = fields.get("deviceSize");
   return {
     mark: unitMark(text),
@@ -224,7 +227,7 @@ function stateOf(seen: Observed): State["state"] {
 const preflightScript = `${emitFunctions}
 server=$1 device=$2 address=$3 port=$4 unit=$5
 missing=
-for program in "$server" nbdinfo systemctl ss ip; do command -v "$program" >/dev/null || missing="$missing $program"; done
+for program in "$server" nbdinfo nbdcopy systemctl ss ip; do command -v "$program" >/dev/null || missing="$missing $program"; done
 emit missing "$missing"
 if [ ! -e "$device" ]; then emit device absent
 elif [ ! -b "$device" ]; then emit device other
@@ -319,7 +322,12 @@ systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
 end=$(( $(date +%s) + 80 ))
 while :; do
-  if answer=$(timeout 75 nbdinfo --size "$uri" 2>&1); then emit size "$answer"; emit end ""; exit 0; fi
+  if answer=$(timeout 75 nbdinfo --size "$uri" 2>&1); then
+    bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
+    [ "$bytes" = 512 ] && exit 0
+    answer="the handshake succeeds, but nothing can be read"
+    break
+  fi
   state=$(systemctl show -p NRestarts -p ActiveState "$unit")
   case $state in *NRestarts=0*ActiveState=active*|*ActiveState=active*NRestarts=0*) ;; *) break;; esac
   [ "$(date +%s)" -lt "$end" ] || break
@@ -403,12 +411,11 @@ async function takeDown(context: Context, exportName: string): Promise<void> {
   );
 }
 
-function uriOf(
-  plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "host">,
-  hostName: string,
-): string {
-  if (!isAnyAddress(plan.listenAddress)) return nbdUri({ ...plan, server: plan.listenAddress });
-  return nbdUri({ ...plan, server: typeof plan.host === "string" ? hostName : plan.host.address });
+/** On all interfaces the host is reached by the name under which SSH reaches it. */
+function uriOf(plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "host">): string {
+  const { host, listenAddress } = plan;
+  if (!isAnyAddress(listenAddress)) return nbdUri({ ...plan, server: listenAddress });
+  return nbdUri({ ...plan, server: typeof host === "string" ? host : host.address });
 }
 
 function toState(declared: Inputs | State, seen: Observed): State {
@@ -416,7 +423,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const merged = { ...declared, ...seenPlan };
   return {
     ...merged,
-    uri: uriOf(merged, typeof merged.host === "string" ? merged.host : merged.host.address),
+    uri: uriOf(merged),
     sizeBytes:
       seen.probe?.sizeBytes ?? seen.deviceSizeBytes ?? ("sizeBytes" in declared ? declared.sizeBytes : 0),
     state: stateOf(seen),
@@ -464,6 +471,11 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   outputs,
   nameInput: "exportName",
   validate,
+  predict({ host, listenAddress, port, exportName }) {
+    if (host === undefined || listenAddress === undefined || port === undefined || exportName === undefined)
+      return {};
+    return { uri: uriOf({ host, listenAddress, port, exportName }) };
+  },
   id: (wanted, hostName) => `${hostName}/${wanted.exportName}`,
   observe,
   isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,

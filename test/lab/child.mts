@@ -16,13 +16,15 @@ export interface ChildOptions {
   stdin?: string;
   /** After this the child is ended and the call fails. Default 120. */
   timeoutSeconds?: number;
+  /** What the child has to end in after the time limit, before it is killed. Default 5. */
+  graceSeconds?: number;
   /** Return a non-zero exit code instead of throwing. */
   allowFailure?: boolean;
   /** Put the child at the head of its own process group; a timeout then ends the whole group. */
   ownGroup?: boolean;
 }
 
-const KILL_GRACE_MS = 5_000;
+const GRACE_SECONDS = 5;
 
 /** Runs a program to its end. Throws with its output when it fails (unless allowed to) or takes too long. */
 export async function runChild(argv: readonly string[], options: ChildOptions = {}): Promise<ChildResult> {
@@ -56,12 +58,15 @@ export async function runChild(argv: readonly string[], options: ChildOptions = 
   const timer = setTimeout(() => {
     timedOut = true;
     end("SIGTERM");
-    killTimer = setTimeout(() => {
-      end("SIGKILL");
-      // A grandchild that kept the pipes must not keep us.
-      child.stdout?.destroy();
-      child.stderr?.destroy();
-    }, KILL_GRACE_MS);
+    killTimer = setTimeout(
+      () => {
+        end("SIGKILL");
+        // A grandchild that kept the pipes must not keep us.
+        child.stdout?.destroy();
+        child.stderr?.destroy();
+      },
+      (options.graceSeconds ?? GRACE_SECONDS) * 1000,
+    );
   }, timeoutSeconds * 1000);
 
   try {

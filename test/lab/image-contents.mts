@@ -92,6 +92,9 @@ const MASKED_UNITS = [
   "systemd-update-utmp-runlevel.service",
 ];
 
+/** Frames between the guests: each costs QEMU the same, so fewer and larger ones copy two to three times faster. */
+const PRIVATE_MTU = 9000;
+
 function networkFiles(): Record<string, string> {
   const files: Record<string, string> = {};
   for (const guest of GUESTS) {
@@ -106,6 +109,7 @@ function networkFiles(): Record<string, string> {
       // IgnoreCarrierLoss: a cut link keeps its address, as a cable cut two switches away would.
       files[`${base}.network`] = [
         `[Match]\nMACAddress=${mac}\n`,
+        ...(network === "private" ? [`[Link]\nMTUBytes=${PRIVATE_MTU}\n`] : []),
         `[Network]\nAddress=${address}\nLinkLocalAddressing=no\nIPv6AcceptRA=no\nIgnoreCarrierLoss=yes\n`,
       ].join("\n");
     }

@@ -49,7 +49,9 @@ export async function ensureImage(log: (line: string) => void): Promise<GuestIma
   });
   const hash = createHash("sha256").update(definition).digest("hex").slice(0, 16);
   const directory = join(labDirectory(), hash);
-  if (!(await exists(directory))) {
+  const built = await exists(directory);
+  await ensureMachinePackages(log, { build: !built });
+  if (!built) {
     await withLock(
       join(labDirectory(), "image.lock"),
       {
@@ -87,7 +89,6 @@ async function buildImage(target: string, codename: string, log: (line: string) 
   for (const name of await readdir(cache)) {
     if (name.startsWith(".build-")) await rm(join(cache, name), { recursive: true, force: true });
   }
-  await ensureMachinePackages(log);
   log(`lab: building the guest image (Debian ${codename}; once, about 2 minutes) ...`);
   const build = join(cache, `.build-${process.pid}`);
   await mkdir(build, { recursive: true });

@@ -14,7 +14,7 @@ import { type Accelerator, chooseAccelerator } from "./accelerator.mts";
 import type { ChildResult } from "./child.mts";
 import { freePort, GuestMachine, type SavedState } from "./guest-machine.mts";
 import { ensureImage, type GuestImage } from "./image.mts";
-import { GUESTS, type GuestName, OPERATOR } from "./image-contents.mts";
+import { GUESTS, type GuestName } from "./image-contents.mts";
 import {
   type InstanceRecord,
   instanceLock,
@@ -27,7 +27,6 @@ import {
   writeRecord,
 } from "./instance.mts";
 import { withLock } from "./lock.mts";
-import { ensureMachinePackages } from "./machine.mts";
 import { ensureSavedState } from "./saved-state.mts";
 import { GuestSsh, sshGreets } from "./ssh.mts";
 import { elapsed, waitFor } from "./wait.mts";
@@ -115,7 +114,6 @@ export async function labUp(options: LabOptions): Promise<Lab> {
   const started = performance.now();
   const { directory, socketDirectory } = instancePlace(options.name);
   await sweepOrphans(options.name, log);
-  await ensureMachinePackages(log);
   const image = await ensureImage(log);
   const accelerator = await chooseAccelerator(image, log);
   const state = await ensureSavedState(image, accelerator, log);
@@ -136,6 +134,7 @@ export async function labUp(options: LabOptions): Promise<Lab> {
           return running;
         }
       }
+      if (record) log(`lab: "${options.name}" is not as it should be now and is made anew`);
       await removeInstance(options.name);
       await mkdir(directory, { recursive: true, mode: 0o700 });
       const fresh: InstanceRecord = {
@@ -356,6 +355,3 @@ class RunningGuest implements Guest {
     );
   }
 }
-
-/** The SSH password of the ordinary user. */
-export const OPERATOR_PASSWORD = OPERATOR.password;

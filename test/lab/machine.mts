@@ -2,18 +2,28 @@ import { access, constants, readFile } from "node:fs/promises";
 import { delimiter, join } from "node:path";
 import { programSearchPath, runChild } from "./child.mts";
 
-/** Programs the lab needs on this machine and the Debian package each comes in. */
-const PROGRAMS: Readonly<Record<string, string>> = {
+/** Programs that run the lab on this machine, and the Debian package each comes in. */
+const RUN_PROGRAMS: Readonly<Record<string, string>> = {
   "qemu-system-x86_64": "qemu-system-x86",
   "qemu-img": "qemu-utils",
-  mmdebstrap: "mmdebstrap",
-  cpio: "cpio",
-  mke2fs: "e2fsprogs",
   flock: "util-linux",
   setpriv: "util-linux",
   ssh: "openssh-client",
+};
+
+/** Programs that build the guest image. */
+const BUILD_PROGRAMS: Readonly<Record<string, string>> = {
+  mmdebstrap: "mmdebstrap",
+  cpio: "cpio",
+  mke2fs: "e2fsprogs",
   "ssh-keygen": "openssh-client",
   busybox: "busybox-static",
+};
+
+/** Programs that an ordinary user needs beside those to build it. */
+const UNPRIVILEGED_BUILD_PROGRAMS: Readonly<Record<string, string>> = {
+  fakeroot: "fakeroot",
+  newuidmap: "uidmap",
 };
 
 /** The full path of a program on PATH or in the system directories (or in other directories), if it is there. */
@@ -31,12 +41,19 @@ export async function findProgram(name: string, path = programSearchPath()): Pro
 }
 
 /**
- * Makes sure that everything the lab runs on this machine is installed. As root it installs what is missing
- * with apt; otherwise it fails and names all of it in one line.
+ * Makes sure that everything the lab runs on this machine (and builds the image with) is installed. As root it
+ * installs what is missing with apt; otherwise it fails and names all of it in one line.
  */
-export async function ensureMachinePackages(log: (line: string) => void): Promise<void> {
+export async function ensureMachinePackages(
+  log: (line: string) => void,
+  options: { build: boolean },
+): Promise<void> {
   const root = process.getuid?.() === 0;
-  const programs = root ? PROGRAMS : { ...PROGRAMS, fakeroot: "fakeroot", newuidmap: "uidmap" };
+  const programs = {
+    ...RUN_PROGRAMS,
+    ...(options.build ? BUILD_PROGRAMS : {}),
+    ...(options.build && !root ? UNPRIVILEGED_BUILD_PROGRAMS : {}),
+  };
   const missing = new Set<string>();
   for (const [program, debianPackage] of Object.entries(programs)) {
     if ((await findProgram(program)) === undefined) missing.add(debianPackage);

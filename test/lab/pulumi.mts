@@ -4,7 +4,7 @@
  */
 import { access, copyFile, mkdir, mkdtemp, rename, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { delimiter, join } from "node:path";
+import { basename, delimiter, join } from "node:path";
 import { type ChildResult, runChild } from "./child.mts";
 import { withLock } from "./lock.mts";
 import { cacheDirectory } from "./paths.mts";

@@ -63,7 +63,8 @@ export class GuestSsh {
     await this.#connect(host);
     const argv = ["ssh", "-F", this.configPath, "-S", this.#controlSocket(host), "-o", "BatchMode=yes"];
     const { user: _, ...childOptions } = options;
-    return runChild([...argv, host, "--", command], childOptions);
+    // A client of a kept connection does not end on SIGTERM while its command runs.
+    return runChild([...argv, host, "--", command], { ...childOptions, graceSeconds: 0.2 });
   }
 
   /** Ends the kept connections to a guest, which after a reboot or a restore lead nowhere. */
