@@ -2,6 +2,7 @@
  * What a door of Pulumi asks of a resource: check, diff, create, read, update, delete. Plain values in, plain
  * values out; the handlers know neither door.
  */
+import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { hostAddress, hostName, validateHostArgs } from "../ssh/config.js";
 import type { Host, HostArgs } from "../ssh/types.js";
@@ -120,7 +121,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const changes = [...type.diff(state, wanted, unknown)];
       let sameHost = true;
       if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
-      else if (JSON.stringify(wanted.host) !== JSON.stringify(oldValues.host)) {
+      else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
         sameHost = await isSameHost(state.host, wanted.host as HostArgs);
         changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
       }

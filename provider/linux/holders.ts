@@ -4,7 +4,7 @@
  */
 import { z } from "zod";
 
-/** Prints one line a holder, `KIND<TAB>WHO` with WHO in base64. Argument: the device. Nothing: nobody holds it. */
+/** Prints one line a holder, `KIND<TAB>WHO` with WHO in base64. Arguments: the device, and the unit whose processes may. */
 export const holdersScript = `
 device=$(readlink -f "$1") || exit 1
 [ -b "$device" ] || { echo "$1 is not a block device" >&2; exit 1; }
@@ -27,6 +27,7 @@ done
 for name in $names; do
   find /proc/[0-9]*/fd -lname "/dev/$name" 2>/dev/null
 done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
+  if [ -n "$2" ] && grep -Fqs "/$2" /proc/"$pid"/cgroup; then continue; fi
   say process "$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120) (pid $pid)"
 done
 exit 0

@@ -1,6 +1,7 @@
 /**
  * LvSnapshot: a moment of a logical volume, as a COW snapshot (with `size`) or a thin one (without).
  */
+import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
@@ -14,6 +15,7 @@ import {
   userTags,
 } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import { serially } from "../core/serial.js";
 import { holdersScript, parseHolders } from "../linux/holders.js";
 import {
   activateCommand,
@@ -190,9 +192,12 @@ function stateOf({ lv, poolFull }: Observed): State["state"] {
   return poolFull ? "poolFull" : "valid";
 }
 
-function change(context: Context, argv: string[], what: string): Promise<unknown> {
-  return succeed(context, { argv, kind: "change", deadlineSeconds: changeSeconds }, what, (result) =>
-    lvmFailure(result.stderr),
+/** LVM locks the volume group for a change; those of one group wait for each other here. */
+function change(context: Context, volumeGroup: string, argv: string[], what: string): Promise<unknown> {
+  return serially(context.host, volumeGroup, () =>
+    succeed(context, { argv, kind: "change", deadlineSeconds: changeSeconds }, what, (result) =>
+      lvmFailure(result.stderr),
+    ),
   );
 }
 
@@ -291,7 +296,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
   const { quiesce } = wanted;
   if (quiesce === undefined) {
     context.progress(`taking the snapshot ${wanted.volumeGroup}/${wanted.name} of ${wanted.origin}`);
-    await change(context, argv, what);
+    await change(context, wanted.volumeGroup, argv, what);
     return;
   }
   context.progress(`freezing, taking the snapshot ${wanted.volumeGroup}/${wanted.name}, thawing`);
@@ -301,7 +306,9 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
     deadlineSeconds: changeSeconds + 2 * quiesce.timeoutSeconds,
     graceSeconds: 2 * (quiesce.timeoutSeconds + 10),
   };
-  const result = await context.host.run(command, context.signal);
+  const result = await serially(context.host, wanted.volumeGroup, () =>
+    context.host.run(command, context.signal),
+  );
   if (result.exitCode === 0) return;
   if (result.exitCode === 90)
     throw failure(context, command, result, `freeze failed: ${quiesce.freeze}`, "QUIESCE_FAILED");
@@ -346,6 +353,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     context.progress(`renaming ${lv.name} to ${wanted.name}`);
     await change(
       context,
+      lv.volumeGroup,
       renameCommand(lv, wanted.name),
       `${lv.name} could not be renamed to ${wanted.name}`,
     );
@@ -355,19 +363,31 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   const add = right.filter((tag) => !lv.tags.includes(tag));
   const drop = lv.tags.filter((tag) => !right.includes(tag));
   if (add.length > 0 || drop.length > 0) {
-    await change(context, tagCommand(lv, add, drop), `the tags of ${lv.name} could not be changed`);
+    await change(
+      context,
+      lv.volumeGroup,
+      tagCommand(lv, add, drop),
+      `the tags of ${lv.name} could not be changed`,
+    );
   }
   if (lv.readOnly !== wanted.readOnly) {
     await change(
       context,
+      lv.volumeGroup,
       permissionCommand(lv, wanted.readOnly),
       `the permission of ${lv.name} could not be changed`,
     );
   }
-  if (!lv.active) await change(context, activateCommand(lv), `${lv.name} could not be activated`);
+  if (!lv.active)
+    await change(context, lv.volumeGroup, activateCommand(lv), `${lv.name} could not be activated`);
   if (wanted.size !== undefined && isSmaller(lv, wanted.size)) {
     context.progress(`growing ${lv.name} to ${wanted.size}`);
-    await change(context, extendCommand(lv, parseSize(wanted.size)), `${lv.name} could not be grown`);
+    await change(
+      context,
+      lv.volumeGroup,
+      extendCommand(lv, parseSize(wanted.size)),
+      `${lv.name} could not be grown`,
+    );
   }
 }
 
@@ -395,7 +415,12 @@ async function removeVolume(context: Context, seen: Observed): Promise<void> {
     });
   }
   context.progress(`removing the snapshot ${lv.volumeGroup}/${lv.name}`);
-  await change(context, removeCommand(lv), `${lv.volumeGroup}/${lv.name} could not be removed`);
+  await change(
+    context,
+    lv.volumeGroup,
+    removeCommand(lv),
+    `${lv.volumeGroup}/${lv.name} could not be removed`,
+  );
 }
 
 async function refuseOpen(context: Context, lv: LogicalVolume): Promise<void> {
@@ -469,7 +494,7 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   }
   if (unknown.has("tags") || !sameMembers(wanted.tags ?? [], state.tags)) update("tags");
   if (wanted.owner !== undefined && wanted.owner !== state.owner) update("owner");
-  if (JSON.stringify(wanted.quiesce) !== JSON.stringify(state.quiesce))
+  if (!isDeepStrictEqual(wanted.quiesce, state.quiesce))
     changes.push({ property: "quiesce", effect: "connection" });
   if (state.state === "overflowed") replace("state");
   if (state.state === "inactive") update("state");

@@ -7,6 +7,7 @@ import { LvmNbdError } from "../core/errors.js";
 import { commonInputs, plainName } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import { serially } from "../core/serial.js";
 import {
   type AttachPlan,
   attachPath,
@@ -127,7 +128,12 @@ const observeScript = `${emitFunctions}
 unit=$1 path=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
-show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
+i=0
+while :; do
+  show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
+  # A link that has just died is being made again: give it a moment before it counts as detached.
+  case $show in *ActiveState=activating*) i=$((i+1)); [ "$i" -le 30 ] || break; sleep 0.2;; *) break;; esac
+done
 emit show "$show"
 if [ -e "$file" ]; then
   device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")
@@ -298,7 +304,7 @@ done | sort -n
 const applyScript = `${emitFunctions}
 unit=$1 device=$2 path=$3 expected=$4 modules=$5 modules_text=$6 rule=$7 rule_text=$8 wait=$9
 file=/etc/systemd/system/$unit
-exec 9>/run/lock/lvm-nbd.lock && flock -w 60 9 || { echo "another attachment is being made for more than 60 s" >&2; exit 1; }
+exec 9>/run/lock/lvm-nbd.lock && flock -w 120 9 || { echo "another attachment is being made for more than 120 s" >&2; exit 1; }
 install_file() {
   [ -f "$1" ] && [ "$(cat "$1"; echo x)" = "$(printf %s "$2"; echo x)" ] && return 0
   mkdir -p "\${1%/*}" && rm -f "$1.new" && printf %s "$2" >"$1.new" && sync "$1.new" && mv -f "$1.new" "$1"
@@ -341,9 +347,9 @@ async function apply(context: Context, plan: AttachPlan, sizeBytes: number): Pro
     ),
     stdin: renderAttachUnit(plan),
     kind: "change",
-    deadlineSeconds: 180 + plan.timeoutSeconds,
+    deadlineSeconds: 300 + plan.timeoutSeconds,
   };
-  const result = await context.host.run(command, context.signal);
+  const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
   if (result.exitCode === 0) return "attached";
   if (result.exitCode === 75) return "taken";
   const dead = result.exitCode === 70;
@@ -368,7 +374,7 @@ async function attach(context: Context, wanted: Inputs, current: string | undefi
     } catch (error) {
       // What does not connect is not left behind: it would keep trying on a host nobody looks at.
       if (error instanceof LvmNbdError && ["ATTACHMENT_DEAD", "COMMAND_FAILED"].includes(error.code)) {
-        await takeDown(context, wanted.name);
+        await takeDown(context, wanted.name, undefined);
       }
       throw error;
     }
@@ -401,7 +407,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     device !== undefined &&
     renderAttachUnit(seen.plan) === renderAttachUnit(planOf(wanted, device));
   if (asDeclared && stateOf(seen) === "attached") return;
-  if (seen.plan !== undefined) await refuseHeld(context, seen.plan.device);
+  if (seen.plan !== undefined) await refuseHeld(context, seen.plan.device, attachUnitName(wanted.name));
   await attach(
     context,
     wanted,
@@ -409,14 +415,21 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   );
 }
 
-async function refuseHeld(context: Context, device: string): Promise<void> {
-  const command: RemoteCommand = { argv: script(heldScript, device), kind: "read", deadlineSeconds: 60 };
+async function refuseHeld(context: Context, device: string, unit: string): Promise<void> {
+  const command: RemoteCommand = {
+    argv: script(heldScript, device, unit),
+    kind: "read",
+    deadlineSeconds: 60,
+  };
   const result = await succeed(context, command, `who holds ${device} could not be found out`);
-  const holders = parseOutput(context, command, result, parseHolders).filter(
-    (holder) => !/^open in (nbd-client|\S*\/nbd-client) /.test(holder),
-  );
-  if (holders.length === 0) return;
-  throw new LvmNbdError("DEVICE_IN_USE", {
+  const holders = parseOutput(context, command, result, parseHolders);
+  if (holders.length > 0) throw heldError(context, device, holders);
+}
+
+const heldScript = `[ -b "$1" ] || exit 0\n${holdersScript}`;
+
+function heldError(context: Context, device: string, holders: readonly string[]): LvmNbdError {
+  return new LvmNbdError("DEVICE_IN_USE", {
     message: `${device} is in use: ${holders.join(", ")}`,
     host: context.host.name,
     resource: context.resource,
@@ -424,11 +437,14 @@ async function refuseHeld(context: Context, device: string): Promise<void> {
   });
 }
 
-const heldScript = `[ -b "$1" ] || exit 0\n${holdersScript}`;
-
+/** Looks for holders (exit code 75, named on stdout) and takes the unit down in one go, so that nobody slips in between. */
 const takeDownScript = `
-unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3
-exec 9>/run/lock/lvm-nbd.lock && flock -w 60 9 || { echo "an attachment is being made for more than 60 s" >&2; exit 1; }
+unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3 device=$4
+exec 9>/run/lock/lvm-nbd.lock && flock -w 120 9 || { echo "an attachment is being made for more than 120 s" >&2; exit 1; }
+if [ -b "$device" ]; then
+  held=$(sh -c "$5" sh "$device" "$unit") || exit 1
+  if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
+fi
 if [ -e "$file" ]; then systemctl disable --quiet --now "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
 rm -f "$file" "$file.new" && rm -rf "$file.d" || exit 1
 systemctl daemon-reload || exit 1
@@ -438,17 +454,19 @@ if [ ! -e "$1" ]; then rm -f "$modules" "$rule" && udevadm control --reload; rmd
 exit 0
 `;
 
-async function takeDown(context: Context, name: string): Promise<void> {
+/** `device`: what must not be held; `undefined` for what was never attached or is not ours. */
+async function takeDown(context: Context, name: string, device: string | undefined): Promise<void> {
   const unit = attachUnitName(name);
-  await succeed(
-    context,
-    {
-      argv: script(takeDownScript, unit, modulesLoad.path, udevRule.path),
-      kind: "change",
-      deadlineSeconds: 120,
-    },
-    `the unit ${unit} could not be removed`,
-  );
+  const command: RemoteCommand = {
+    argv: script(takeDownScript, unit, modulesLoad.path, udevRule.path, device ?? "", holdersScript),
+    kind: "change",
+    deadlineSeconds: 240,
+  };
+  const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
+  if (result.exitCode === 75)
+    throw heldError(context, device ?? "", parseOutput(context, command, result, parseHolders));
+  if (result.exitCode !== 0)
+    throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
 }
 
 function toState(declared: Inputs | State, seen: Observed): State {
@@ -546,10 +564,9 @@ export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   converge,
   async remove(context, state, seen) {
     const device = seen.plan?.device ?? state.device;
-    // Somebody else's link behind the device is not ours to look at or to cut.
-    if (stateOf(seen) !== "replaced" && device !== "") await refuseHeld(context, device);
     context.progress(`detaching ${device}`);
-    await takeDown(context, state.name);
+    // Somebody else's link behind the device is not ours to look at or to cut; the unit leaves it alone.
+    await takeDown(context, state.name, stateOf(seen) === "replaced" ? undefined : device);
   },
   drift(state, seen) {
     const now = toState(state, seen);
