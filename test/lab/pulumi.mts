@@ -4,8 +4,8 @@
  */
 import { access, copyFile, mkdir, mkdtemp, rename, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { basename, delimiter, join } from "node:path";
-import { type ChildResult, runChild } from "./child.mts";
+import { delimiter, join } from "node:path";
+import { runChild } from "./child.mts";
 import { withLock } from "./lock.mts";
 import { cacheDirectory } from "./paths.mts";
 import { elapsed } from "./wait.mts";
@@ -16,17 +16,22 @@ const root = join(import.meta.dirname, "..", "..");
 const parts = [
   {
     program: "pulumi",
+    time: "5 to 10 minutes",
     module: "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi",
     version: "v3.259.0",
     flags: "-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=3.259.0",
   },
   {
     program: "pulumi-language-nodejs",
+    time: "1 to 2 minutes",
     module: "github.com/pulumi/pulumi/sdk/v3/nodejs/cmd/pulumi-language-nodejs",
     version: "v3.68.0",
     flags: "-s -w",
   },
 ] as const;
+
+/** The provider of dynamic resources, a script of the SDK. Beside the CLI; from elsewhere on PATH, each command warns of it. */
+const dynamicProvider = "pulumi-resource-pulumi-nodejs";
 
 export { PulumiStack } from "./pulumi-stack.mts";
 
@@ -66,8 +71,9 @@ async function exists(path: string): Promise<boolean> {
 /** Builds what is missing into the cache; returns its folder. */
 async function build(log: (line: string) => void): Promise<string> {
   const bin = join(cacheDirectory(), "pulumi", parts.map(({ version }) => version).join("-"), "bin");
+  const programs = [...parts.map(({ program }) => program), dynamicProvider];
   const isMissing = async () =>
-    !(await Promise.all(parts.map(({ program }) => exists(join(bin, program))))).every(Boolean);
+    !(await Promise.all(programs.map((program) => exists(join(bin, program))))).every(Boolean);
   if (!(await isMissing())) return bin;
   await withLock(
     `${bin}.lock`,
@@ -75,44 +81,38 @@ async function build(log: (line: string) => void): Promise<string> {
     async () => {
       if (!(await isMissing())) return;
       await mkdir(bin, { recursive: true });
-      log("building the Pulumi CLI from source (once; 5 to 10 minutes on 2 cores)");
       for (const part of parts) {
         if (await exists(join(bin, part.program))) continue;
-        const start = Date.now();
+        if (!(await isOnPath("go", process.env.PATH ?? ""))) {
+          throw new Error(
+            "Pulumi is neither on PATH nor can it be built here: install `pulumi` (pulumi.com/docs/install) or Go 1.25 or later",
+          );
+        }
+        log(`building ${part.program} from source (once; ${part.time} on 2 cores)`);
+        const start = performance.now();
         const folder = await mkdtemp(join(tmpdir(), "lvm-nbd-pulumi-"));
         try {
           await writeFile(join(folder, "go.mod"), "module build\n\ngo 1.25\n");
           await go(folder, "get", `${part.module}@${part.version}`);
           await go(folder, "build", "-o", join(folder, part.program), "-ldflags", part.flags, part.module);
-          // Under another name first: a cut build must not leave half a program under the right one.
-          await copyFile(join(folder, part.program), join(bin, `${part.program}.new`));
-          await rename(join(bin, `${part.program}.new`), join(bin, part.program));
+          await install(join(folder, part.program), join(bin, part.program));
         } finally {
           await rm(folder, { recursive: true, force: true });
         }
         log(`built ${part.program} (${elapsed(start)})`);
       }
+      await install(join(root, "node_modules/@pulumi/pulumi", dynamicProvider), join(bin, dynamicProvider));
     },
   );
   return bin;
 }
 
+/** Under another name first: a cut build must not leave half a program under the right one. */
+async function install(from: string, to: string): Promise<void> {
+  await copyFile(from, `${to}.new`);
+  await rename(`${to}.new`, to);
+}
+
 async function go(folder: string, ...args: string[]): Promise<void> {
-  let result: ChildResult;
-  try {
-    result = await runChild(["go", ...args], {
-      cwd: folder,
-      timeoutSeconds: 1500,
-      allowFailure: true,
-      ownGroup: true,
-    });
-  } catch (cause) {
-    throw new Error(
-      "Pulumi is neither on PATH nor can it be built here: install `pulumi` (pulumi.com/docs/install) or Go 1.25 or later",
-      {
-        cause,
-      },
-    );
-  }
-  if (result.exitCode !== 0) throw new Error(`go ${args.join(" ")} failed:\n${result.stderr.slice(-2000)}`);
+  await runChild(["go", ...args], { cwd: folder, timeoutSeconds: 1500, ownGroup: true });
 }
