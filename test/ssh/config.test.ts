@@ -1,0 +1,255 @@
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
+import { hostAddress, hostName, resolveHost, validateHostArgs } from "../../provider/ssh/config.js";
+
+const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-config-"));
+const key = join(folder, "key");
+const encrypted = join(folder, "encrypted");
+const before = { config: process.env.LVM_NBD_SSH_CONFIG, agent: process.env.SSH_AUTH_SOCK };
+let pin: string;
+let files = 0;
+
+beforeAll(() => {
+  execFileSync("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", key]);
+  execFileSync("ssh-keygen", ["-q", "-t", "ed25519", "-N", "correct horse", "-f", encrypted]);
+  pin = readFileSync(`${key}.pub`, "utf8").split(" ").slice(0, 2).join(" ");
+});
+beforeEach(() => {
+  process.env.SSH_AUTH_SOCK = "/run/test-agent";
+});
+afterEach(() => {
+  restore("LVM_NBD_SSH_CONFIG", before.config);
+  restore("SSH_AUTH_SOCK", before.agent);
+});
+afterAll(() => rmSync(folder, { recursive: true }));
+
+function restore(name: string, value: string | undefined): void {
+  if (value === undefined) delete process.env[name];
+  else process.env[name] = value;
+}
+
+/** A new file each time: what was made of an alias is remembered by the file's path. */
+function sshConfig(text: string): void {
+  const file = join(folder, `config${files++}`);
+  writeFileSync(file, text);
+  process.env.LVM_NBD_SSH_CONFIG = file;
+}
+
+async function failure(promise: Promise<unknown>): Promise<LvmNbdError> {
+  const error = await promise.then(
+    () => undefined,
+    (reason: unknown) => reason,
+  );
+  if (!isLvmNbdError(error)) throw new Error(`expected an LvmNbdError, got ${String(error)}`);
+  return error;
+}
+
+describe("an alias", () => {
+  test("is what ssh makes of it", async () => {
+    const known = join(folder, "known");
+    writeFileSync(known, `10.1.2.3 ${pin}\n`);
+    sshConfig(`Host web
+      HostName 10.1.2.3
+      Port 2222
+      User ann
+      IdentityFile ${key}
+      IdentityFile ${join(folder, "missing")}
+      IdentityFile ${encrypted}
+      UserKnownHostsFile ${known} ${join(folder, "none-there")}
+      GlobalKnownHostsFile none\n`);
+    const host = await resolveHost("web");
+    expect(host).toMatchObject({
+      name: "web",
+      address: "10.1.2.3",
+      port: 2222,
+      user: "ann",
+      sudo: true,
+      agent: "/run/test-agent",
+      hostKeyNames: ["[10.1.2.3]:2222"],
+      jumps: [],
+    });
+    expect(host.keys.map((one) => one.label)).toEqual([key]);
+    expect(host.trust).toEqual({ knownHosts: [`10.1.2.3 ${pin}\n`] });
+  });
+
+  test("may name the agent, a variable that holds it, or none", async () => {
+    sshConfig(
+      `Host own\n IdentityAgent /run/own\nHost none\n IdentityAgent none\nHost var\n IdentityAgent $SSH_AUTH_SOCK\n`,
+    );
+    expect((await resolveHost("own")).agent).toBe("/run/own");
+    expect((await resolveHost("none")).agent).toBeUndefined();
+    expect((await resolveHost("var")).agent).toBe("/run/test-agent");
+  });
+
+  test("with HostKeyAlias is looked up under that name alone", async () => {
+    sshConfig(`Host web\n HostName 10.1.2.3\n Port 2222\n HostKeyAlias web-key\n`);
+    expect((await resolveHost("web")).hostKeyNames).toEqual(["web-key"]);
+  });
+
+  test("is jumped to through a chain, in order", async () => {
+    sshConfig(`Host web\n HostName 10.0.0.3\n ProxyJump inner
+Host inner\n HostName 10.0.0.2\n ProxyJump bob@outer:2200
+Host outer\n HostName 10.0.0.1\n`);
+    const { jumps } = await resolveHost("web");
+    expect(jumps.map((jump) => `${jump.address}:${jump.port}`)).toEqual(["10.0.0.1:2200", "10.0.0.2:22"]);
+    expect(jumps[0]?.user).toBe("bob");
+    expect(jumps.map((jump) => jump.hostKeyNames[0])).toEqual(["[10.0.0.1]:2200", "10.0.0.2"]);
+    expect(jumps.every((jump) => jump.jumps.length === 0)).toBe(true);
+  });
+
+  test("a list of jumps is not lengthened by the later ones' own jumps", async () => {
+    sshConfig(
+      `Host web\n ProxyJump outer,inner\nHost inner\n HostName 10.0.0.2\n ProxyJump outer\nHost outer\n HostName 10.0.0.1\n`,
+    );
+    expect((await resolveHost("web")).jumps.map((jump) => jump.address)).toEqual(["10.0.0.1", "10.0.0.2"]);
+  });
+
+  test("a jump with a port keeps its HostKeyAlias", async () => {
+    sshConfig(`Host web\n ProxyJump outer:2200\nHost outer\n HostName 10.0.0.1\n HostKeyAlias outer-key\n`);
+    expect((await resolveHost("web")).jumps[0]).toMatchObject({ port: 2200, hostKeyNames: ["outer-key"] });
+  });
+
+  test("that jumps in a circle is refused", async () => {
+    sshConfig(`Host a\n ProxyJump b\nHost b\n ProxyJump a\n`);
+    const error = await failure(resolveHost("a"));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.message).toContain("circle");
+  });
+
+  test("with ProxyCommand is refused, and ProxyJump named instead", async () => {
+    sshConfig(`Host web\n ProxyCommand nc %h %p\n`);
+    const error = await failure(resolveHost("web"));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.message).toContain("ProxyJump");
+  });
+
+  test.each(["-oProxyCommand=touch /tmp/x", "-F/etc/passwd", "", "a b", "a;b", "$(id)", "a\nb"])(
+    "%j is no alias",
+    async (alias) => {
+      const error = await failure(resolveHost(alias));
+      expect(error.code).toBe("INVALID_INPUT");
+      expect(error.message).toContain("is not a host alias");
+    },
+  );
+
+  test("that ssh cannot read is asked anew once the file is mended", async () => {
+    sshConfig("Nonsense here\n");
+    expect((await failure(resolveHost("web"))).code).toBe("INVALID_INPUT");
+    writeFileSync(process.env.LVM_NBD_SSH_CONFIG ?? "", "Host web\n HostName 10.0.0.9\n");
+    expect((await resolveHost("web")).address).toBe("10.0.0.9");
+  });
+
+  test("and an object that mean the same machine have the same address", async () => {
+    sshConfig("Host web\n HostName Server1.example.com\n Port 2222\n");
+    expect(await hostAddress("web")).toBe(await hostAddress({ address: "SERVER1.example.com", port: 2222 }));
+    expect(await hostAddress("web")).not.toBe(await hostAddress({ address: "server1.example.com" }));
+  });
+});
+
+describe("an object", () => {
+  test("offers the agent only when nothing else is given, or when told", async () => {
+    expect((await resolveHost({ address: "10.0.0.1", hostKey: pin })).agent).toBe("/run/test-agent");
+    expect((await resolveHost({ address: "10.0.0.1", hostKey: pin, password: "p" })).agent).toBeUndefined();
+    expect((await resolveHost({ address: "10.0.0.1", hostKey: pin, password: "p", agent: true })).agent).toBe(
+      "/run/test-agent",
+    );
+    expect((await resolveHost({ address: "10.0.0.1", hostKey: pin, agent: false })).agent).toBeUndefined();
+  });
+
+  test("is root without sudo, anybody else with it, unless told", async () => {
+    expect(await resolveHost({ address: "10.0.0.1" })).toMatchObject({ user: "root", sudo: false });
+    expect(await resolveHost({ address: "10.0.0.1", user: "ann" })).toMatchObject({ sudo: true });
+    expect(await resolveHost({ address: "10.0.0.1", user: "ann", sudo: false })).toMatchObject({
+      sudo: false,
+    });
+  });
+
+  test("is named by its address, and by its port when it is not 22", () => {
+    expect(hostName({ address: "10.0.0.1" })).toBe("10.0.0.1");
+    expect(hostName({ address: "10.0.0.1", port: 2222 })).toBe("10.0.0.1:2222");
+    expect(hostName({ address: "fe80::1", port: 2222 })).toBe("[fe80::1]:2222");
+  });
+
+  test("may jump through aliases and objects", async () => {
+    sshConfig("Host outer\n HostName 10.0.0.1\n");
+    const host = await resolveHost({
+      address: "10.0.0.3",
+      proxyJump: ["outer", { address: "10.0.0.2", hostKey: pin }],
+    });
+    expect(host.jumps.map((jump) => jump.address)).toEqual(["10.0.0.1", "10.0.0.2"]);
+  });
+
+  test.each([
+    ["a missing key file", { privateKeyPath: "/nowhere/key" }, "host.privateKeyPath", /ENOENT/],
+    ["a folder", { privateKeyPath: folder }, "host.privateKeyPath", /EISDIR/],
+    ["a public key file", { privateKeyPath: `${key}.pub` }, "host.privateKeyPath", /public key/],
+    [
+      "an encrypted file without passphrase",
+      { privateKeyPath: encrypted },
+      "host.privateKeyPath",
+      /passphrase/,
+    ],
+    [
+      "a wrong passphrase",
+      { privateKeyPath: encrypted, passphrase: "hunter2" },
+      "host.privateKeyPath",
+      /decrypted/,
+    ],
+    ["text that is no key", { privateKey: "hunter2" }, "host.privateKey", /not a private key/],
+  ])(
+    "with %s is KEY_UNREADABLE, which names the property and no secret",
+    async (_what, extra, property, words) => {
+      const error = await failure(validateHostArgs({ address: "10.0.0.1", ...extra }));
+      expect(error.code).toBe("KEY_UNREADABLE");
+      expect(error.details.property).toBe(property);
+      expect(error.message).toMatch(words);
+      expect(JSON.stringify([error.message, error.details, error.stack])).not.toContain("hunter2");
+    },
+  );
+
+  test("takes an encrypted key with its passphrase", async () => {
+    const host = await resolveHost({
+      address: "10.0.0.1",
+      privateKeyPath: encrypted,
+      passphrase: "correct horse",
+    });
+    expect(host.keys.map((one) => one.label)).toEqual([encrypted]);
+  });
+
+  test("with a malformed pin is INVALID_INPUT, which says what a pin is", async () => {
+    const error = await failure(validateHostArgs({ address: "10.0.0.1", hostKey: [pin, "SHA256:abc"] }));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.details.property).toBe("host.hostKey");
+    expect(error.message).toContain("ssh-ed25519 AAAA");
+  });
+
+  test("with a known_hosts file that cannot be read is an error, not an unknown key", async () => {
+    const error = await failure(resolveHost({ address: "10.0.0.1", knownHostsPath: folder }));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.details.property).toBe("host.knownHostsPath");
+  });
+});
+
+describe("a name that does not resolve", () => {
+  test.each([
+    ["as an alias", "no-such-host.invalid", /neither an alias/],
+    ["as an address", { address: "no-such-host.invalid" }, /does not resolve/],
+  ])("%s is HOST_UNKNOWN", async (_what, args, words) => {
+    sshConfig("");
+    const error = await failure(validateHostArgs(args));
+    expect(error.code).toBe("HOST_UNKNOWN");
+    expect(error.message).toMatch(words);
+  });
+
+  test("is left alone behind a jump, which is the one to resolve it", async () => {
+    await validateHostArgs({ address: "no-such-host.invalid", proxyJump: { address: "10.0.0.1" } });
+    const error = await failure(
+      validateHostArgs({ address: "10.0.0.1", proxyJump: { address: "no-such-host.invalid" } }),
+    );
+    expect(error.code).toBe("HOST_UNKNOWN");
+  });
+});

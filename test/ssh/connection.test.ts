@@ -1,0 +1,402 @@
+import { spawn } from "node:child_process";
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { createServer, type Server, type Socket } from "node:net";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import ts from "typescript";
+import { afterEach, expect, test } from "vitest";
+import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
+import type { ResolvedHost } from "../../provider/ssh/config.js";
+import { Connection, DialFailed, LinkLost } from "../../provider/ssh/connection.js";
+import { fingerprint } from "../../provider/ssh/hostKeys.js";
+import type { RemoteCommand } from "../../provider/ssh/types.js";
+import {
+  type Arrived,
+  connection,
+  type FakeServer,
+  type FakeServerOptions,
+  otherKey,
+  startFakeServer,
+  timing,
+  until,
+} from "./fakeServer.js";
+
+const read: RemoteCommand = { argv: ["lvs"], deadlineSeconds: 30, kind: "read" };
+
+const cleanup: (() => unknown)[] = [];
+afterEach(async () => {
+  for (const act of cleanup.splice(0).reverse()) await act();
+});
+
+async function serve(options?: FakeServerOptions): Promise<FakeServer> {
+  const server = await startFakeServer(options);
+  cleanup.push(() => server.close());
+  return server;
+}
+
+async function open(host: ResolvedHost, changes: Partial<typeof timing> = {}): Promise<Connection> {
+  const opened = await Connection.open(host, { ...timing, ...changes });
+  cleanup.push(() => opened.end());
+  return opened;
+}
+
+async function failure(promise: Promise<unknown>): Promise<LvmNbdError> {
+  const error = await promise.then(
+    () => undefined,
+    (reason: unknown) => reason,
+  );
+  if (!isLvmNbdError(error)) throw new Error(`expected an LvmNbdError, got ${String(error)}`);
+  return error;
+}
+
+function blob(line: string): Buffer {
+  return Buffer.from(line.split(" ")[1] ?? "", "base64");
+}
+
+test("an unknown host key ends the dial before any login", async () => {
+  const server = await serve();
+  const error = await failure(open(server.host({ trust: { knownHosts: [] } })));
+  expect(error.code).toBe("HOST_KEY_UNKNOWN");
+  expect(error.message).toContain(fingerprint(blob(server.publicKey)));
+  expect(server.logins).toEqual([]);
+});
+
+test("another host key than the pinned ends the dial before any login", async () => {
+  const server = await serve();
+  const error = await failure(open(server.host({ trust: { pins: [otherKey] } })));
+  expect(error.code).toBe("HOST_KEY_MISMATCH");
+  expect(error.message).toContain(fingerprint(blob(server.publicKey)));
+  expect(error.message).toContain(fingerprint(blob(otherKey)));
+  expect(server.logins).toEqual([]);
+});
+
+test("a refused login tells what was tried, and no secret", async () => {
+  const server = await serve({
+    authenticate: (context) => context.reject(["publickey", "password", "keyboard-interactive"]),
+  });
+  const error = await failure(open(server.host({ password: "hunter2" })));
+  expect(error.code).toBe("AUTH_FAILED");
+  expect(error.message).toContain("tried: the password");
+  expect(JSON.stringify([error.message, error.details, error.stack])).not.toContain("hunter2");
+});
+
+test("nothing to log in with is said", async () => {
+  const server = await serve();
+  const error = await failure(open(server.host({ password: undefined })));
+  expect(error.code).toBe("AUTH_FAILED");
+  expect(error.message).toContain("nothing, since no key, agent or password is there");
+});
+
+test("an agent that cannot be reached leaves the other ways to log in", async () => {
+  const server = await serve();
+  const opened = await open(server.host({ agent: "/nowhere/agent.sock" }));
+  expect((await opened.run(read, undefined)).stdout).toBe("done");
+  const error = await failure(open(server.host({ agent: "/nowhere/agent.sock", password: undefined })));
+  expect(error.code).toBe("AUTH_FAILED");
+  expect(error.message).toContain("the agent's keys (");
+});
+
+test("the password answers a keyboard-interactive login", async () => {
+  let answered: string[] = [];
+  const server = await serve({
+    authenticate: (context) => {
+      if (context.method !== "keyboard-interactive") return context.reject(["keyboard-interactive"]);
+      context.prompt([{ prompt: "Password: ", echo: false }], (answers) => {
+        answered = answers;
+        context.accept();
+      });
+    },
+  });
+  const opened = await open(server.host({ password: "hunter2" }));
+  expect((await opened.run(read, undefined)).stdout).toBe("done");
+  expect(answered).toEqual(["hunter2"]);
+});
+
+test("a host that ends the login after too many attempts is a refused login", async () => {
+  const server = await serve({
+    authenticate: (context) => {
+      const protocol = (context as unknown as { _protocol: { disconnect(reason: number): void } })._protocol;
+      protocol.disconnect(2);
+    },
+  });
+  expect((await failure(open(server.host()))).code).toBe("AUTH_FAILED");
+});
+
+test("the result is read even if it comes in one packet with the acceptance", async () => {
+  const server = await serve({
+    exec: (_line, socket) => {
+      socket.cork();
+      setImmediate(() => setImmediate(() => socket.uncork()));
+      return true;
+    },
+    run: (command) => {
+      command.started();
+      command.exit(3, "all at once");
+    },
+  });
+  const opened = await open(server.host());
+  expect(await opened.run(read, undefined)).toEqual({ exitCode: 3, stdout: "all at once", stderr: "" });
+});
+
+test("twenty commands at once all succeed on a host that allows two sessions", async () => {
+  const server = await serve({
+    maxSessions: 2,
+    run: (command) => {
+      command.started();
+      setTimeout(() => command.exit(0, "done"), 5);
+    },
+  });
+  const opened = await open(server.host());
+  const results = await Promise.all(Array.from({ length: 20 }, () => opened.run(read, undefined)));
+  expect(results.map((result) => result.stdout)).toEqual(Array(20).fill("done"));
+  expect(server.lines).toHaveLength(20);
+});
+
+test("a command that waits for a session can be cancelled without having run", async () => {
+  const server = await serve({ run: (command) => command.started() });
+  const opened = await open(server.host());
+  const running = Array.from({ length: 8 }, () => opened.run(read, undefined));
+  const ended = Promise.allSettled(running);
+  const abort = new AbortController();
+  const waiting = failure(opened.run({ ...read, argv: ["late"] }, abort.signal));
+  await until(() => server.lines.length === 8, "eight commands");
+  abort.abort();
+  expect((await waiting).code).toBe("CANCELLED");
+  expect(server.lines.some((line) => line.includes("late"))).toBe(false);
+  opened.end();
+  await ended;
+});
+
+test("a command that was cancelled before it began is never sent", async () => {
+  const server = await serve();
+  const opened = await open(server.host());
+  expect((await failure(opened.run(read, AbortSignal.abort()))).code).toBe("CANCELLED");
+  await opened.run(read, undefined);
+  expect(server.lines).toHaveLength(1);
+});
+
+test("a cancel ends the process group on the host", async () => {
+  let command: Arrived | undefined;
+  const server = await serve({
+    run: (arrived) => {
+      arrived.started(12345);
+      command = arrived;
+    },
+  });
+  const opened = await open(server.host());
+  const abort = new AbortController();
+  const cancelled = failure(opened.run(read, abort.signal));
+  await until(() => command !== undefined, "the command");
+  abort.abort();
+  await until(() => server.kills.length === 1, "the kill");
+  expect(server.kills[0]).toContain("12345");
+  command?.exit(143);
+  expect((await cancelled).code).toBe("CANCELLED");
+});
+
+test("a cancel that comes before the process id is known ends it when it is", async () => {
+  let command: Arrived | undefined;
+  const server = await serve({
+    run: (arrived) => {
+      command = arrived;
+    },
+  });
+  const opened = await open(server.host());
+  const abort = new AbortController();
+  const cancelled = failure(opened.run(read, abort.signal));
+  await until(() => command !== undefined, "the command");
+  abort.abort();
+  command?.started(54321);
+  await until(() => server.kills.length === 1, "the kill");
+  expect(server.kills[0]).toContain("54321");
+  command?.exit(143);
+  expect((await cancelled).code).toBe("CANCELLED");
+});
+
+test("cancelling many commands ends each, though the host allows few more sessions", async () => {
+  const running = new Map<string, Arrived>();
+  const server = await serve({
+    maxSessions: 9,
+    run: (arrived) => {
+      const pid = 100 + running.size;
+      running.set(String(pid), arrived);
+      arrived.started(pid);
+    },
+  });
+  const opened = await open(server.host());
+  const abort = new AbortController();
+  const ended = Promise.all(Array.from({ length: 8 }, () => failure(opened.run(read, abort.signal))));
+  await until(() => running.size === 8, "eight commands");
+  abort.abort();
+  await until(() => {
+    for (const line of server.kills) running.get(/ (\d+) \d+$/.exec(line)?.[1] ?? "")?.exit(143);
+    return new Set(server.kills).size === 8;
+  }, "eight kills");
+  expect((await ended).every((error) => error.code === "CANCELLED")).toBe(true);
+});
+
+test("endless output is stopped", async () => {
+  const server = await serve({
+    run: (command) => {
+      command.started();
+      const more = () => {
+        if (command.channel.writable && !command.socket.destroyed)
+          command.channel.write("x".repeat(30_000), () => setImmediate(more));
+      };
+      more();
+    },
+  });
+  const opened = await open(server.host());
+  const error = await failure(opened.run({ ...read, maxOutputBytes: 1_000_000, graceSeconds: 1 }, undefined));
+  expect(error.code).toBe("OUTPUT_TOO_LARGE");
+  expect(server.kills).toHaveLength(1);
+});
+
+test("a command that the host does not stop at its deadline is given up in bounded time", async () => {
+  const server = await serve({ run: (command) => command.started() });
+  const opened = await open(server.host());
+  const error = await failure(opened.run({ ...read, deadlineSeconds: 1, graceSeconds: 1 }, undefined));
+  expect(error.code).toBe("COMMAND_TIMED_OUT");
+  expect(error.message).toContain("lvs");
+  expect(server.kills).toHaveLength(1);
+});
+
+test("a host that does not even answer the request is given up in bounded time", async () => {
+  const server = await serve({ exec: () => false });
+  const opened = await open(server.host());
+  const error = await failure(opened.run({ ...read, deadlineSeconds: 1, graceSeconds: 1 }, undefined));
+  expect(error.code).toBe("COMMAND_TIMED_OUT");
+});
+
+test("a link that goes silent is noticed by keepalives, long before the command's deadline", async () => {
+  let command: Arrived | undefined;
+  const server = await serve({
+    run: (arrived) => {
+      arrived.started();
+      arrived.socket.pause();
+      arrived.socket.removeAllListeners("data");
+      command = arrived;
+    },
+  });
+  const opened = await open(server.host(), { keepalive: 100 });
+  const error = await opened
+    .run({ ...read, deadlineSeconds: 3600 }, undefined)
+    .catch((reason: unknown) => reason);
+  expect(command).toBeDefined();
+  expect(error).toBeInstanceOf(LinkLost);
+  expect(opened.lost).toBe(true);
+});
+
+test("a link that answers keepalives stays, however long the command is silent", async () => {
+  let command: Arrived | undefined;
+  const server = await serve({
+    run: (arrived) => {
+      arrived.started();
+      command = arrived;
+    },
+  });
+  const opened = await open(server.host(), { keepalive: 300 });
+  const result = opened.run(read, undefined);
+  await until(() => command !== undefined, "the command");
+  const received = server.sockets[0]?.bytesRead ?? 0;
+  // Eight keepalives of at least 60 bytes: more than the three that may stay without an answer.
+  await until(() => (server.sockets[0]?.bytesRead ?? 0) > received + 8 * 60, "keepalives");
+  command?.exit(0, "after a while");
+  expect((await result).stdout).toBe("after a while");
+});
+
+test("many commands at once leave no listeners behind and give no warning", async () => {
+  const warnings: Error[] = [];
+  const warned = (warning: Error) => warnings.push(warning);
+  process.on("warning", warned);
+  cleanup.push(() => process.off("warning", warned));
+  const server = await serve();
+  const opened = await open(server.host());
+  const { signal } = new AbortController();
+  for (let round = 0; round < 5; round++) {
+    await Promise.all(Array.from({ length: 40 }, () => opened.run(read, signal)));
+  }
+  await new Promise((resolve) => setImmediate(resolve));
+  expect(warnings).toEqual([]);
+});
+
+test("a command without the wrapper's first line was not started", async () => {
+  const refuse = (text: string) => (command: Arrived) => {
+    command.channel.stderr.write(text);
+    command.exit(1);
+  };
+  const sudo = await serve({ run: refuse("sudo: a password is required\n") });
+  const denied = await failure((await open(sudo.host({ sudo: true, user: "ann" }))).run(read, undefined));
+  expect(denied.code).toBe("SUDO_DENIED");
+  expect(denied.message).toContain("sudo: a password is required");
+  const nologin = await serve({ run: refuse("This account is currently not available.\n") });
+  const failed = await failure((await open(nologin.host({ sudo: true, user: "ann" }))).run(read, undefined));
+  expect(failed.code).toBe("COMMAND_FAILED");
+  expect(failed.message).toContain("not available");
+});
+
+test("nobody listening is a dial that may pass", async () => {
+  const port = await new Promise<number>((resolve) => {
+    const probe: Server = createServer();
+    probe.listen(0, "127.0.0.1", () => {
+      const address = probe.address();
+      probe.close(() => resolve(typeof address === "object" && address !== null ? address.port : 0));
+    });
+  });
+  for (const address of ["127.0.0.1", "localhost"]) {
+    const error = await open(connection({ port, address })).catch((reason: unknown) => reason);
+    expect(error).toBeInstanceOf(DialFailed);
+    expect(error).toMatchObject({ mayPass: true, message: expect.stringContaining("ECONNREFUSED") });
+  }
+});
+
+test("a server that says nothing is given up in bounded time", async () => {
+  const accepted: Socket[] = [];
+  const silent = createServer((socket) => accepted.push(socket));
+  await new Promise<void>((resolve) => silent.listen(0, "127.0.0.1", resolve));
+  cleanup.push(() => silent.close());
+  const address = silent.address();
+  const port = typeof address === "object" && address !== null ? address.port : 0;
+  const error = await open(connection({ port }), { connect: 300 }).catch((reason: unknown) => reason);
+  expect(error).toBeInstanceOf(DialFailed);
+  const socket = accepted[0];
+  socket?.resume();
+  await until(
+    () => socket?.readableEnded === true || socket?.destroyed === true,
+    "the end of the given-up connection",
+  );
+  socket?.destroy();
+});
+
+/** The SSH layer as plain JavaScript, for a process of its own. */
+function buildSsh(into: string): string {
+  const root = join(__dirname, "../..");
+  for (const name of ["command", "config", "connection", "hostKeys", "quoting", "../core/errors"]) {
+    const source = readFileSync(join(root, "provider/ssh", `${name}.ts`), "utf8");
+    const file = join(into, "ssh", `${name}.js`);
+    mkdirSync(dirname(file), { recursive: true });
+    const options = { module: ts.ModuleKind.CommonJS, target: ts.ScriptTarget.ES2023, esModuleInterop: true };
+    writeFileSync(file, ts.transpileModule(source, { compilerOptions: options }).outputText);
+  }
+  symlinkSync(join(root, "node_modules"), join(into, "node_modules"));
+  return join(into, "ssh", "connection.js");
+}
+
+test("an idle connection lets its process end", async () => {
+  const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-idle-"));
+  cleanup.push(() => rmSync(folder, { recursive: true }));
+  const server = await serve();
+  const script = `
+    require(${JSON.stringify(buildSsh(folder))}).Connection.open(${JSON.stringify(server.host())})
+      .then((open) => open.run(${JSON.stringify(read)}))
+      .then((result) => console.log(result.stdout));`;
+  const child = spawn(process.execPath, ["-e", script], { stdio: ["ignore", "pipe", "inherit"] });
+  cleanup.push(() => child.kill("SIGKILL"));
+  let printed = "";
+  child.stdout.on("data", (chunk: Buffer) => {
+    printed += chunk.toString();
+  });
+  await until(() => printed === "done\n", "the command in the child");
+  await until(() => child.exitCode !== null, "the end of the child");
+  expect(child.exitCode).toBe(0);
+});

@@ -1,0 +1,151 @@
+/** An SSH server inside the test, which misbehaves as told. */
+import { type AddressInfo, createServer, type Socket } from "node:net";
+import { type AuthContext, Server, type ServerChannel, utils } from "ssh2";
+import type { ResolvedHost } from "../../provider/ssh/config.js";
+import type { Timing } from "../../provider/ssh/connection.js";
+
+/** A command that arrived. `pid` is what the wrapper's first line of stderr says. */
+export interface Arrived {
+  readonly line: string;
+  readonly channel: ServerChannel;
+  /** The TCP connection it came by, e.g. to cut it. */
+  readonly socket: Socket;
+  /** Says the process id, as the wrapper does. */
+  started(pid?: number): void;
+  /** Ends it. */
+  exit(code?: number, stdout?: string): void;
+}
+
+export interface FakeServerOptions {
+  readonly run?: (command: Arrived) => void;
+  /** Called for the request itself, before it is answered; `false` leaves it unanswered. */
+  readonly exec?: (line: string, socket: Socket) => boolean;
+  readonly authenticate?: (context: AuthContext) => void;
+  readonly maxSessions?: number;
+  /** Default: a free one. */
+  readonly port?: number;
+}
+
+export interface FakeServer {
+  readonly port: number;
+  readonly publicKey: string;
+  /** TCP connections so far. */
+  readonly sockets: Socket[];
+  /** Lines of the commands so far, without those that end others. */
+  readonly lines: string[];
+  /** Lines of the commands that end others. */
+  readonly kills: string[];
+  readonly logins: string[];
+  mostSessions(): number;
+  host(changes?: Partial<ResolvedHost>): ResolvedHost;
+  close(): Promise<void>;
+}
+
+const hostKey = utils.generateKeyPairSync("ed25519");
+export const fakeHostKey = hostKey.public;
+export const otherKey = utils.generateKeyPairSync("ed25519").public;
+
+/** Short where the usual waits are long, long enough for a busy machine. */
+export const timing: Timing = { connect: 5000, slack: 2000, keepalive: 10_000 };
+
+export function connection(changes: Partial<ResolvedHost> & { port: number }): ResolvedHost {
+  return {
+    name: "fake",
+    address: "127.0.0.1",
+    user: "root",
+    keys: [],
+    agent: undefined,
+    password: "hunter2",
+    trust: { pins: [hostKey.public] },
+    hostKeyNames: [`[127.0.0.1]:${changes.port}`],
+    sudo: false,
+    jumps: [],
+    ...changes,
+  };
+}
+
+export async function startFakeServer(options: FakeServerOptions = {}): Promise<FakeServer> {
+  const sockets: Socket[] = [];
+  const lines: string[] = [];
+  const kills: string[] = [];
+  const logins: string[] = [];
+  let most = 0;
+  const server = new Server({ hostKeys: [hostKey.private] }, (client) => {
+    const socket = sockets.at(-1);
+    if (socket === undefined) throw new Error("a client without a connection");
+    let sessions = 0;
+    // A client that is cut off is what these tests are about.
+    client.on("error", () => undefined);
+    client.on("authentication", (context) => {
+      logins.push(context.method);
+      if (options.authenticate !== undefined) options.authenticate(context);
+      else context.accept();
+    });
+    client.on("session", (accept, reject) => {
+      if (sessions >= (options.maxSessions ?? 10)) return reject();
+      sessions++;
+      most = Math.max(most, sessions);
+      const session = accept();
+      session.on("close", () => {
+        sessions--;
+      });
+      session.on("exec", (acceptExec, _rejectExec, { command: line }) => {
+        const kill = line.includes("kill -TERM");
+        (kill ? kills : lines).push(line);
+        if (!kill && options.exec?.(line, socket) === false) return;
+        const channel = acceptExec();
+        channel.on("error", () => undefined);
+        const marker = /lvm-nbd-[0-9a-f-]{36}/.exec(line)?.[0] ?? "";
+        const command: Arrived = {
+          line,
+          channel,
+          socket,
+          started: (pid = 4711) => {
+            channel.stderr.write(`${marker} ${pid}\n`);
+          },
+          exit: (code = 0, stdout = "") => {
+            channel.write(stdout);
+            channel.exit(code);
+            channel.end();
+          },
+        };
+        if (kill) command.exit();
+        else if (options.run !== undefined) options.run(command);
+        else {
+          command.started();
+          command.exit(0, "done");
+        }
+      });
+    });
+  });
+  const tcp = createServer((socket) => {
+    sockets.push(socket);
+    server.injectSocket(socket);
+  });
+  await new Promise<void>((resolve) => tcp.listen(options.port ?? 0, "127.0.0.1", resolve));
+  const { port } = tcp.address() as AddressInfo;
+  return {
+    port,
+    publicKey: hostKey.public,
+    sockets,
+    lines,
+    kills,
+    logins,
+    mostSessions: () => most,
+    host: (changes = {}) => connection({ port, ...changes }),
+    close: () =>
+      new Promise((resolve) => {
+        tcp.close(() => resolve());
+        for (const socket of sockets) socket.destroy();
+      }),
+  };
+}
+
+/** Waits for a condition; fails when it is not met in time. */
+export async function until(condition: () => boolean, what: string): Promise<void> {
+  const end = Date.now() + 20_000;
+  while (!condition()) {
+    if (Date.now() > end) throw new Error(`waited in vain: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}

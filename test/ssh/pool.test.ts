@@ -1,0 +1,242 @@
+import { createServer } from "node:net";
+import { afterEach, beforeEach, expect, test } from "vitest";
+import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
+import { Connection } from "../../provider/ssh/connection.js";
+import { createHostPool, type HostPool } from "../../provider/ssh/pool.js";
+import type { HostConnection, RemoteCommand } from "../../provider/ssh/types.js";
+import {
+  type Arrived,
+  type FakeServer,
+  type FakeServerOptions,
+  fakeHostKey,
+  startFakeServer,
+  timing,
+  until,
+} from "./fakeServer.js";
+
+const read: RemoteCommand = { argv: ["lvs"], deadlineSeconds: 30, kind: "read" };
+const change: RemoteCommand = { argv: ["lvcreate"], deadlineSeconds: 30, kind: "change" };
+
+const cleanup: (() => unknown)[] = [];
+const unhandled: unknown[] = [];
+const note = (reason: unknown) => unhandled.push(reason);
+beforeEach(() => {
+  process.on("unhandledRejection", note);
+});
+afterEach(async () => {
+  for (const act of cleanup.splice(0).reverse()) await act();
+  // Unhandled rejections are told once the microtasks are done.
+  await new Promise((resolve) => setImmediate(resolve));
+  process.off("unhandledRejection", note);
+  expect(unhandled.splice(0)).toEqual([]);
+});
+
+async function serve(options?: FakeServerOptions): Promise<FakeServer> {
+  const server = await startFakeServer(options);
+  cleanup.push(() => server.close());
+  return server;
+}
+
+function pool(connect = timing.connect): HostPool {
+  const made = createHostPool({
+    connect: (host) => Connection.open(host, { ...timing, connect }),
+    backoff: [10, 20, 40],
+  });
+  cleanup.push(() => made.close());
+  return made;
+}
+
+function args(server: FakeServer): HostConnection {
+  return { address: "127.0.0.1", port: server.port, password: "hunter2", hostKey: server.publicKey };
+}
+
+async function failure(promise: Promise<unknown>): Promise<LvmNbdError> {
+  const error = await promise.then(
+    () => undefined,
+    (reason: unknown) => reason,
+  );
+  if (!isLvmNbdError(error)) throw new Error(`expected an LvmNbdError, got ${String(error)}`);
+  return error;
+}
+
+async function freePort(): Promise<number> {
+  const probe = createServer();
+  await new Promise<void>((resolve) => probe.listen(0, "127.0.0.1", resolve));
+  const address = probe.address();
+  await new Promise((resolve) => probe.close(resolve));
+  if (typeof address !== "object" || address === null) throw new Error("no port");
+  return address.port;
+}
+
+test("first uses at the same time share one connection", async () => {
+  const server = await serve();
+  const hosts = pool();
+  const results = await Promise.all(
+    Array.from({ length: 10 }, async () => (await hosts.get(args(server))).run(read)),
+  );
+  expect(results.map((result) => result.stdout)).toEqual(Array(10).fill("done"));
+  expect(server.sockets).toHaveLength(1);
+});
+
+/** Cuts the first link when the command arrives: before it is answered, or while it runs. */
+function cutting(when: "before the answer" | "while it runs"): FakeServerOptions {
+  let cut = false;
+  const once = (act: () => void) => {
+    if (cut) return false;
+    cut = true;
+    act();
+    return true;
+  };
+  return {
+    exec: (_line, socket) => !(when === "before the answer" && once(() => socket.destroy())),
+    run: (command: Arrived) => {
+      command.started();
+      if (when === "while it runs" && once(() => setImmediate(() => command.socket.destroy()))) return;
+      command.exit(0, "done");
+    },
+  };
+}
+
+test.each(["before the answer", "while it runs"] as const)(
+  "a read whose link is lost %s is run again on a new connection",
+  async (when) => {
+    const server = await serve(cutting(when));
+    const host = await pool().get(args(server));
+    expect((await host.run(read)).stdout).toBe("done");
+    expect(server.lines).toHaveLength(2);
+    expect(server.sockets).toHaveLength(2);
+  },
+);
+
+test.each(["before the answer", "while it runs"] as const)(
+  "a change whose link is lost %s is LINK_LOST and is not repeated",
+  async (when) => {
+    const server = await serve(cutting(when));
+    const host = await pool().get(args(server));
+    const error = await failure(host.run(change));
+    expect(error.code).toBe("LINK_LOST");
+    expect(error.details.command).toBe("lvcreate");
+    expect(error.details.host).toBe(`127.0.0.1:${server.port}`);
+    expect((await host.run(read)).stdout).toBe("done");
+    expect(server.lines.filter((line) => line.includes("lvcreate"))).toHaveLength(1);
+  },
+);
+
+test("a change after the idle link was lost runs once, on a new connection", async () => {
+  const server = await serve();
+  let opened: Connection | undefined;
+  const hosts = createHostPool({
+    connect: async (host) => {
+      opened = await Connection.open(host, timing);
+      return opened;
+    },
+  });
+  cleanup.push(() => hosts.close());
+  const host = await hosts.get(args(server));
+  await host.run(read);
+  const first = opened;
+  server.sockets[0]?.destroy();
+  await until(() => first?.lost === true, "the loss to be noticed");
+  expect((await host.run(change)).stdout).toBe("done");
+  expect(server.lines.filter((line) => line.includes("lvcreate"))).toHaveLength(1);
+  expect(server.sockets).toHaveLength(2);
+});
+
+test("a change that waited for a session when the link was lost runs once, on a new connection", async () => {
+  const server = await serve({
+    run: (command) => {
+      command.started();
+      if (!command.line.includes("sleep")) command.exit(0, "done");
+    },
+  });
+  const host = await pool().get(args(server));
+  const holding = Array.from({ length: 8 }, () => failure(host.run({ ...change, argv: ["sleep", "9"] })));
+  await until(() => server.lines.length === 8, "eight commands");
+  const waiting = host.run(change);
+  server.sockets[0]?.destroy();
+  expect((await waiting).stdout).toBe("done");
+  expect((await Promise.all(holding)).every((error) => error.code === "LINK_LOST")).toBe(true);
+  expect(server.lines.filter((line) => line.includes("lvcreate"))).toHaveLength(1);
+});
+
+test("a host that drops every link is unreachable for a read, after a bounded number of tries", async () => {
+  const server = await serve({
+    exec: (_line, socket) => {
+      socket.destroy();
+      return false;
+    },
+  });
+  const host = await pool().get(args(server));
+  expect((await failure(host.run(read))).code).toBe("HOST_UNREACHABLE");
+  expect(server.sockets).toHaveLength(4);
+});
+
+test("nobody listening is HOST_UNREACHABLE, and is tried anew by the next command", async () => {
+  const port = await freePort();
+  const host = await pool().get({ address: "127.0.0.1", port, password: "hunter2", hostKey: fakeHostKey });
+  const error = await failure(host.run(change));
+  expect(error.code).toBe("HOST_UNREACHABLE");
+  expect(error.message).toContain("ECONNREFUSED");
+  await serve({ port });
+  expect((await host.run(change)).stdout).toBe("done");
+});
+
+test("a server that says nothing is HOST_UNREACHABLE and is not dialled again and again", async () => {
+  let dials = 0;
+  const silent = createServer((socket) => {
+    dials++;
+    cleanup.push(() => socket.destroy());
+  });
+  await new Promise<void>((resolve) => silent.listen(0, "127.0.0.1", resolve));
+  cleanup.push(() => silent.close());
+  const address = silent.address();
+  const port = typeof address === "object" && address !== null ? address.port : 0;
+  const host = await pool(300).get({
+    address: "127.0.0.1",
+    port,
+    password: "hunter2",
+    hostKey: "SHA256:".padEnd(50, "A"),
+  });
+  expect((await failure(host.run(read))).code).toBe("HOST_UNREACHABLE");
+  expect(dials).toBe(1);
+});
+
+test("a failed login is tried anew by the next command, and never by itself", async () => {
+  let accept = false;
+  const server = await serve({
+    authenticate: (context) => (accept ? context.accept() : context.reject(["publickey"])),
+  });
+  const host = await pool().get(args(server));
+  const errors = await Promise.all([failure(host.run(read)), failure(host.run(change))]);
+  expect(errors.map((error) => error.code)).toEqual(["AUTH_FAILED", "AUTH_FAILED"]);
+  expect(JSON.stringify(errors.map((error) => error.message))).not.toContain("hunter2");
+  expect(server.sockets).toHaveLength(1);
+  accept = true;
+  expect((await host.run(read)).stdout).toBe("done");
+});
+
+test("a cancel does not wait for the dial, which others go on to use", async () => {
+  const waiting: (() => void)[] = [];
+  const server = await serve({ authenticate: (context) => waiting.push(() => context.accept()) });
+  const host = await pool().get(args(server));
+  const abort = new AbortController();
+  const cancelled = failure(host.run(change, abort.signal));
+  const other = host.run(read);
+  await until(() => waiting.length === 1, "the login");
+  abort.abort();
+  expect((await cancelled).code).toBe("CANCELLED");
+  waiting[0]?.();
+  expect((await other).stdout).toBe("done");
+  expect(server.lines.some((line) => line.includes("lvcreate"))).toBe(false);
+});
+
+test("a closed pool ends its connections and opens none", async () => {
+  const server = await serve();
+  const hosts = pool();
+  const host = await hosts.get(args(server));
+  await host.run(read);
+  hosts.close();
+  await until(() => server.sockets[0]?.destroyed === true, "the end of the connection");
+  expect((await failure(host.run(read))).code).toBe("CANCELLED");
+  expect(server.sockets).toHaveLength(1);
+});
