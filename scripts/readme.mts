@@ -9,14 +9,14 @@ type Json = { readonly [key: string]: unknown };
 function typeText(node: Json): string {
   const options = node.anyOf as Json[] | undefined;
   if (options !== undefined) return [...new Set(options.map(typeText))].join(" or ");
-  if (Array.isArray(node.enum)) return node.enum.map((value) => `\`"${value}"\``).join(", ");
+  if (Array.isArray(node.enum)) return node.enum.map((value) => `\`"${value}"\``).join(" or ");
   if (node.type === "array") return `list of ${typeText((node.items ?? {}) as Json)}`;
   if (node.type === "object") {
     return `{ ${Object.keys((node.properties ?? {}) as Json)
       .map((key) => `\`${key}\``)
       .join(", ")} }`;
   }
-  return String(node.type ?? "any");
+  return Array.isArray(node.type) ? node.type.join(" or ") : String(node.type ?? "any");
 }
 
 function rows(shape: z.ZodObject, io: "input" | "output"): [string, Json, boolean][] {
@@ -52,7 +52,7 @@ for (const type of resourceTypes) {
     ["input", "type", "default", "meaning"],
     inputs.map(([key, node, required]) => [
       `\`${key}\``,
-      cell(typeText(node)),
+      key === "host" ? "alias or object, see above" : cell(typeText(node)),
       key === type.nameInput
         ? "resource's name"
         : required
@@ -60,7 +60,7 @@ for (const type of resourceTypes) {
           : "default" in node
             ? `\`${JSON.stringify(node.default)}\``
             : "",
-      cell(node.description),
+      key === "host" ? "The server." : cell(node.description),
     ]),
   );
   blocks[`${type.type} outputs`] = table(

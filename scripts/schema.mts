@@ -27,6 +27,7 @@ function property(node: Json, typeName: string): Json {
   if (options !== undefined) {
     return { oneOf: options.map((option) => property(option, typeName)), ...extra };
   }
+  if (Array.isArray(node.type)) return { oneOf: node.type.map((type) => ({ type })), ...extra };
   if (node.type === "array")
     return { type: "array", items: property((node.items ?? {}) as Json, typeName), ...extra };
   if (node.type === "object") {
