@@ -319,9 +319,9 @@ for other in $(grep -lsx "Device=$device" /etc/systemd/system/lvm-nbd-attach-*.s
 done
 install_file "$modules" "$modules_text" && install_file "$rule" "$rule_text" && udevadm control --reload || exit 1
 modprobe nbd || exit 1
-install_file "$file" "$new" && rm -rf "$file.d" && systemctl daemon-reload || exit 1
-systemctl reset-failed "$unit" 2>/dev/null
+install_file "$file" "$new" && rm -rf "$file.d" || exit 1
 fail() { echo "$1" >&2; journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
+# enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" && systemctl start "$unit" || fail "the unit did not start"
 size=$(( $(cat "$sys/size") * 512 ))
 [ "$size" = "$expected" ] || fail "the device has $size bytes, the export $expected"
@@ -445,7 +445,7 @@ if [ -b "$device" ]; then
   held=$(sh -c "$5" sh "$device" "$unit") || exit 1
   if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
 fi
-if [ -e "$file" ]; then systemctl disable --quiet --now "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
+if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
 rm -f "$file" "$file.new" && rm -rf "$file.d" || exit 1
 systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null

@@ -316,7 +316,8 @@ if [ -n "$config" ]; then
 fi
 mv -f "$file.new" "$file" || exit 1
 if [ -z "$config" ]; then rm -f "$conf"; fi
-rm -rf "$file.d" && systemctl daemon-reload && systemctl reset-failed "$unit" 2>/dev/null
+rm -rf "$file.d"
+# enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
   journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
@@ -394,7 +395,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
 
 const takeDownScript = `
 unit=$1 conf=$2 file=/etc/systemd/system/$1
-if [ -e "$file" ]; then systemctl disable --quiet --now "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
+if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
 rm -f "$file" "$file.new" "$conf" "$conf.new" && rm -rf "$file.d" || exit 1
 rmdir /etc/lvm-nbd 2>/dev/null
 systemctl daemon-reload || exit 1

@@ -35,11 +35,14 @@ export function wireCommand(command: RemoteCommand, sudo: boolean, marker: strin
   ]);
 }
 
-/** Ends a process group on the host: TERM, and KILL for what is still there after the grace. */
+/**
+ * Ends a process group on the host: TERM, and KILL for what is still there after the grace. `-s`, since dash
+ * takes no group after `kill -TERM --`.
+ */
 export function killCommand(pid: number, graceSeconds: number, sudo: boolean): string {
   const script =
-    'kill -TERM -- "-$1" 2>/dev/null; i=0; while kill -0 -- "-$1" 2>/dev/null; do ' +
-    'i=$((i+1)); [ "$i" -le "$2" ] || { kill -KILL -- "-$1"; break; }; sleep 0.2; done';
+    'kill -s TERM -- "-$1" 2>/dev/null; i=0; while kill -s 0 -- "-$1" 2>/dev/null; do ' +
+    'i=$((i+1)); [ "$i" -le "$2" ] || { kill -s KILL -- "-$1"; break; }; sleep 0.2; done';
   return quoteAll([
     ...(sudo ? ["sudo", "-n", "--"] : []),
     "sh",

@@ -1,6 +1,7 @@
 /** One SSH connection to one host, with many commands at once over it. */
 import { randomUUID } from "node:crypto";
 import { connect, type Socket } from "node:net";
+import { constants } from "node:os";
 import type { Duplex } from "node:stream";
 import { Client, type ClientChannel, type ConnectConfig, type ServerHostKeyAlgorithm } from "ssh2";
 import { LvmNbdError } from "../core/errors.js";
@@ -339,7 +340,11 @@ export class Connection {
           );
         }
         const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
-        const result = { exitCode: exitCode ?? 128, stdout: Buffer.concat(out).toString("utf8"), stderr };
+        const result = {
+          exitCode: exitCode ?? 128 + signalNumber(exitSignal),
+          stdout: Buffer.concat(out).toString("utf8"),
+          stderr,
+        };
         if (pid === undefined) return reject(this.notStarted(result));
         const late = performance.now() - started >= command.deadlineSeconds * 1000;
         if (late && (result.exitCode === 124 || result.exitCode === 137 || exitSignal !== undefined)) {
@@ -458,6 +463,11 @@ function openSocket({ address, port }: ResolvedHost, timing: Timing): Promise<So
       resolve(socket);
     });
   });
+}
+
+/** As a shell counts it: a command that KILL ended has the exit code 137. */
+function signalNumber(name: string | undefined): number {
+  return Object.entries(constants.signals).find(([known]) => known === name)?.[1] ?? 0;
 }
 
 /** Logs in; `opened` is called before the next packet is read, so that no event of the connection is missed. */

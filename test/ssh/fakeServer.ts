@@ -90,7 +90,7 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
         sessions--;
       });
       session.on("exec", (acceptExec, _rejectExec, { command: line }) => {
-        const kill = line.includes("kill -TERM");
+        const kill = line.includes("kill -s TERM");
         (kill ? kills : lines).push(line);
         if (!kill && options.exec?.(line, socket) === false) return;
         const channel = acceptExec();
