@@ -1,7 +1,7 @@
 import { spawn } from "node:child_process";
 import { mkdir, open, readFile, rm } from "node:fs/promises";
 import { createServer } from "node:net";
-import { join } from "node:path";
+import { join, relative } from "node:path";
 import type { Accelerator } from "./accelerator.mts";
 import { runChild } from "./child.mts";
 import type { GuestImage } from "./image.mts";
@@ -53,17 +53,14 @@ export class GuestMachine {
     await rm(root, { force: true });
     await rm(data, { force: true });
     const create = ["qemu-img", "create", "-q", "-f", "qcow2"];
+    // Backing files by relative paths: the cache may be moved.
+    const over = (file: string): string => relative(directory, file);
     if (state) {
-      const over = (disk: string): string[] => [
-        "-b",
-        join(state.directory, `${this.name}.${disk}.qcow2`),
-        "-F",
-        "qcow2",
-      ];
-      await runChild([...create, ...over("root"), root]);
-      await runChild([...create, ...over("data"), data]);
+      const saved = (disk: string): string => over(join(state.directory, `${this.name}.${disk}.qcow2`));
+      await runChild([...create, "-b", saved("root"), "-F", "qcow2", root]);
+      await runChild([...create, "-b", saved("data"), "-F", "qcow2", data]);
     } else {
-      await runChild([...create, "-b", image.root, "-F", "raw", root]);
+      await runChild([...create, "-b", over(image.root), "-F", "raw", root]);
       await runChild([...create, data, DATA_SIZE]);
     }
   }

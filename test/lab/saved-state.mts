@@ -11,7 +11,7 @@ import { GuestSsh, sshGreets } from "./ssh.mts";
 import { elapsed, waitFor } from "./wait.mts";
 
 /** Raise it when `PREPARE` or the machine's hardware changes. */
-const STATE_VERSION = 1;
+const STATE_VERSION = 2;
 const PREPARE_LIMIT_SECONDS = 600;
 const BOOT_LIMIT_SECONDS = 240;
 
