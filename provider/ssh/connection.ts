@@ -189,8 +189,7 @@ export class Connection {
         if (others === 0 || performance.now() > until) {
           throw this.error("HOST_UNREACHABLE", `it opens no session for commands: ${error.message}`);
         }
-        // One session less than it allows: the one that ends a cancelled command.
-        this.limit = Math.max(1, Math.min(this.limit, others - 1));
+        this.limit = Math.min(this.limit, others);
       } finally {
         this.release();
       }
@@ -382,22 +381,43 @@ export class Connection {
   }
 
   /**
-   * Ends a command's process group over a session of its own, asking again while the host refuses one; what
-   * that leaves is bounded by the command's own `timeout`.
+   * Ends a command's process group over a session of its own. A host that refuses one is asked again, since the
+   * commands that are ended make room; then over another connection, lest busy sessions keep each other alive.
    */
-  private kill(pid: number, graceSeconds: number, wanted: () => boolean): void {
-    if (this.lost || !wanted()) return;
+  private kill(
+    pid: number,
+    graceSeconds: number,
+    wanted: () => boolean,
+    ended = () => {},
+    refusals = 0,
+  ): void {
+    if (this.lost || !wanted()) {
+      ended();
+      return;
+    }
+    const again = () => {
+      const next = () => {
+        if (refusals < 3 || !wanted()) return this.kill(pid, graceSeconds, wanted, ended, refusals + 1);
+        Connection.open(this.host, this.timing).then(
+          (other) => other.kill(pid, graceSeconds, wanted, () => other.end()),
+          () => this.kill(pid, graceSeconds, wanted, ended),
+        );
+      };
+      setTimeout(next, 200).unref();
+    };
     this.take();
     try {
       this.client.exec(killCommand(pid, graceSeconds, this.host.sudo), (error, channel) => {
         if (error) {
           this.release();
-          setTimeout(() => this.kill(pid, graceSeconds, wanted), 200).unref();
-        } else
-          channel
-            .on("close", () => this.release())
-            .resume()
-            .end();
+          again();
+          return;
+        }
+        channel.on("close", () => {
+          this.release();
+          ended();
+        });
+        channel.resume().end();
       });
     } catch (error) {
       this.release();
