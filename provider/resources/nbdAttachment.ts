@@ -128,11 +128,11 @@ const observeScript = `${emitFunctions}
 unit=$1 path=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
-i=0
+end=$(( $(date +%s) + 4 ))
 while :; do
   show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
   # A link that has just died is being made again: give it a moment before it counts as detached.
-  case $show in *ActiveState=activating*) i=$((i+1)); [ "$i" -le 30 ] || break; sleep 0.2;; *) break;; esac
+  case $show in *ActiveState=activating*) [ "$(date +%s)" -lt "$end" ] || break; sleep 0.2;; *) break;; esac
 done
 emit show "$show"
 if [ -e "$file" ]; then

@@ -102,6 +102,7 @@ export interface LabOptions {
 }
 
 const BOOT_LIMIT_SECONDS = 240;
+const SHUTDOWN_LIMIT_SECONDS = 90;
 const ANSWER_LIMIT_SECONDS = 30;
 const LOCK_LIMIT_SECONDS = 1800;
 
@@ -286,8 +287,15 @@ class RunningGuest implements Guest {
 
   async reboot(options: { timeoutSeconds?: number } = {}): Promise<void> {
     const before = await this.#bootId();
-    await this.run("systemctl reboot", { allowFailure: true });
+    // In the background, so that the command has ended before the connection does.
+    await this.run("systemctl --no-block reboot");
     await this.#ssh.disconnect(this.name);
+    // A connection made while it goes down would hang.
+    await waitFor(async () => ((await sshGreets(this.port, 500)) ? undefined : true), {
+      timeoutSeconds: SHUTDOWN_LIMIT_SECONDS,
+      what: `${this.name} to go down`,
+      detail: () => this.#machine.lastWords(),
+    });
     await this.#waitForBoot(before, options.timeoutSeconds);
   }
 
@@ -341,7 +349,8 @@ class RunningGuest implements Guest {
   }
 
   async #bootId(): Promise<string> {
-    return (await this.run("cat /proc/sys/kernel/random/boot_id")).stdout.trim();
+    const options = { timeoutSeconds: ANSWER_LIMIT_SECONDS };
+    return (await this.run("cat /proc/sys/kernel/random/boot_id", options)).stdout.trim();
   }
 
   async #waitForBoot(before: string | undefined, timeoutSeconds = BOOT_LIMIT_SECONDS): Promise<void> {
