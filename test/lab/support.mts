@@ -1,0 +1,203 @@
+/** What the lab tests share: clean servers, and as much of Pulumi's engine as drives the handlers. */
+import { isDeepStrictEqual } from "node:util";
+import { inject } from "vitest";
+import { createHandlers, type Environment, type Handlers } from "../../provider/core/handlers.js";
+import { resourceType } from "../../provider/core/registry.js";
+import type { Change } from "../../provider/core/resource.js";
+import { createHostPool } from "../../provider/ssh/pool.js";
+import type { Host, RemoteCommand } from "../../provider/ssh/types.js";
+import { type Guest, type Lab, labUp } from "./lab.mts";
+import { waitFor } from "./wait.mts";
+
+/**
+ * The run's lab in the clean state. Guests that a test process (re)started end with it; what is not there any
+ * more comes up anew here.
+ */
+export async function freshLab(): Promise<Lab> {
+  const lab = await labUp({ name: inject("labName") });
+  const used = await lab.server1.run("test -e /run/lab-used", { allowFailure: true });
+  if (used.exitCode === 0) await lab.reset();
+  await lab.server1.run("touch /run/lab-used");
+  process.env.LVM_NBD_SSH_CONFIG = lab.sshConfigPath;
+  return lab;
+}
+
+export type Values = Readonly<Record<string, unknown>>;
+type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment";
+
+/** What `up` did to a resource. */
+export interface Outcome {
+  readonly did: "created" | "updated" | "replaced" | "unchanged";
+  readonly state: Values;
+  readonly changes: readonly Change[];
+}
+
+/** A stack in this process: check, diff and then create, update or replace, as Pulumi's engine orders it. */
+export class LabStack {
+  readonly warnings: string[] = [];
+  /** Every command that reached a host, with what it said it was. */
+  readonly commands: (RemoteCommand & { readonly host: string })[] = [];
+  readonly #pool = createHostPool();
+  readonly #environment: Environment;
+  readonly #states = new Map<string, Values>();
+
+  constructor(readonly name = "lab") {
+    this.#environment = {
+      openHost: async (args) => this.#watched(await this.#pool.get(args)),
+      progress: () => undefined,
+      warn: (message) => this.warnings.push(message),
+      signal: new AbortController().signal,
+    };
+  }
+
+  handlers(type: TypeName): Handlers {
+    return createHandlers(resourceType(type), this.#environment);
+  }
+
+  /** What the program declares, with its owner and defaults, as `check` passes it on. Throws on a problem. */
+  async checked(type: TypeName, resource: string, args: Values): Promise<Values> {
+    const kept = this.#states.get(`${type} ${resource}`);
+    const { inputs, problems } = await this.handlers(type).check(
+      kept,
+      this.declared(resource, args),
+      new Set(),
+    );
+    if (problems.length > 0)
+      throw new Error(problems.map((one) => `${one.property}: ${one.reason}`).join("; "));
+    return inputs;
+  }
+
+  declared(resource: string, args: Values): Values {
+    return { ...args, owner: `organization/lab-tests/${this.name}/${resource}` };
+  }
+
+  async up(type: TypeName, resource: string, args: Values): Promise<Outcome> {
+    const key = `${type} ${resource}`;
+    const handlers = this.handlers(type);
+    const wanted = await this.checked(type, resource, args);
+    const kept = this.#states.get(key);
+    const create = async (): Promise<Values> => {
+      const { state } = await handlers.create(wanted);
+      this.#states.set(key, state);
+      return state;
+    };
+    if (kept === undefined) return { did: "created", state: await create(), changes: [] };
+    const { changes, deleteBeforeReplace } = await handlers.diff(kept, wanted, new Set());
+    if (changes.length === 0) return { did: "unchanged", state: kept, changes };
+    if (changes.some(({ effect }) => effect === "replace")) {
+      if (deleteBeforeReplace) await this.destroy(type, resource);
+      const state = await create();
+      if (!deleteBeforeReplace) await handlers.remove(kept);
+      return { did: "replaced", state, changes };
+    }
+    const state = await handlers.update(kept, wanted);
+    this.#states.set(key, state);
+    return { did: "updated", state, changes };
+  }
+
+  /** Reads, as a refresh does, and keeps what it saw; `undefined` when the resource is gone. */
+  async refresh(type: TypeName, resource: string): Promise<Values | undefined> {
+    const seen = await this.handlers(type).read(this.state(type, resource));
+    if (seen === undefined) this.#states.delete(`${type} ${resource}`);
+    else this.#states.set(`${type} ${resource}`, seen);
+    return seen;
+  }
+
+  /** The properties in which the world differs from the kept state, the fill level aside. */
+  async drifted(type: TypeName, resource: string): Promise<string[]> {
+    const kept = this.state(type, resource);
+    const seen = await this.handlers(type).read(kept);
+    if (seen === undefined) return ["absent"];
+    return Object.keys({ ...kept, ...seen }).filter(
+      (property) => property !== "usedPercent" && !isDeepStrictEqual(seen[property], kept[property]),
+    );
+  }
+
+  async destroy(type: TypeName, resource: string): Promise<void> {
+    await this.handlers(type).remove(this.state(type, resource));
+    this.#states.delete(`${type} ${resource}`);
+  }
+
+  state(type: TypeName, resource: string): Values {
+    const state = this.#states.get(`${type} ${resource}`);
+    if (state === undefined) throw new Error(`${type} ${resource} is not in the stack`);
+    return state;
+  }
+
+  /** Runs the work and returns the changing commands it sent to hosts. */
+  async changesDuring(work: () => Promise<unknown>): Promise<string[]> {
+    const before = this.commands.length;
+    await work();
+    return this.commands
+      .slice(before)
+      .filter(({ kind }) => kind === "change")
+      .map(({ argv }) => argv.join(" "));
+  }
+
+  /** Runs the work and returns the warnings it gave, in one text. */
+  async warningsDuring(work: () => Promise<unknown>): Promise<string> {
+    const before = this.warnings.length;
+    await work();
+    return this.warnings.slice(before).join("\n");
+  }
+
+  close(): void {
+    this.#pool.close();
+  }
+
+  #watched(host: Host): Host {
+    return {
+      name: host.name,
+      run: (command, signal) => {
+        this.commands.push({ ...command, host: host.name });
+        return host.run(command, signal);
+      },
+    };
+  }
+}
+
+/** `LV-VM1`, 64 MiB of random bytes, in VgVm of the server; returns its checksum. */
+export async function makeOrigin(server: Guest, name = "LV-VM1"): Promise<string> {
+  await server.run(
+    `lvcreate -qq -y -W n -L 64M -n ${name} VgVm && dd if=/dev/urandom of=/dev/VgVm/${name} bs=1M count=64 oflag=direct status=none`,
+  );
+  return checksum(server, `/dev/VgVm/${name}`);
+}
+
+/** Writes something else over the beginning of a device. */
+export async function spoil(server: Guest, device: string): Promise<void> {
+  await server.run(`dd if=/dev/urandom of=${device} bs=1M count=2 oflag=direct status=none`);
+}
+
+/** SHA-256 of a device's whole content, read past every cache. */
+export async function checksum(server: Guest, device: string): Promise<string> {
+  const { stdout } = await server.run(
+    `blockdev --flushbufs ${device} && set -o pipefail && dd if=${device} bs=1M iflag=direct status=none | sha256sum`,
+  );
+  return stdout.split(" ")[0] ?? "";
+}
+
+/** As `checksum`, of a device that may be on its way back: an attachment connects again by itself. */
+export async function checksumSoon(server: Guest, device: string): Promise<string> {
+  return waitFor(async () => checksum(server, device), {
+    timeoutSeconds: 90,
+    intervalMs: 500,
+    what: `${device} on ${server.name} to be readable`,
+  });
+}
+
+/** All that the provider could have left on a server, a line each; empty when it left nothing. */
+export async function leftovers(server: Guest): Promise<string> {
+  const { stdout } = await server.run(`
+    systemctl list-units --all --no-legend --plain 'lvm-nbd-*' | awk '{ print "unit " $1 " " $3 }'
+    find /etc/systemd/system /run/systemd/system /etc/lvm-nbd /etc/modules-load.d /etc/udev/rules.d /dev/lvm-nbd \
+      2>/dev/null | grep lvm-nbd
+    for size in /sys/block/nbd*/size; do
+      [ -e "$size" ] && [ "$(cat "$size")" != 0 ] && echo "in use: $size"
+    done
+    for pid in /sys/block/nbd*/pid; do [ -e "$pid" ] && echo "in use: $pid"; done
+    lvs --noheadings -o lv_name,lv_tags | grep -e lvm-nbd -e snap
+    pgrep -a 'nbdkit|nbd-server|qemu-nbd|nbd-client'
+    true`);
+  return stdout.trim();
+}
