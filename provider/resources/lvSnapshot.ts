@@ -542,7 +542,7 @@ function validate(wanted: Partial<Inputs>, old: Partial<Inputs> | undefined): Pr
 function shrinking(old: Partial<Inputs>, wanted: Partial<Inputs>): string | undefined {
   if (old.size === undefined || wanted.size === undefined) return undefined;
   const sameMoment = (["host", "volumeGroup", "origin", "chunkSize", "triggers"] as const).every(
-    (property) => JSON.stringify(old[property]) === JSON.stringify(wanted[property]),
+    (property) => isDeepStrictEqual(old[property], wanted[property]),
   );
   if (!sameMoment) return undefined;
   const before = parseSize(old.size);

@@ -31,11 +31,12 @@ export function createHostPool(options: PoolOptions = {}): HostPool {
   const hosts = new Map<string, PooledHost>();
   return {
     async get(args) {
-      const key = createHash("sha256").update(JSON.stringify(args)).digest("hex");
+      // By what it resolves to: rotated credentials connect anew, and the order of properties means nothing.
+      const resolved = await resolveHost(args);
+      const key = createHash("sha256").update(JSON.stringify(resolved)).digest("hex");
       let host = hosts.get(key);
       if (host === undefined) {
-        const resolved = await resolveHost(args);
-        host = hosts.get(key) ?? new PooledHost(hostName(args), resolved, connect, backoff);
+        host = new PooledHost(hostName(args), resolved, connect, backoff);
         hosts.set(key, host);
       }
       return host;
