@@ -106,6 +106,8 @@ describe.each(["nbdkit", "nbd-server", "qemu-nbd"] as const)("the chain over %s"
   });
 
   it("removes all of it and leaves the origin as it is", async () => {
+    expect(await leftovers(lab.server1)).toContain("nbd");
+    expect(await leftovers(lab.server2)).toContain("in use");
     await stack.destroy("NbdAttachment", "vm1");
     await stack.destroy("NbdExport", "vm1");
     await stack.destroy("LvSnapshot", "vm1");
