@@ -95,7 +95,9 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     const own = Object.fromEntries(Object.entries(values).filter(([key]) => key in shape.shape));
     const parsed = shape.safeParse(own);
     if (parsed.success) return parsed.data as unknown as CommonInputs;
-    const reasons = issues(parsed.error).map(({ property, reason }) => `${property}: ${reason}`);
+    const reasons = problemsOf(parsed.error.issues, own).map(
+      ({ property, reason }) => `${property}: ${reason}`,
+    );
     throw new LvmNbdError("INVALID_INPUT", {
       message: `the ${type.type} cannot be read: ${reasons.join("; ")}`,
     });
@@ -107,7 +109,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
         Object.entries(type.inputs.shape).filter(([key]) => !unknown.has(key)),
       );
       const parsed = z.strictObject(shape).safeParse(wanted);
-      if (!parsed.success) return { inputs: wanted, problems: issues(parsed.error) };
+      if (!parsed.success) return { inputs: wanted, problems: problemsOf(parsed.error.issues, wanted) };
       const inputs = defined(parsed.data);
       const problems = [...type.validate(inputs, old, unknown)];
       if (!unknown.has("host"))
@@ -201,16 +203,36 @@ function isPlainObject(value: unknown): value is object {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function issues(error: z.ZodError): Problem[] {
-  return error.issues.flatMap((issue) => {
+/** zod's issues as problems of properties. `values` are what was checked: what is not there is missing, not wrong. */
+function problemsOf(
+  issues: readonly z.core.$ZodIssue[],
+  values: Values,
+  base: readonly PropertyKey[] = [],
+): Problem[] {
+  return issues.flatMap((issue): Problem[] => {
+    const path = [...base, ...issue.path];
+    const property = path.join(".");
     if (issue.code === "unrecognized_keys") {
       return issue.keys.map((key) => ({
-        property: [...issue.path, key].join("."),
+        property: [...path, key].join("."),
         reason: "is no property of this resource",
       }));
     }
-    const property = issue.path.join(".");
-    const missing = issue.code === "invalid_type" && issue.message.includes("received undefined");
-    return [{ property, reason: missing ? "is required" : issue.message }];
+    if (path.length > 0 && valueAt(values, path) === undefined) return [{ property, reason: "is required" }];
+    if (issue.code === "invalid_union") {
+      // Of the alternatives, the one whose type fits tells what is wrong.
+      const fitting = issue.errors.find(
+        (errors) => !errors.some((one) => one.code === "invalid_type" && one.path.length === 0),
+      );
+      if (fitting !== undefined) return problemsOf(fitting, values, path);
+    }
+    return [{ property, reason: issue.message }];
   });
+}
+
+function valueAt(values: unknown, path: readonly PropertyKey[]): unknown {
+  return path.reduce<unknown>(
+    (value, key) => (typeof value === "object" && value !== null ? Reflect.get(value, key) : undefined),
+    values,
+  );
 }

@@ -123,15 +123,7 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
         : lv.lv_device_open === "" || lv.lv_device_open === "0"
           ? false
           : undefined,
-    kind: roles.includes("private")
-      ? "internal"
-      : type === "s" || type === "S"
-        ? "cow"
-        : type === "V"
-          ? "thin"
-          : type === "t"
-            ? "pool"
-            : "other",
+    kind: kindOf(type, roles),
     invalid: lv.lv_snapshot_invalid === "1" || lv.lv_attr[4] === "I" || overfull(lv.snap_percent),
     merging: lv.lv_merging === "1" || type === "S",
     mergeFailed: lv.lv_merge_failed === "1",
@@ -145,6 +137,14 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
     extentSizeBytes: bytes(lv.vg_extent_size, "vg_extent_size"),
     volumeGroupFreeBytes: bytes(lv.vg_free, "vg_free"),
   };
+}
+
+/** A pool's role is "private" too, but it is a volume people know. */
+function kindOf(type: string, roles: readonly string[]): LogicalVolume["kind"] {
+  if (type === "t") return "pool";
+  if (roles.includes("private")) return "internal";
+  if (type === "s" || type === "S") return "cow";
+  return type === "V" ? "thin" : "other";
 }
 
 /** A percentage above 100 means a broken store (lvm2 issue 164). */

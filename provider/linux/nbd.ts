@@ -33,23 +33,24 @@ export function nbdUri({ server, port, exportName }: NbdEndpoint): string {
 /** Reads an NBD URI over TCP without TLS. Throws an error that says what would be right. */
 export function parseNbdUri(uri: string): NbdEndpoint {
   const right = `write nbd://SERVER[:${defaultPort}]/EXPORTNAME`;
-  let url: URL;
+  // Not URL: it would take an export called ".." for a folder.
+  const match = /^nbd:\/\/(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d{1,5}))?\/([^/?#]*)$/.exec(
+    uri,
+  );
+  const [, server, port, name] = match ?? [];
+  if (server === undefined || name === undefined) throw new Error(`"${uri}" cannot be used: ${right}`);
+  if (name === "") throw new Error(`"${uri}" names no export: ${right}`);
+  const number = port === undefined ? defaultPort : Number(port);
+  if (number < 1 || number > 65535) throw new Error(`"${uri}" has no port from 1 to 65535: ${right}`);
+  return { server: server.replace(/^\[(.*)\]$/, "$1"), port: number, exportName: decoded(name, uri) };
+}
+
+function decoded(name: string, uri: string): string {
   try {
-    url = new URL(uri);
+    return decodeURIComponent(name);
   } catch {
-    throw new Error(`"${uri}" is not a URI: ${right}`);
+    throw new Error(`"${uri}" holds a % that encodes nothing: write it %25`);
   }
-  if (url.protocol !== "nbd:") throw new Error(`"${uri}" is not an nbd: URI: ${right}`);
-  if (url.hostname === "" || url.username !== "" || url.search !== "" || url.hash !== "") {
-    throw new Error(`"${uri}" cannot be used: ${right}`);
-  }
-  const exportName = decodeURIComponent(url.pathname.replace(/^\//, ""));
-  if (exportName === "") throw new Error(`"${uri}" names no export: ${right}`);
-  return {
-    server: url.hostname.replace(/^\[(.*)\]$/, "$1"),
-    port: url.port === "" ? defaultPort : Number(url.port),
-    exportName,
-  };
 }
 
 /** What a server process is to serve. */

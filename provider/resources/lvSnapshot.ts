@@ -541,8 +541,8 @@ function validate(wanted: Partial<Inputs>, old: Partial<Inputs> | undefined): Pr
 /** A smaller store means another snapshot, of now: that loses the moment that was kept, so it must be asked for. */
 function shrinking(old: Partial<Inputs>, wanted: Partial<Inputs>): string | undefined {
   if (old.size === undefined || wanted.size === undefined) return undefined;
-  const sameMoment = (["host", "volumeGroup", "origin", "chunkSize", "triggers"] as const).every(
-    (property) => isDeepStrictEqual(old[property], wanted[property]),
+  const sameMoment = (["host", "volumeGroup", "origin", "chunkSize", "triggers"] as const).every((property) =>
+    isDeepStrictEqual(old[property], wanted[property]),
   );
   if (!sameMoment) return undefined;
   const before = parseSize(old.size);

@@ -1,4 +1,5 @@
 /** A command as it goes over the wire, and as it is shown. */
+import { LvmNbdError } from "../core/errors.js";
 import { quoteAll } from "./quoting.js";
 import type { RemoteCommand } from "./types.js";
 
@@ -16,9 +17,20 @@ const environment = [
   "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 ];
 
-/** The one line that the host's login shell gets. `marker` begins the first line of stderr, see `takePid`. */
+/**
+ * The one line that the host's login shell gets. `marker` begins the first line of stderr, see `takePid`.
+ * Raises INVALID_INPUT for a NUL, and for a deadline or grace of 0, which `timeout` takes for none at all.
+ */
 export function wireCommand(command: RemoteCommand, sudo: boolean, marker: string): string {
   const grace = command.graceSeconds ?? defaultGraceSeconds;
+  for (const seconds of [command.deadlineSeconds, grace]) {
+    if (!(seconds > 0 && Number.isFinite(seconds))) {
+      throw new LvmNbdError("INVALID_INPUT", {
+        message: `a deadline and a grace are more than 0 s and end, not ${seconds} s`,
+        command: displayCommand(command),
+      });
+    }
+  }
   return quoteAll([
     ...(sudo ? ["sudo", "-n", "--"] : []),
     "env",
@@ -54,11 +66,14 @@ export function killCommand(pid: number, graceSeconds: number, sudo: boolean): s
   ]);
 }
 
-/** Takes the marked line out of stderr. Without it the command was never started (sudo refused, no shell). */
+/**
+ * Takes the marked line out of stderr, with what sudo or the login shell said before it. Without the line the
+ * command was never started (sudo refused, no shell).
+ */
 export function takePid(stderr: string, marker: string): { pid: number | undefined; stderr: string } {
-  const match = new RegExp(`^${marker} (\\d+)\\n`, "m").exec(stderr);
+  const match = new RegExp(`${marker} (\\d+)\\n`).exec(stderr);
   if (match === null) return { pid: undefined, stderr };
-  return { pid: Number(match[1]), stderr: stderr.replace(match[0], "") };
+  return { pid: Number(match[1]), stderr: stderr.slice(match.index + match[0].length) };
 }
 
 /** The command as one could paste it. Scripts are shortened; stdin, which may hold secrets, is never shown. */

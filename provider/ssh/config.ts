@@ -3,10 +3,11 @@
  * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there.
  */
 import { execFile } from "node:child_process";
+import { createHmac, randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
 import { readFile } from "node:fs/promises";
 import { isIP } from "node:net";
-import { homedir } from "node:os";
+import { homedir, hostname, userInfo } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { utils } from "ssh2";
@@ -32,7 +33,13 @@ export interface ResolvedHost {
   readonly user: string;
   readonly keys: readonly IdentityKey[];
   readonly agent: string | undefined;
+  /** Public keys (base64) of the configured identity files, which the agent's keys are matched with. */
+  readonly agentKeys: readonly string[];
+  /** Of the agent's keys only these are offered. */
+  readonly identitiesOnly: boolean;
   readonly password: string | undefined;
+  /** ConnectTimeout of the SSH configuration. */
+  readonly connectSeconds: number | undefined;
   readonly trust: Trust;
   /** Names under which known_hosts may have the host. */
   readonly hostKeyNames: readonly string[];
@@ -89,6 +96,10 @@ export async function resolveHost(args: HostArgs): Promise<ResolvedHost> {
 async function resolveConnection(args: HostConnection, depth: number): Promise<ResolvedHost> {
   const name = hostName(args);
   const port = args.port ?? 22;
+  if (!isPort(port)) throw invalid("host.port", `${port} is no port: 1 to 65535 are`, name);
+  if (!/^[^\s@/[\]-][^\s@/[\]]*$/.test(args.address)) {
+    throw invalid("host.address", `"${args.address}" is no name or address of a server`, name);
+  }
   const user = args.user ?? "root";
   const keys: IdentityKey[] = [];
   if (args.privateKey !== undefined)
@@ -104,6 +115,9 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   const files = listOf(args.knownHostsPath).map(expandHome);
   const alone = keys.length === 0 && args.password === undefined;
   const agent = args.agent === undefined ? alone : args.agent;
+  if (args.agent === true && process.env.SSH_AUTH_SOCK === undefined) {
+    throw invalid("host.agent", "no agent is there: SSH_AUTH_SOCK is not set", name);
+  }
   const jumps: ResolvedHost[] = [];
   const proxyJump = args.proxyJump;
   const declared = proxyJump === undefined ? [] : Array.isArray(proxyJump) ? proxyJump : [proxyJump];
@@ -117,7 +131,10 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
     user,
     keys,
     agent: typeof agent === "string" ? expandHome(agent) : agent ? process.env.SSH_AUTH_SOCK : undefined,
+    agentKeys: [],
+    identitiesOnly: false,
     password: args.password,
+    connectSeconds: undefined,
     trust:
       pins.length > 0
         ? { pins }
@@ -141,11 +158,16 @@ async function resolveAlias(alias: string, depth: number, forcedPort?: number): 
   const address = config.hostname ?? alias;
   const port = forcedPort ?? Number(config.port ?? "22");
   const user = config.user ?? "root";
+  const expand = (path: string) => expandTokens(path, { alias, address, port, user });
   const keys: IdentityKey[] = [];
-  for (const file of config.identityfile.filter((path) => path !== "none")) {
-    const key = await readKeyIfThere(expandHome(file), alias);
+  const agentKeys: string[] = [];
+  for (const file of config.identityfile.filter((path) => path !== "none").map(expand)) {
+    const key = await readKeyIfThere(file, alias);
     if (key !== undefined) keys.push(key);
+    const publicKey = await readPublicKey(file);
+    if (publicKey !== undefined) agentKeys.push(publicKey);
   }
+  const connectSeconds = Number(config.connecttimeout);
   const jumps: ResolvedHost[] = [];
   if (config.proxyjump !== undefined && config.proxyjump !== "none") {
     for (const jump of config.proxyjump.split(",")) {
@@ -165,13 +187,16 @@ async function resolveAlias(alias: string, depth: number, forcedPort?: number): 
     port,
     user,
     keys,
-    agent: agent === "none" || agent === undefined ? undefined : expandHome(agent),
+    agent: agent === "none" || agent === undefined ? undefined : expand(agent),
+    agentKeys,
+    identitiesOnly: config.identitiesonly === "yes",
     password: undefined,
+    connectSeconds: connectSeconds > 0 ? connectSeconds : undefined,
     trust: {
       knownHosts: await readTexts(
         [...config.userknownhostsfile, ...config.globalknownhostsfile]
           .filter((path) => path !== "none")
-          .map(expandHome),
+          .map(expand),
       ),
     },
     hostKeyNames: [config.hostkeyalias === undefined && port !== 22 ? `[${base}]:${port}` : base],
@@ -193,6 +218,8 @@ async function resolveJump(jump: HostArgs, depth: number, first: boolean): Promi
     if (match?.[2] === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
     const name = match[2].replace(/^\[(.*)\]$/, "$1");
     const port = match[3] === undefined ? undefined : Number(match[3]);
+    if (port !== undefined && !isPort(port))
+      throw invalid("host", `${port} is no port: 1 to 65535 are`, jump);
     const alias = await resolveAlias(name, depth + 1, port);
     resolved = { ...alias, user: match[1] ?? alias.user, jumps: first ? alias.jumps : [] };
   }
@@ -207,6 +234,8 @@ interface SshConfig {
   readonly proxyjump?: string;
   readonly proxycommand?: string;
   readonly identityagent?: string;
+  readonly identitiesonly?: string;
+  readonly connecttimeout?: string;
   readonly identityfile: readonly string[];
   readonly userknownhostsfile: readonly string[];
   readonly globalknownhostsfile: readonly string[];
@@ -251,10 +280,11 @@ async function askOpenSsh(alias: string, file: string | undefined): Promise<SshC
     const line = lines.find((candidate) => candidate.startsWith(`${key} `));
     return line === undefined ? {} : { [key]: line.slice(key.length + 1) };
   };
-  const words = (key: string) =>
+  // Printed without quotes: what does not begin like a path goes on with the one before it.
+  const paths = (key: string) =>
     lines
       .filter((line) => line.startsWith(`${key} `))
-      .flatMap((line) => line.slice(key.length + 1).split(/\s+/));
+      .flatMap((line) => line.slice(key.length + 1).split(/ (?=[/~%]|none$)/));
   return {
     ...first("hostname"),
     ...first("port"),
@@ -263,9 +293,11 @@ async function askOpenSsh(alias: string, file: string | undefined): Promise<SshC
     ...first("proxyjump"),
     ...first("proxycommand"),
     ...first("identityagent"),
+    ...first("identitiesonly"),
+    ...first("connecttimeout"),
     identityfile: lines.filter((line) => line.startsWith("identityfile ")).map((line) => line.slice(13)),
-    userknownhostsfile: words("userknownhostsfile"),
-    globalknownhostsfile: words("globalknownhostsfile"),
+    userknownhostsfile: paths("userknownhostsfile"),
+    globalknownhostsfile: paths("globalknownhostsfile"),
   };
 }
 
@@ -308,7 +340,7 @@ function parsedKey(
   const what = path === undefined ? "the private key" : `the private key ${path}`;
   const fail = (message: string) =>
     new LvmNbdError("KEY_UNREADABLE", { host, property: `host.${property}`, message });
-  const parsed = utils.parseKey(privateKey, passphrase);
+  const parsed = parseOnce(privateKey, passphrase);
   if (parsed instanceof Error) {
     const encrypted = /passphrase|encrypted/i.test(parsed.message);
     throw fail(
@@ -322,6 +354,76 @@ function parsedKey(
   const key = Array.isArray(parsed) ? parsed[0] : parsed;
   if (key === undefined || !key.isPrivateKey()) throw fail(`${what} is a public key: give the private one`);
   return { label: what, privateKey, passphrase };
+}
+
+type ParsedKeys = ReturnType<typeof utils.parseKey>;
+
+const memory = randomBytes(32);
+const parsedKeys = new Map<string, ParsedKeys>();
+
+/** To decrypt a key takes half a second, and a host is resolved for every resource on it. */
+function parseOnce(privateKey: string, passphrase: string | undefined): ParsedKeys {
+  const id = createHmac("sha256", memory)
+    .update(JSON.stringify([privateKey, passphrase]))
+    .digest("hex");
+  let parsed = parsedKeys.get(id);
+  if (parsed === undefined) {
+    parsed = utils.parseKey(privateKey, passphrase);
+    parsedKeys.set(id, parsed);
+  }
+  return parsed;
+}
+
+/** The public key beside an identity file (or in its place), by which OpenSSH knows the agent's key. */
+async function readPublicKey(path: string): Promise<string | undefined> {
+  for (const file of [`${path}.pub`, path]) {
+    let text: string;
+    try {
+      text = await readFile(file, "utf8");
+    } catch (error) {
+      // Unreadable or not there: OpenSSH goes on without it as well.
+      if (error instanceof Error && "code" in error) continue;
+      throw error;
+    }
+    const blob = /^(?:ssh-|ecdsa-|sk-)\S+ ([A-Za-z0-9+/=]+)/.exec(text)?.[1];
+    if (blob !== undefined) return blob;
+  }
+  return undefined;
+}
+
+/** The values of a host's declaration that are never shown: private keys, passphrases, passwords, also of its jumps. */
+export function secretsOf(args: HostArgs): string[] {
+  if (typeof args === "string") return [];
+  const jumps = args.proxyJump;
+  const through = jumps === undefined ? [] : [jumps].flat();
+  return [args.privateKey, args.passphrase, args.password, ...through.flatMap(secretsOf)].filter(
+    (value) => value !== undefined,
+  );
+}
+
+function isPort(port: number): boolean {
+  return Number.isInteger(port) && port >= 1 && port <= 65535;
+}
+
+/** The tokens of ssh_config(5), which `ssh -G` leaves in the names of identity files. */
+function expandTokens(
+  path: string,
+  host: { readonly alias: string; readonly address: string; readonly port: number; readonly user: string },
+): string {
+  const local = hostname();
+  const tokens: Readonly<Record<string, string>> = {
+    "%%": "%",
+    "%d": homedir(),
+    "%h": host.address,
+    "%i": String(process.getuid?.() ?? ""),
+    "%L": local.split(".")[0] ?? local,
+    "%l": local,
+    "%n": host.alias,
+    "%p": String(host.port),
+    "%r": host.user,
+    "%u": userInfo().username,
+  };
+  return expandHome(path.replace(/%./g, (token) => tokens[token] ?? token));
 }
 
 function invalid(property: string, message: string, host: string): LvmNbdError {

@@ -3,7 +3,14 @@ import { randomUUID } from "node:crypto";
 import { connect, type Socket } from "node:net";
 import { constants } from "node:os";
 import type { Duplex } from "node:stream";
-import { Client, type ClientChannel, type ConnectConfig, type ServerHostKeyAlgorithm } from "ssh2";
+import {
+  Client,
+  type ClientChannel,
+  type ConnectConfig,
+  OpenSSHAgent,
+  type ParsedKey,
+  type ServerHostKeyAlgorithm,
+} from "ssh2";
 import { LvmNbdError } from "../core/errors.js";
 import { defaultGraceSeconds, displayCommand, killCommand, takePid, wireCommand } from "./command.js";
 import type { ResolvedHost } from "./config.js";
@@ -12,6 +19,8 @@ import type { CommandResult, RemoteCommand } from "./types.js";
 
 /** sshd's MaxSessions is 10 unless configured; a refused channel teaches a lower limit. */
 const firstChannelLimit = 8;
+/** For a free channel: many commands of a large stack on a slow host stand in one queue. */
+const longestQueueSeconds = 600;
 const defaultMaxOutput = 16 * 1024 * 1024;
 /** setTimeout takes more than this for "at once". */
 const longestTimer = 2 ** 31 - 1;
@@ -62,19 +71,11 @@ const serverHostKeys: readonly ServerHostKeyAlgorithm[] = [
   "rsa-sha2-256",
 ];
 
-/** Only algorithms that are sound today; the strict key exchange is ssh2's own. */
+/**
+ * Only algorithms that are sound today. Of key exchanges and ciphers ssh2's defaults are (no SHA-1, no CBC, and
+ * a strict key exchange); its default host keys and MACs hold SHA-1.
+ */
 const algorithms: NonNullable<ConnectConfig["algorithms"]> = {
-  kex: [
-    "curve25519-sha256",
-    "curve25519-sha256@libssh.org",
-    "ecdh-sha2-nistp256",
-    "ecdh-sha2-nistp384",
-    "ecdh-sha2-nistp521",
-    "diffie-hellman-group-exchange-sha256",
-    "diffie-hellman-group16-sha512",
-    "diffie-hellman-group14-sha256",
-  ],
-  cipher: ["aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes128-ctr", "aes192-ctr", "aes256-ctr"],
   hmac: ["hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512"],
 };
 
@@ -110,15 +111,17 @@ export class Connection {
     let last: Connection | undefined;
     try {
       for (const hop of [...host.jumps, host]) {
+        const patience =
+          hop.connectSeconds === undefined ? timing : { ...timing, connect: hop.connectSeconds * 1000 };
         const name: string = hop === host ? host.name : `${hop.name} (jump to ${host.name})`;
-        const socket: Socket = last === undefined ? await openSocket(hop, timing) : last.socket;
+        const socket: Socket = last === undefined ? await openSocket(hop, patience) : last.socket;
         const stream: Duplex = last === undefined ? socket : await last.forward(hop);
         last = await logIn(
           hop,
           name,
           stream,
-          timing,
-          (client) => new Connection(hop, client, socket, timing),
+          patience,
+          (client) => new Connection(hop, client, socket, patience),
         );
       }
     } catch (error) {
@@ -131,17 +134,17 @@ export class Connection {
 
   end(): void {
     if (!this.lost) this.client.end();
-    this.lose("the connection was ended");
+    this.lose("the connection was ended", () => this.socket.destroySoon());
   }
 
   /** Tells all who wait for this connection, and closes what is left of it, with the jumps before it. */
-  private lose(reason: string): void {
+  private lose(reason: string, close = () => this.socket.destroy()): void {
     if (this.lost) return;
     this.lostBecause = reason;
     clearInterval(this.keepalive);
     for (const tell of [...this.onLoss]) tell();
     for (const wake of this.waiting.splice(0)) wake();
-    this.socket.destroySoon();
+    close();
   }
 
   private forward(to: ResolvedHost): Promise<Duplex> {
@@ -175,7 +178,7 @@ export class Connection {
   async run(command: RemoteCommand, signal: AbortSignal | undefined): Promise<CommandResult> {
     const marker = `lvm-nbd-${randomUUID()}`;
     const line = wireCommand(command, this.host.sudo, marker);
-    const until = performance.now() + (command.deadlineSeconds + 60) * 1000;
+    const until = performance.now() + (command.deadlineSeconds + longestQueueSeconds) * 1000;
     for (;;) {
       while (this.channels >= this.limit && !this.lost) await this.turn(until, command, signal);
       if (signal?.aborted) throw this.error("CANCELLED", "cancelled before it began", command);
@@ -244,7 +247,6 @@ export class Connection {
     this.keepalive = setInterval(() => {
       if (unanswered === 3) {
         this.lose(`no answer to keepalives for ${(3 * this.timing.keepalive) / 1000} s`);
-        this.socket.destroy();
         return;
       }
       unanswered++;
@@ -277,6 +279,7 @@ export class Connection {
       let channel: ClientChannel | undefined;
       let stopping: LvmNbdError | undefined;
       let killing = false;
+      let closed = false;
       let finished = false;
       let giveUp: NodeJS.Timeout | undefined;
       const finish = (act: () => void) => {
@@ -307,7 +310,14 @@ export class Connection {
         const { pid } = takePid(Buffer.concat(err).toString("utf8"), marker);
         if (pid === undefined) return;
         killing = true;
-        this.kill(pid, grace, () => !finished);
+        this.kill(
+          pid,
+          grace,
+          () => !finished,
+          () => {
+            if (closed) finish(ended);
+          },
+        );
       };
       const cancelled = () => stop(this.error("CANCELLED", "cancelled", command));
       const timer = setTimeout(
@@ -321,8 +331,11 @@ export class Connection {
           ),
         Math.min(longestTimer, (command.deadlineSeconds + grace) * 1000 + this.timing.slack),
       );
-      const lost = () =>
+      const lost = () => {
+        // Without a channel it is ssh2's answer to the request, certain to come now, that tells whether it was sent.
+        if (channel === undefined) return;
         finish(() => reject(stopping ?? new LinkLost(true, this.lostBecause ?? "the link was lost")));
+      };
       const collect = (into: Buffer[]) => (chunk: Buffer) => {
         if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
         size += chunk.length;
@@ -345,19 +358,27 @@ export class Connection {
           stderr,
         };
         if (pid === undefined) return reject(this.notStarted(result));
-        const late = performance.now() - started >= command.deadlineSeconds * 1000;
-        if (late && (result.exitCode === 124 || result.exitCode === 137 || exitSignal !== undefined)) {
-          return reject(
-            this.error("COMMAND_TIMED_OUT", `stopped after ${command.deadlineSeconds} s`, command, stderr),
-          );
-        }
         resolve(result);
+      };
+      /** `timeout` waits for the command alone: what it started and is deaf to TERM may have outlived it. */
+      const endedAtDeadline = () => {
+        const late = performance.now() - started >= command.deadlineSeconds * 1000;
+        const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
+        if (stopping !== undefined || !late || pid === undefined) return false;
+        if (exitCode !== 124 && exitCode !== 137 && exitSignal === undefined) return false;
+        stop(this.error("COMMAND_TIMED_OUT", `stopped after ${command.deadlineSeconds} s`, command, stderr));
+        return true;
       };
       this.onLoss.add(lost);
       signal?.addEventListener("abort", cancelled);
       try {
         this.client.exec(line, (error, opened) => {
-          if (error) return finish(() => reject(stopping ?? new ChannelRefused(error.message)));
+          if (error) {
+            const why = this.lost
+              ? new LinkLost(!isUnsent(error), this.lostBecause ?? "the link was lost")
+              : new ChannelRefused(error.message);
+            return finish(() => reject(stopping ?? why));
+          }
           if (finished) return opened.close();
           channel = opened;
           // All listeners at once: the whole answer may be in the packet that is being read.
@@ -368,7 +389,10 @@ export class Connection {
             exitSignal = name;
           });
           opened.on("error", lost);
-          opened.on("close", () => finish(ended));
+          opened.on("close", () => {
+            closed = true;
+            if (!endedAtDeadline()) finish(ended);
+          });
           opened.end(command.stdin ?? "");
         });
       } catch (error) {
@@ -485,6 +509,16 @@ function openSocket({ address, port }: ResolvedHost, timing: Timing): Promise<So
   });
 }
 
+/**
+ * True when ssh2 failed before it sent the request to run the command: it sends it as soon as the host has opened
+ * the channel, and says "Unable to exec" of one that was sent.
+ */
+function isUnsent(error: Error): boolean {
+  return (
+    error.message === "No response from server" || error.message.startsWith("(SSH) Channel open failure")
+  );
+}
+
 /** As a shell counts it: a command that KILL ended has the exit code 137. */
 function signalNumber(name: string | undefined): number {
   return Object.entries(constants.signals).find(([known]) => known === name)?.[1] ?? 0;
@@ -534,9 +568,8 @@ function logIn<T>(
       if (error.level === "client-authentication") return login.exhausted ? authFailed("") : undefined;
       // A disconnect by the host in the middle of the login, e.g. "Too many authentication failures".
       if (login.tried.length > 0 && typeof error.code === "number") return authFailed(` (${error.message})`);
-      fail(
-        new DialFailed(`${host.address}:${host.port}: ${error.message}`, error.level !== "client-timeout"),
-      );
+      const mayPass = error.level !== "client-timeout" && error.level !== "handshake";
+      fail(new DialFailed(`${host.address}:${host.port}: ${error.message}`, mayPass));
     });
     const known = knownTypes(host.hostKeyNames, host.trust).flatMap((type) =>
       type === "ssh-rsa" ? ["rsa-sha2-512", "rsa-sha2-256"] : [type],
@@ -565,6 +598,28 @@ function logIn<T>(
   });
 }
 
+/**
+ * The agent's keys as OpenSSH offers them: first those of the configured identity files, and only those where
+ * IdentitiesOnly says so. An agent may hold more keys than the host's MaxAuthTries.
+ */
+class ChosenKeys extends OpenSSHAgent {
+  constructor(
+    socket: string,
+    private readonly host: Pick<ResolvedHost, "agentKeys" | "identitiesOnly">,
+  ) {
+    super(socket);
+  }
+
+  override getIdentities(answer: (error: Error | null | undefined, keys?: ParsedKey[]) => void): void {
+    const { agentKeys, identitiesOnly } = this.host;
+    super.getIdentities((error, keys = []) => {
+      const configured = (key: ParsedKey) => agentKeys.includes(key.getPublicSSH().toString("base64"));
+      const others = identitiesOnly ? [] : keys.filter((key) => !configured(key));
+      answer(error, [...keys.filter(configured), ...others]);
+    });
+  }
+}
+
 interface Prompt {
   readonly echo?: boolean;
 }
@@ -579,7 +634,8 @@ class LoginAttempts {
   private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
 
   constructor(host: ResolvedHost) {
-    const { user: username, agent, password } = host;
+    const { user: username, password } = host;
+    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host);
     this.attempts = host.keys.map(({ label, privateKey: key, passphrase }) => ({
       label,
       method: "publickey",

@@ -2,7 +2,7 @@
  * Host keys: pins and known_hosts. Always verified; there is no switch. Source: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT.
  */
 import { createHash, createHmac, timingSafeEqual } from "node:crypto";
-import { LvmNbdError } from "../core/errors.js";
+import { errorCodes, LvmNbdError } from "../core/errors.js";
 
 /** A line of known_hosts that can say something about a plain host key. */
 interface KnownKey {
@@ -99,6 +99,11 @@ export function hostKeyError(host: string, name: string, key: Buffer, verdict: V
       verdict.verdict === "revoked"
         ? `its host key ${shown} is revoked in known_hosts`
         : `it shows the host key ${shown}${expected}`,
+    // A fingerprint does not tell which of the host's keys it is of, so that one cannot be asked for.
+    advice:
+      verdict.verdict === "mismatch" && verdict.expected.some((one) => one.startsWith("SHA256:"))
+        ? `${errorCodes.HOST_KEY_MISMATCH} A pinned fingerprint of another key type of the same host does not match either: pin that of its ${type} key, or the key's whole line.`
+        : undefined,
   });
 }
 

@@ -25,8 +25,22 @@ export interface PoolOptions {
   readonly backoff?: readonly number[];
 }
 
+/**
+ * Dials at once to one address, e.g. to a host that many others are reached through: sshd drops connections when
+ * ten of them have not yet logged in (MaxStartups in sshd_config(5)).
+ */
+const dialsAtOnce = 5;
+
 export function createHostPool(options: PoolOptions = {}): HostPool {
-  const connect = options.connect ?? ((host) => Connection.open(host));
+  const open = options.connect ?? ((host) => Connection.open(host));
+  const queues = new Map<string, Queue>();
+  const connect = (host: ResolvedHost) => {
+    const { address, port } = host.jumps[0] ?? host;
+    const first = `${address}:${port}`;
+    const queue = queues.get(first) ?? queueOf(dialsAtOnce);
+    queues.set(first, queue);
+    return queue(() => open(host));
+  };
   const backoff = options.backoff ?? [500, 2000, 5000];
   const hosts = new Map<string, PooledHost>();
   return {
@@ -69,7 +83,8 @@ class PooledHost implements Host {
           (error instanceof DialFailed && error.mayPass) ||
           (error instanceof LinkLost && (!error.sent || command.kind === "read"));
         const pause = this.backoff[attempt];
-        if (!repeatable || pause === undefined || signal?.aborted) throw this.named(error, command);
+        if (!repeatable || pause === undefined) throw this.named(error, command);
+        // A cancel ends the pause, and the next round is told of it.
         await sleep(pause * (0.5 + Math.random()), signal);
       }
     }
@@ -125,6 +140,26 @@ class PooledHost implements Host {
     }
     return isLvmNbdError(error) ? error.with({ host: this.name }) : error;
   }
+}
+
+type Queue = <T>(work: () => Promise<T>) => Promise<T>;
+
+/** Does so many works at once; the others wait for their turn. */
+function queueOf(most: number): Queue {
+  let busy = 0;
+  const waiting: (() => void)[] = [];
+  return async (work) => {
+    if (busy >= most) await new Promise<void>((resolve) => waiting.push(resolve));
+    else busy++;
+    try {
+      return await work();
+    } finally {
+      // Whoever waits longest takes over the place.
+      const next = waiting.shift();
+      if (next === undefined) busy--;
+      else next();
+    }
+  };
 }
 
 /** A dial is shared: who is cancelled leaves it to the others. */

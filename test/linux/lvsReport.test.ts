@@ -1,0 +1,72 @@
+import { describe, expect, it } from "vitest";
+import { parseLvs } from "../../provider/linux/lvm.js";
+import { recordedLvs } from "../support/recorded.js";
+
+const named = (state: Parameters<typeof recordedLvs>[0], name: string) =>
+  parseLvs(recordedLvs(state)).find((lv) => lv.name === name);
+
+describe("the recorded report", () => {
+  it("of a volume group without volumes is an empty list", () => {
+    expect(parseLvs(recordedLvs("empty"))).toEqual([]);
+  });
+
+  it("tells a valid COW snapshot: its store's size, its origin, its tags", () => {
+    expect(named("valid", "vm1-snap")).toMatchObject({
+      kind: "cow",
+      origin: "vm1",
+      active: true,
+      open: false,
+      invalid: false,
+      merging: false,
+      readOnly: true,
+      sizeBytes: 16 * 1024 ** 2,
+      originSizeBytes: 64 * 1024 ** 2,
+      tags: ["lvm-nbd.owner=o/p/s/vm1", "mine"],
+      path: "/dev/VgVm/vm1-snap",
+    });
+    expect(named("valid", "vm1")).toMatchObject({ kind: "other", readOnly: false });
+    expect(named("valid", "vm1-snap")?.originUuid).toBe(named("valid", "vm1")?.uuid);
+  });
+
+  it("tells an overflowed snapshot though LVM calls it active", () => {
+    expect(named("overflowed", "vm1-snap")).toMatchObject({ invalid: true, usedPercent: 100, active: true });
+  });
+
+  it("tells a merge that waits for its origin to be closed", () => {
+    expect(named("merging", "vm1-snap")).toMatchObject({ kind: "cow", merging: true });
+    expect(named("merging", "vm1")).toMatchObject({ open: true, attr: expect.stringMatching(/^O/) });
+  });
+
+  it("does not claim to know whether an inactive volume is open or broken", () => {
+    expect(named("inactive", "vm1-snap")).toMatchObject({
+      active: false,
+      open: undefined,
+      invalid: false,
+      readOnly: true,
+    });
+  });
+
+  it("tells a thin snapshot and keeps a pool's inner volumes apart", () => {
+    expect(named("thin", "thin1-snap")).toMatchObject({ kind: "thin", origin: "thin1", pool: "pool" });
+    expect(named("thin", "pool")).toMatchObject({ kind: "pool", health: "" });
+    expect(named("thin", "pool_tdata")).toMatchObject({ kind: "internal" });
+  });
+
+  it("tells a full pool by the pool's own row", () => {
+    expect(named("poolFull", "pool")).toMatchObject({ health: "out_of_data" });
+  });
+});
+
+describe("anything else", () => {
+  it.each([
+    ["nothing", ""],
+    ["no JSON", "Segmentation fault"],
+    ["another shape", '{"report":[{"vg":[]}]}'],
+    ["no report", '{"report":[]}'],
+    ["a cut answer", recordedLvs("valid").slice(0, 400)],
+    ["a missing field", recordedLvs("valid").replaceAll('"lv_attr"', '"attr"')],
+    ["a size that is none", recordedLvs("valid").replaceAll('"lv_size":"', '"lv_size":"x')],
+  ])("is an error, never an absence: %s", (_what, stdout) => {
+    expect(() => parseLvs(stdout)).toThrow();
+  });
+});

@@ -1,0 +1,441 @@
+import { describe, expect, it } from "vitest";
+import { generationMark, ownerMark } from "../../provider/core/owner.js";
+import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { recordedLvs } from "../support/recorded.js";
+
+const MiB = 1024 ** 2;
+const host = {
+  address: "192.0.2.1",
+  password: "x",
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+const declared = {
+  host,
+  owner: "o/p/s/vm1",
+  volumeGroup: "VgVm",
+  origin: "vm1",
+  name: "vm1-snap",
+  size: "16M",
+  tags: ["mine"],
+};
+const none: ReadonlySet<string> = new Set();
+
+async function problems(change: object, old?: object): Promise<string[]> {
+  const asked = untouchedHost();
+  const checked = await handlersOn("LvSnapshot", asked).check(
+    old === undefined ? undefined : { adopt: false, readOnly: true, chunkSize: 65536, ...declared, ...old },
+    { ...declared, ...change },
+    none,
+  );
+  expect(asked.commands).toEqual([]);
+  return checked.problems.map(({ property, reason }) => `${property}: ${reason}`);
+}
+
+describe("bad input is refused before any host is asked", () => {
+  it.each([
+    ["a name with a character LVM refuses", { name: "a b" }, /^name: .*letters, digits/],
+    ["a name that begins with a dash", { name: "-a" }, /^name: .*begin with "-"/],
+    ["a name that begins with snapshot", { name: "snapshot1" }, /^name: .*reserved/],
+    ["a name that begins with pvmove", { name: "pvmove1" }, /^name: .*reserved/],
+    ["a name with a reserved part", { name: "a_tmeta" }, /^name: .*"_tmeta"/],
+    ["a name that is ..", { name: ".." }, /^name: .*not a name/],
+    [
+      "a name whose device-mapper name would not fit",
+      { name: "-".repeat(0) + "a-".repeat(45) },
+      /^name: .*127 fit/,
+    ],
+    ["the origin's name as the snapshot's", { name: "vm1" }, /^name: .*origin's name/],
+    ["a volume group name LVM refuses", { volumeGroup: "Vg/Vm" }, /^volumeGroup: /],
+    ["an empty origin", { origin: "" }, /^origin: must not be empty/],
+    ["a size without a unit that cannot be meant", { size: 10 }, /^size: .*write a unit, e\.g\. "10G"/],
+    ["a size that is none", { size: "big" }, /^size: .*not a size/],
+    ["a share of 0 %", { size: "0%ORIGIN" }, /^size: .*at least 1/],
+    ["a chunk size that is no power of 2", { chunkSize: 5000 }, /^chunkSize: .*power of 2/],
+    ["a chunk size that is too large", { chunkSize: "1M" }, /^chunkSize: .*512K/],
+    ["a tag LVM refuses", { tags: ["a b"] }, /^tags\.0: .*refuses in tags/],
+    ["a tag with the provider's own mark", { tags: ["lvm-nbd.owner=me"] }, /^tags: .*mark of this provider/],
+    ["an unknown property", { sizee: "1G" }, /^sizee: is no property/],
+    ["an unknown property of the host", { host: { ...host, adress: "x" } }, /^host\.adress: is no property/],
+    ["a host's port out of range", { host: { ...host, port: 70000 } }, /^host\.port: /],
+    ["quiesce without thaw", { quiesce: { freeze: "true" } }, /^quiesce\.thaw: is required/],
+    [
+      "an unreadable key",
+      { host: { address: "192.0.2.1", privateKeyPath: "/nonexistent/key" } },
+      /^host\.privateKeyPath: .*KEY_UNREADABLE/,
+    ],
+    ["an unknown host alias", { host: "no-such-host.invalid" }, /^host: .*HOST_UNKNOWN/],
+    [
+      "a malformed pin",
+      { host: { address: "192.0.2.1", password: "x", hostKey: "abc" } },
+      /^host\.hostKey: .*not a host key/,
+    ],
+  ])("%s", async (_what, change, message) => {
+    expect(await problems(change)).toEqual([expect.stringMatching(message)]);
+  });
+
+  it.each(["host", "volumeGroup", "origin"])("a missing %s", async (property) => {
+    expect(await problems({ [property]: undefined })).toContain(`${property}: is required`);
+  });
+
+  it("a shrinking size at preview, unless a new snapshot is asked for by triggers", async () => {
+    expect(await problems({ size: "8M" }, { triggers: [] })).toEqual([
+      expect.stringMatching(/^size: .*cannot shrink.*`triggers`/),
+    ]);
+    expect(await problems({ size: "10%ORIGIN" }, { size: "20%ORIGIN", triggers: [] })).toEqual([
+      expect.stringMatching(/cannot shrink/),
+    ]);
+    expect(await problems({ size: "8M", triggers: ["new"] }, { triggers: [] })).toEqual([]);
+    expect(await problems({ size: "32M" }, { triggers: [] })).toEqual([]);
+  });
+
+  it("nothing of it holds for good input, and defaults are filled in", async () => {
+    const { inputs, problems: found } = await handlersOn("LvSnapshot", untouchedHost()).check(
+      undefined,
+      declared,
+      none,
+    );
+    expect(found).toEqual([]);
+    expect(inputs).toMatchObject({
+      readOnly: true,
+      chunkSize: 65536,
+      triggers: [],
+      adopt: false,
+      path: "/dev/VgVm/vm1-snap",
+    });
+  });
+
+  it("what is not known yet is not judged", async () => {
+    const { origin: _, ...rest } = declared;
+    const { problems: found } = await handlersOn("LvSnapshot", untouchedHost()).check(
+      undefined,
+      rest,
+      new Set(["origin"]),
+    );
+    expect(found).toEqual([]);
+  });
+});
+
+/** A host whose volumes are as recorded; changing commands succeed and change nothing. */
+function recordedHost(
+  state: Parameters<typeof recordedLvs>[0],
+  edit: (report: string) => string = (report) => report,
+) {
+  return fakeHost(({ kind }) => (kind === "read" ? edit(recordedLvs(state)) : ""));
+}
+
+const complete = { adopt: false, readOnly: true, chunkSize: 65536, triggers: [], ...declared };
+
+/** The state that a read of the recorded snapshot gives. */
+async function stateOf(state: Parameters<typeof recordedLvs>[0], edit?: (report: string) => string) {
+  const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"(?:vm1|thin1)-snap"/.exec(
+    recordedLvs(state === "empty" ? "valid" : state),
+  )?.[1];
+  const kept = {
+    ...complete,
+    uuid,
+    path: "/dev/VgVm/vm1-snap",
+    sizeBytes: 16 * MiB,
+    originSizeBytes: 64 * MiB,
+    originUuid: "",
+    createdAt: "",
+    usedPercent: 0,
+    state: "valid",
+  };
+  const handlers = handlersOn("LvSnapshot", recordedHost(state, edit));
+  return { read: await handlers.read(kept), warnings: handlers.warnings, kept };
+}
+
+describe("create looks first", () => {
+  const create = (state: Parameters<typeof recordedLvs>[0], change: object) => {
+    const asked = recordedHost(state);
+    return { asked, made: handlersOn("LvSnapshot", asked).create({ ...complete, ...change }) };
+  };
+
+  it.each([
+    [
+      "an origin that is itself a snapshot",
+      "valid",
+      { origin: "vm1-snap", name: "x" },
+      /ORIGIN_UNSUITABLE.*itself a snapshot, of "vm1"/s,
+    ],
+    [
+      "an origin that does not exist",
+      "valid",
+      { origin: "vm2", name: "x" },
+      /ORIGIN_NOT_FOUND.*there are: "vm1"/s,
+    ],
+    [
+      "a volume group that does not exist",
+      "valid",
+      { volumeGroup: "VgX", name: "x" },
+      /VOLUME_GROUP_NOT_FOUND.*there are: "VgVm"/s,
+    ],
+    [
+      "a COW size missing for a thick origin",
+      "valid",
+      { name: "x", size: undefined },
+      /ORIGIN_UNSUITABLE.*needs a size, e\.g\. size: "20%ORIGIN"/s,
+    ],
+    ["an origin that is being merged into", "merging", { name: "x" }, /ORIGIN_UNSUITABLE.*being merged/s],
+    [
+      "an origin that is a thin pool",
+      "thin",
+      { origin: "pool", name: "x", size: undefined },
+      /ORIGIN_UNSUITABLE.*thin pool/s,
+    ],
+  ] as const)("%s is refused and nothing is changed", async (_what, state, change, message) => {
+    const { asked, made } = create(state, change);
+    await expect(made).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("another owner's snapshot of that name is refused with its owner named", async () => {
+    const { asked, made } = create("valid", { owner: "o/p/s/other" });
+    await expect(made).rejects.toThrow(/FOREIGN_RESOURCE.*belongs to o\/p\/s\/vm1/s);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("adopt does not take another owner's", async () => {
+    const { asked, made } = create("valid", { owner: "o/p/s/other", adopt: true });
+    await expect(made).rejects.toThrow(/FOREIGN_RESOURCE/);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("an unmarked one is refused, and taken over with adopt", async () => {
+    const { asked, made } = create("inactive", {});
+    await expect(made).rejects.toThrow(/FOREIGN_RESOURCE.*no owner mark.*adopt: true/s);
+    expect(asked.changes).toEqual([]);
+    const adopted = create("inactive", { adopt: true });
+    await adopted.made;
+    expect(adopted.asked.changes.map(({ argv }) => argv.join(" "))).toEqual([
+      expect.stringContaining(`--addtag ${ownerMark("o/p/s/vm1")}`),
+      expect.stringContaining("-ay"),
+    ]);
+  });
+
+  it("a volume that is no snapshot is never taken over", async () => {
+    const { asked, made } = create("valid", { name: "vm1", origin: "x", adopt: true });
+    await expect(made).rejects.toThrow(/FOREIGN_RESOURCE.*not a snapshot/s);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("its own of an interrupted run is found and nothing is changed where all is right", async () => {
+    const generation = generationMark(["vm1", 65536, []]);
+    const asked = recordedHost("valid", (report) => report.replace(',mine"', `,mine,${generation}"`));
+    const { state } = await handlersOn("LvSnapshot", asked).create(complete);
+    expect(asked.changes).toEqual([]);
+    expect(state).toMatchObject({ state: "valid", sizeBytes: 16 * MiB, tags: ["mine"] });
+  });
+
+  it("its own of other triggers is taken anew", async () => {
+    const stale = generationMark(["vm1", 65536, ["yesterday"]]);
+    const asked = recordedHost("valid", (report) => report.replace(',mine"', `,mine,${stale}"`));
+    await handlersOn("LvSnapshot", asked).create(complete);
+    expect(asked.changes.map(({ argv }) => argv[0])).toEqual(["lvremove", "lvcreate"]);
+  });
+});
+
+describe("refresh", () => {
+  it("finds no drift in a fill level", async () => {
+    const { read, kept, warnings } = await stateOf("valid");
+    expect(warnings).toEqual([]);
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+      { ...read, usedPercent: 55 },
+      complete,
+      none,
+    );
+    expect(changes).toEqual([]);
+    expect(read).toMatchObject({ ...kept, originUuid: expect.any(String), createdAt: expect.any(String) });
+  });
+
+  it.each([
+    ["overflowed", "overflowed", "replace"],
+    ["inactive", "inactive", "update"],
+  ] as const)("tells %s and what up will do", async (recorded, state, effect) => {
+    const { read, warnings } = await stateOf(recorded);
+    expect(read).toMatchObject({ state });
+    expect(warnings).toContainEqual(expect.stringContaining(`is now ${state}`));
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+      { ...read },
+      { ...complete, tags: read?.tags },
+      none,
+    );
+    expect(changes).toEqual([{ property: "state", effect }]);
+  });
+
+  it("tells a merge", async () => {
+    expect((await stateOf("merging")).read).toMatchObject({ state: "merging" });
+  });
+
+  it("tells a full pool", async () => {
+    const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"thin1-snap"/.exec(recordedLvs("poolFull"))?.[1];
+    const { read } = await stateOf("poolFull");
+    expect(uuid).toBeDefined();
+    expect(read).toMatchObject({ state: "poolFull", uuid });
+  });
+
+  it("tells renamed, re-tagged and made writable, each by name", async () => {
+    const { read, warnings } = await stateOf("valid", (report) =>
+      report
+        .replaceAll("vm1-snap", "moved")
+        .replace(',mine"', ',theirs"')
+        .replace('"lv_attr":"sri', '"lv_attr":"swi'),
+    );
+    expect(read).toMatchObject({ name: "moved", tags: ["theirs"], readOnly: false });
+    expect(warnings.join("\n")).toMatch(/renamed to moved[\s\S]*writable[\s\S]*theirs/);
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff({ ...read }, complete, none);
+    expect(changes).toEqual([
+      { property: "name", effect: "update" },
+      { property: "readOnly", effect: "update" },
+      { property: "tags", effect: "update" },
+    ]);
+  });
+
+  it("says gone only of what is positively absent", async () => {
+    const { read, warnings } = await stateOf("empty");
+    expect(read).toBeUndefined();
+    expect(warnings).toEqual([expect.stringContaining("is gone")]);
+  });
+
+  it("takes what it cannot read for an error", async () => {
+    await expect(stateOf("valid", (report) => report.slice(0, 300))).rejects.toThrow(/OUTPUT_UNREADABLE/);
+    const failing = fakeHost(() => ({ exitCode: 5, stderr: "  Can't get lock for VgVm" }));
+    const { kept } = await stateOf("valid");
+    await expect(handlersOn("LvSnapshot", failing).read(kept)).rejects.toThrow(/LVM_LOCKED/);
+    await expect(handlersOn("LvSnapshot", failing).remove(kept)).rejects.toThrow(/LVM_LOCKED/);
+    expect(failing.changes).toEqual([]);
+  });
+});
+
+describe("diff", () => {
+  const state = async () => ({ ...(await stateOf("valid")).read });
+  const diff = async (change: object, unknown: ReadonlySet<string> = none) =>
+    handlersOn("LvSnapshot", untouchedHost()).diff(await state(), { ...complete, ...change }, unknown);
+
+  it.each([
+    ["growing", { size: "32M" }, "size"],
+    ["renaming", { name: "other" }, "name"],
+    ["tags", { tags: ["mine", "more"] }, "tags"],
+    ["readOnly", { readOnly: false }, "readOnly"],
+    ["another owner after a rename of the resource", { owner: "o/p/s/vm2" }, "owner"],
+  ])("in place: %s", async (_what, change, property) => {
+    expect((await diff(change)).changes).toEqual([{ property, effect: "update" }]);
+  });
+
+  it.each([
+    ["volume group", { volumeGroup: "VgOther" }, "volumeGroup", false],
+    ["origin", { origin: "vm2" }, "origin", true],
+    ["chunk size", { chunkSize: "4K" }, "chunkSize", true],
+    ["triggers", { triggers: ["tuesday"] }, "triggers", true],
+    ["shrinking", { size: "8M" }, "size", true],
+    ["a thin snapshot instead of a COW one", { size: undefined }, "size", true],
+    ["host", { host: { ...host, address: "192.0.2.2" } }, "host", false],
+  ])("replacement: %s, the old removed first where names collide", async (_what, change, property, first) => {
+    const { changes, deleteBeforeReplace } = await diff(change);
+    expect(changes).toEqual([{ property, effect: "replace" }]);
+    expect(deleteBeforeReplace).toBe(first);
+  });
+
+  it("the same size written otherwise is no change", async () => {
+    expect((await diff({ size: "16384k" })).changes).toEqual([]);
+    expect((await diff({ size: 16 * MiB })).changes).toEqual([]);
+    expect((await diff({ chunkSize: "64K" })).changes).toEqual([]);
+  });
+
+  it("an unknown origin means a replacement, an unknown tag a change in place", async () => {
+    const unknown = new Set(["origin", "tags"]);
+    const { origin: _o, tags: _t, ...rest } = complete;
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(await state(), rest, unknown);
+    expect(changes).toEqual([
+      { property: "origin", effect: "replace" },
+      { property: "tags", effect: "update" },
+    ]);
+  });
+
+  it("other credentials change the stored connection and run nothing", async () => {
+    const rotated = { ...complete, host: { ...host, password: "new" } };
+    const before = await state();
+    const asked = untouchedHost();
+    const handlers = handlersOn("LvSnapshot", asked);
+    expect((await handlers.diff(before, rotated, none)).changes).toEqual([
+      { property: "host", effect: "connection" },
+    ]);
+    expect(await handlers.update(before, rotated)).toEqual({ ...before, host: rotated.host });
+    expect(asked.commands).toEqual([]);
+  });
+});
+
+describe("remove", () => {
+  it("removes by UUID, and only when nobody has it open", async () => {
+    const { kept } = await stateOf("valid");
+    let removed = false;
+    const asked = fakeHost(({ argv, kind }) => {
+      if (kind === "change") removed = true;
+      return argv[0] === "lvs" ? recordedLvs(removed ? "empty" : "valid") : "";
+    });
+    await handlersOn("LvSnapshot", asked).remove(kept);
+    expect(asked.changes.map(({ argv }) => argv)).toEqual([
+      ["lvremove", "-y", "-S", `lv_uuid="${kept.uuid}"`, "VgVm/vm1-snap"],
+    ]);
+  });
+
+  it("refuses an open one and names who holds it", async () => {
+    const { kept } = await stateOf("valid");
+    const open = recordedLvs("valid").replaceAll('"lv_device_open":"0"', '"lv_device_open":"1"');
+    const asked = fakeHost(({ argv }) =>
+      argv[0] === "lvs" ? open : `mount\t${Buffer.from("/mnt").toString("base64")}\n`,
+    );
+    await expect(handlersOn("LvSnapshot", asked).remove(kept)).rejects.toThrow(
+      /VOLUME_IN_USE.*mounted at \/mnt/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("leaves alone what has taken the name of one that is gone", async () => {
+    const { kept } = await stateOf("valid");
+    const asked = recordedHost("inactive");
+    const handlers = handlersOn("LvSnapshot", asked);
+    await handlers.remove(kept);
+    expect(asked.changes).toEqual([]);
+    expect(handlers.warnings).toEqual([expect.stringMatching(/not what was made here.*left alone/)]);
+  });
+
+  it("does nothing where it is gone already", async () => {
+    const { kept } = await stateOf("valid");
+    const asked = recordedHost("empty");
+    await handlersOn("LvSnapshot", asked).remove(kept);
+    expect(asked.changes).toEqual([]);
+  });
+});
+
+describe("quiesce", () => {
+  const quiesce = { freeze: "freeze-it", thaw: "thaw-it", timeoutSeconds: 7 };
+  const run = (exitCode: number) => {
+    let made = false;
+    const asked = fakeHost(({ kind }) => {
+      if (kind === "read")
+        return recordedLvs(made ? "valid" : "thin")
+          .replaceAll('"thin1"', '"vm1"')
+          .replaceAll('"lv_attr":"Vwi-a-tz--"', '"lv_attr":"-wi-a-----"');
+      made = exitCode === 91;
+      return { exitCode };
+    });
+    return { asked, made: handlersOn("LvSnapshot", asked).create({ ...complete, quiesce }) };
+  };
+
+  it("a failed freeze is QUIESCE_FAILED", async () => {
+    await expect(run(90).made).rejects.toMatchObject({
+      message: expect.stringMatching(/QUIESCE_FAILED.*freeze-it/s),
+    });
+  });
+
+  it("a failed thaw is THAW_FAILED, and the snapshot that was taken is kept in the state", async () => {
+    const { asked, made } = run(91);
+    await expect(made).rejects.toMatchObject({
+      message: expect.stringMatching(/THAW_FAILED.*thaw-it.*by hand NOW/s),
+      id: "192.0.2.1/VgVm/vm1-snap",
+      state: expect.objectContaining({ uuid: expect.any(String) }),
+    });
+    expect(asked.changes[0]?.graceSeconds).toBeGreaterThan(14);
+  });
+});
