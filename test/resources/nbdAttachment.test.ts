@@ -1,0 +1,308 @@
+import { describe, expect, it } from "vitest";
+import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
+import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { fields } from "../support/fields.js";
+
+const host = {
+  address: "192.0.2.2",
+  password: "x",
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+const declared = { host, owner: "o/p/s/vm1", name: "vm1", uri: "nbd://10.0.0.1:10809/vm1" };
+const complete = {
+  adopt: false,
+  readOnly: true,
+  connections: 1,
+  timeoutSeconds: 30,
+  blockSize: 512,
+  ...declared,
+};
+const plan = {
+  owner: "o/p/s/vm1",
+  name: "vm1",
+  server: "10.0.0.1",
+  port: 10809,
+  exportName: "vm1",
+  device: "/dev/nbd0",
+  readOnly: true,
+  connections: 1,
+  timeoutSeconds: 30,
+  blockSize: 512,
+};
+const state = {
+  ...complete,
+  device: "/dev/nbd0",
+  path: "/dev/lvm-nbd/vm1",
+  sizeBytes: 1048576,
+  state: "attached",
+};
+const none: ReadonlySet<string> = new Set();
+
+async function problems(change: object): Promise<string[]> {
+  const asked = untouchedHost();
+  const checked = await handlersOn("NbdAttachment", asked).check(undefined, { ...declared, ...change }, none);
+  expect(asked.commands).toEqual([]);
+  return checked.problems.map(({ property, reason }) => `${property}: ${reason}`);
+}
+
+describe("bad input is refused before any host is asked", () => {
+  it.each([
+    ["neither uri nor server", { uri: undefined }, /^uri: is missing: give/],
+    ["a server without an export name", { uri: undefined, server: "a" }, /^uri: is missing: give/],
+    ["a uri and a server", { server: "10.0.0.1" }, /^server: is part of `uri`/],
+    ["a uri that is none", { uri: "server1:10809" }, /^uri: .*write nbd:\/\/SERVER/],
+    ["a uri without an export", { uri: "nbd://server1/" }, /^uri: .*names no export/],
+    ["a port out of range", { uri: undefined, server: "a", exportName: "b", port: 0 }, /^port: .*1 to 65535/],
+    [
+      "a server that would be taken for an option",
+      { uri: undefined, server: "-x", exportName: "b" },
+      /^server: /,
+    ],
+    ["a device that is no NBD device", { device: "/dev/sda" }, /^device: .*\/dev\/nbd0/],
+    ["a partition as the device", { device: "/dev/nbd0p1" }, /^device: /],
+    ["a name that leaves the folder", { name: "../x" }, /^name: .*letter or digit/],
+    ["a block size that NBD does not have", { blockSize: 700 }, /^blockSize: .*512, 1024/],
+    ["no connections", { connections: 0 }, /^connections: /],
+    ["no timeout", { timeoutSeconds: 0 }, /^timeoutSeconds: /],
+    ["an unknown property", { urii: "x" }, /^urii: is no property/],
+  ])("%s", async (_what, change, message) => {
+    expect(await problems(change)).toEqual([expect.stringMatching(message)]);
+  });
+
+  it("a uri that is only known later is not missing", async () => {
+    const { uri: _, ...rest } = declared;
+    const checked = await handlersOn("NbdAttachment", untouchedHost()).check(
+      undefined,
+      rest,
+      new Set(["uri"]),
+    );
+    expect(checked.problems).toEqual([]);
+    expect(checked.inputs).toMatchObject({ path: "/dev/lvm-nbd/vm1", timeoutSeconds: 30 });
+  });
+});
+
+interface World {
+  unit?: string;
+  active?: string;
+  enabled?: string;
+  sectors?: string;
+  pid?: string;
+  ro?: string;
+  read?: string;
+  link?: string;
+  missing?: string;
+  module?: string;
+  size?: string;
+  free?: string;
+  held?: string;
+  applied?: number[];
+}
+
+function world(at: World) {
+  let taken = false;
+  return fakeHost(({ argv, kind, stdin }) => {
+    const text = argv.join("\n");
+    if (kind === "change") {
+      if (text.includes("systemctl disable")) {
+        if (at.held !== undefined)
+          return { exitCode: 75, stdout: `mount\t${Buffer.from(at.held).toString("base64")}\n` };
+        taken = true;
+        return "";
+      }
+      const exitCode = at.applied?.shift() ?? 0;
+      if (exitCode === 0 && stdin !== undefined) at.unit = stdin;
+      return { exitCode, stderr: "the log" };
+    }
+    if (text.includes("emit missing")) {
+      return fields({
+        missing: at.missing ?? "",
+        module: "not found",
+        "module.rc": at.module ?? "0",
+        size: at.size ?? "1048576",
+        "size.rc": at.size === "" ? "1" : "0",
+        end: "",
+      });
+    }
+    if (text.includes("last=-1")) return at.free ?? "0\n1\n";
+    if (text.includes("holders/*") && !text.includes("emit show")) {
+      return at.held === undefined ? "" : `mount\t${Buffer.from(at.held).toString("base64")}\n`;
+    }
+    const there = at.unit !== undefined && !taken;
+    return fields({
+      ...(there ? { unit: at.unit ?? "" } : {}),
+      show: `LoadState=loaded\nActiveState=${at.active ?? (there ? "active" : "inactive")}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n`,
+      ...(there
+        ? {
+            device: "/dev/nbd0",
+            link: at.link ?? "/dev/nbd0",
+            size: at.sectors ?? "2048",
+            ro: at.ro ?? "1",
+            pid: at.pid ?? "7",
+            "read.rc": at.read ?? "0",
+          }
+        : {}),
+      end: "",
+    });
+  });
+}
+
+describe("create", () => {
+  it("takes the first free device and proves it", async () => {
+    const asked = world({});
+    const { id, state: made } = await handlersOn("NbdAttachment", asked).create(complete);
+    expect({ id, made }).toEqual({ id: "192.0.2.2/vm1", made: state });
+    expect(asked.changes).toHaveLength(1);
+    expect(asked.changes[0]?.stdin).toBe(renderAttachUnit(plan));
+  });
+
+  it("takes the next device when the first was taken in between", async () => {
+    const asked = world({ applied: [75, 0] });
+    await handlersOn("NbdAttachment", asked).create(complete);
+    expect(asked.changes.map(({ stdin }) => /nbd\d/.exec(stdin ?? "")?.[0])).toEqual(["nbd0", "nbd1"]);
+  });
+
+  it.each([
+    ["an export that does not answer", { size: "" }, /EXPORT_UNREACHABLE/],
+    ["a missing program", { missing: " nbd-client" }, /PROGRAM_MISSING.*package nbd-client/s],
+    ["a kernel without the module", { module: "1" }, /MODULE_MISSING/],
+    ["no free device", { free: "" }, /NO_FREE_DEVICE/],
+  ])("%s is refused and nothing is changed", async (_what, at: World, message) => {
+    const asked = world(at);
+    await expect(handlersOn("NbdAttachment", asked).create(complete)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("a declared device that is in use is refused", async () => {
+    const asked = world({ applied: [75] });
+    await expect(
+      handlersOn("NbdAttachment", asked).create({ ...complete, device: "/dev/nbd3" }),
+    ).rejects.toThrow(/DEVICE_IN_USE.*\/dev\/nbd3/s);
+  });
+
+  it("what does not connect is taken down again, and the log is in the error", async () => {
+    const asked = world({ applied: [70] });
+    await expect(handlersOn("NbdAttachment", asked).create(complete)).rejects.toThrow(
+      /ATTACHMENT_DEAD.*the log/s,
+    );
+    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+  });
+
+  it("its own of an interrupted run is found and left as it is", async () => {
+    const asked = world({ unit: renderAttachUnit(plan) });
+    expect((await handlersOn("NbdAttachment", asked).create(complete)).state).toEqual(state);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("another owner's of that name is refused with its owner named", async () => {
+    const asked = world({ unit: renderAttachUnit({ ...plan, owner: "o/p/s/other" }) });
+    await expect(handlersOn("NbdAttachment", asked).create(complete)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*o\/p\/s\/other/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+});
+
+describe("refresh", () => {
+  const read = async (at: World) => {
+    const handlers = handlersOn("NbdAttachment", world({ unit: renderAttachUnit(plan), ...at }));
+    return { seen: await handlers.read({ ...state }), warnings: handlers.warnings };
+  };
+
+  it("finds no drift where all is as declared", async () => {
+    expect(await read({})).toEqual({ seen: state, warnings: [] });
+  });
+
+  it.each([
+    ["a stopped unit", { active: "inactive", sectors: "0" }, "detached"],
+    ["a link cut by hand", { sectors: "0" }, "detached"],
+    ["a dead link", { read: "1" }, "dead"],
+    ["somebody else's link behind the device", { pid: "99" }, "replaced"],
+    ["a device turned writable", { ro: "0" }, "replaced"],
+    ["a unit that would not start at boot", { enabled: "disabled" }, "disabled"],
+    ["a missing stable path", { link: "" }, "edited"],
+  ])("tells %s, and up puts it right in place", async (_what, at: World, expected) => {
+    const { seen, warnings } = await read(at);
+    expect(seen).toMatchObject({ state: expected });
+    expect(warnings).toEqual([expect.stringContaining(`is ${expected}`)]);
+    const { changes } = await handlersOn("NbdAttachment", untouchedHost()).diff(seen ?? {}, complete, none);
+    expect(changes).toEqual([{ property: "state", effect: "update" }]);
+  });
+
+  it("tells a unit edited by hand, and another export in it", async () => {
+    expect(
+      (await read({ unit: renderAttachUnit(plan).replace("-timeout 30", "-timeout 0") })).seen,
+    ).toMatchObject({ state: "edited" });
+    const { seen } = await read({ unit: renderAttachUnit({ ...plan, exportName: "vm2" }) });
+    expect(seen).toMatchObject({ uri: "nbd://10.0.0.1:10809/vm2" });
+  });
+});
+
+describe("diff", () => {
+  const diff = (change: object, unknown: ReadonlySet<string> = none) =>
+    handlersOn("NbdAttachment", untouchedHost()).diff({ ...state }, { ...complete, ...change }, unknown);
+
+  it("of the same declaration is empty, whichever device was chosen", async () => {
+    expect((await diff({})).changes).toEqual([]);
+  });
+
+  it.each([
+    ["device", { device: "/dev/nbd5" }],
+    ["readOnly", { readOnly: false }],
+    ["connections", { connections: 4 }],
+    ["timeoutSeconds", { timeoutSeconds: 60 }],
+    ["blockSize", { blockSize: 4096 }],
+  ])("in place: %s", async (property, change) => {
+    expect((await diff(change)).changes).toEqual([{ property, effect: "update" }]);
+  });
+
+  it.each([
+    ["uri", { uri: "nbd://10.0.0.1:10809/vm2" }, true],
+    ["name", { name: "vm2" }, false],
+    ["host", { host: { ...host, address: "192.0.2.9" } }, false],
+  ])("replacement: %s, the old removed first where names collide", async (property, change, first) => {
+    const { changes, deleteBeforeReplace } = await diff(change);
+    expect(changes).toEqual([{ property, effect: "replace" }]);
+    expect(deleteBeforeReplace).toBe(first);
+  });
+
+  it("the same export written otherwise is no change", async () => {
+    expect((await diff({ uri: "nbd://10.0.0.1/vm1" })).changes).toEqual([]);
+    expect((await diff({ uri: undefined, server: "10.0.0.1", exportName: "vm1" })).changes).toEqual([]);
+  });
+
+  it("an unknown uri means a replacement, so that what is mounted is refused before anything breaks", async () => {
+    const { uri: _, ...rest } = complete;
+    const { changes } = await handlersOn("NbdAttachment", untouchedHost()).diff(
+      { ...state },
+      rest,
+      new Set(["uri"]),
+    );
+    expect(changes).toEqual([{ property: "uri", effect: "replace" }]);
+  });
+});
+
+describe("what is mounted stays", () => {
+  it("a detach is refused with the holder named", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), held: "/mnt" });
+    await expect(handlersOn("NbdAttachment", asked).remove({ ...state })).rejects.toThrow(
+      /DEVICE_IN_USE.*mounted at \/mnt/s,
+    );
+  });
+
+  it("a change in place is refused and nothing is changed", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), held: "/mnt" });
+    await expect(
+      handlersOn("NbdAttachment", asked).update({ ...state }, { ...complete, timeoutSeconds: 60 }),
+    ).rejects.toThrow(/DEVICE_IN_USE.*mounted at \/mnt/s);
+    expect(asked.changes).toEqual([]);
+  });
+});
+
+it("remove detaches what is there, and is done where nothing is", async () => {
+  const asked = world({ unit: renderAttachUnit(plan) });
+  await handlersOn("NbdAttachment", asked).remove({ ...state });
+  expect(asked.changes).toHaveLength(1);
+  const empty = world({});
+  await handlersOn("NbdAttachment", empty).remove({ ...state });
+  expect(empty.changes).toEqual([]);
+});

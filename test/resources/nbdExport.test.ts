@@ -1,0 +1,327 @@
+import { describe, expect, it } from "vitest";
+import { exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
+import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { fields } from "../support/fields.js";
+
+const host = {
+  address: "192.0.2.1",
+  password: "x",
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+const plan = {
+  owner: "o/p/s/vm1",
+  device: "/dev/VgVm/vm1-snap",
+  exportName: "vm1",
+  listenAddress: "10.0.0.1",
+  port: 10809,
+  readOnly: true,
+  clients: ["10.0.0.2"],
+  server: "nbdkit" as "nbdkit" | "nbd-server" | "qemu-nbd",
+};
+const declared = { host, ...plan };
+const complete = { adopt: false, ...declared };
+const state = { ...complete, uri: "nbd://10.0.0.1:10809/vm1", sizeBytes: 1048576, state: "serving" };
+const none: ReadonlySet<string> = new Set();
+
+async function problems(change: object): Promise<string[]> {
+  const asked = untouchedHost();
+  const checked = await handlersOn("NbdExport", asked).check(undefined, { ...declared, ...change }, none);
+  expect(asked.commands).toEqual([]);
+  return checked.problems.map(({ property, reason }) => `${property}: ${reason}`);
+}
+
+describe("bad input is refused before any host is asked", () => {
+  it.each([
+    ["a port out of range", { port: 70000 }, /^port: .*1 to 65535/],
+    ["port 0", { port: 0 }, /^port: .*1 to 65535/],
+    ["a port that is no whole number", { port: 1.5 }, /^port: .*whole number/],
+    [
+      "an export of all interfaces without clients",
+      { listenAddress: "0.0.0.0", clients: [] },
+      /^clients: .*all interfaces.*everybody/,
+    ],
+    [
+      "an export of all interfaces (IPv6) without clients",
+      { listenAddress: "::", clients: [] },
+      /^clients: .*all interfaces/,
+    ],
+    ["an export beyond loopback without clients", { clients: [] }, /^clients: .*needs the addresses/],
+    ["everybody as a client", { clients: ["0.0.0.0/0"] }, /^clients\.0: .*everybody/],
+    ["a name as a client", { clients: ["server2"] }, /^clients\.0: .*not an address or network/],
+    ["a listen address that is none", { listenAddress: "server1" }, /^listenAddress: .*IP address/],
+    ["a device that is not below /dev", { device: "/etc/passwd" }, /^device: .*below \/dev/],
+    ["a device that climbs out of /dev", { device: "/dev/../etc/passwd" }, /^device: .*\.\./],
+    ["a device with a space", { device: "/dev/a b" }, /^device: /],
+    ["an export name with a line break", { exportName: "a\nb" }, /^exportName: .*control/],
+    ["an export name with a slash", { exportName: "a/b" }, /^exportName: .*slashes/],
+    ["an export name too long for a unit", { exportName: "ä".repeat(100) }, /^exportName: .*too long/],
+    ["an unknown server", { server: "nfsd" }, /^server: .*nbdkit/],
+    ["an unknown property", { adress: "x" }, /^adress: is no property/],
+  ])("%s", async (_what, change, message) => {
+    expect(await problems(change)).toEqual([expect.stringMatching(message)]);
+  });
+
+  it.each(["device", "listenAddress", "exportName", "host"])("a missing %s", async (property) => {
+    expect(await problems({ [property]: undefined })).toContain(`${property}: is required`);
+  });
+
+  it("loopback needs no clients, and the uri is known before anything runs", async () => {
+    const wanted = { ...declared, listenAddress: "127.0.0.1", clients: undefined };
+    const { inputs, problems: found } = await handlersOn("NbdExport", untouchedHost()).check(
+      undefined,
+      wanted,
+      none,
+    );
+    expect(found).toEqual([]);
+    expect(inputs).toMatchObject({ clients: [], uri: "nbd://127.0.0.1:10809/vm1", server: "nbdkit" });
+  });
+});
+
+interface World {
+  unit?: string;
+  conf?: string;
+  active?: string;
+  enabled?: string;
+  size?: string;
+  reads?: string;
+  readOnly?: string;
+  device?: string;
+  read?: string;
+  missing?: string;
+  addresses?: string;
+  listeners?: string;
+  show?: string;
+  applied?: number;
+}
+
+/** A host with that unit; answers the look, the preflight and the changes of an export. */
+function world(at: World) {
+  let taken = false;
+  return fakeHost(({ argv, kind }) => {
+    const text = argv.join("\n");
+    if (kind === "change") {
+      if (text.includes("systemctl disable")) taken = true;
+      if (text.includes("systemctl restart")) {
+        if (at.applied === undefined) at.unit = renderExportUnit(plan);
+        return { exitCode: at.applied ?? 0, stderr: "the log" };
+      }
+      return "";
+    }
+    if (text.includes("emit missing")) {
+      return fields({
+        missing: at.missing ?? "",
+        device: at.device ?? "block",
+        read: "dd: Input/output error",
+        "read.rc": at.read ?? "0",
+        addresses: at.addresses ?? "2: eth0 inet 10.0.0.1/24",
+        listeners: at.listeners ?? "",
+        pid: "0",
+        end: "",
+      });
+    }
+    const active = at.active ?? (at.unit === undefined || taken ? "inactive" : "active");
+    return fields({
+      ...(at.unit === undefined || taken ? {} : { unit: at.unit }),
+      ...(at.conf === undefined ? {} : { conf: at.conf }),
+      show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
+      deviceSize: "1048576",
+      ...(active === "active"
+        ? {
+            size: at.size ?? "1048576",
+            "size.rc": "0",
+            bytes: at.reads ?? "512",
+            readOnly: "",
+            "readOnly.rc": at.readOnly ?? "0",
+          }
+        : {}),
+      end: "",
+    });
+  });
+}
+
+describe("create finds out first what would make it fail", () => {
+  it.each([
+    ["a device that does not exist", { device: "absent" }, /DEVICE_NOT_FOUND.*device: .*does not exist/s],
+    ["a device that is not a block device", { device: "other" }, /DEVICE_NOT_BLOCK.*not a block device/s],
+    ["an unreadable device", { read: "1" }, /DEVICE_UNREADABLE.*Input\/output error/s],
+    [
+      "a missing program",
+      { missing: " nbdkit nbdinfo" },
+      /PROGRAM_MISSING.*nbdkit, from package nbdkit; nbdinfo, from package libnbd-bin/s,
+    ],
+    ["an address that is not the host's", { addresses: "" }, /ADDRESS_NOT_LOCAL.*10\.0\.0\.1/s],
+    [
+      "a busy port",
+      { listeners: 'LISTEN 0 5 0.0.0.0:10809 0.0.0.0:* users:(("nginx",pid=9,fd=3))' },
+      /PORT_IN_USE.*10809.*nginx \(pid 9\)/s,
+    ],
+  ])("%s", async (_what, at: World, message) => {
+    const asked = world(at);
+    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("what starts but does not serve is taken down again, and the server's log is in the error", async () => {
+    const asked = world({ applied: 70 });
+    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
+      /EXPORT_NOT_SERVING.*the log/s,
+    );
+    expect(asked.changes).toHaveLength(2);
+    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+  });
+
+  it("another owner's export of that name is refused with its owner named", async () => {
+    const asked = world({ unit: renderExportUnit({ ...plan, owner: "o/p/s/other" }) });
+    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*o\/p\/s\/other/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("its own of an interrupted run is found and left as it is", async () => {
+    const asked = world({ unit: renderExportUnit(plan) });
+    const { id, state: made } = await handlersOn("NbdExport", asked).create(complete);
+    expect(asked.changes).toEqual([]);
+    expect({ id, made }).toEqual({ id: "192.0.2.1/vm1", made: state });
+  });
+
+  it("makes an absent one", async () => {
+    const asked = world({});
+    expect((await handlersOn("NbdExport", asked).create(complete)).state).toEqual(state);
+    expect(asked.changes).toHaveLength(1);
+    expect(asked.changes[0]?.stdin).toBe(renderExportUnit(plan));
+  });
+});
+
+describe("refresh", () => {
+  const read = async (at: World, kept: object = state) => {
+    const handlers = handlersOn("NbdExport", world(at));
+    return { seen: await handlers.read({ ...kept }), warnings: handlers.warnings };
+  };
+
+  it("finds no drift where all is as declared", async () => {
+    expect(await read({ unit: renderExportUnit(plan) })).toEqual({ seen: state, warnings: [] });
+  });
+
+  it.each([
+    ["stopped", { active: "inactive" }, "stopped"],
+    ["failed", { active: "failed" }, "failed"],
+    ["restarting again and again", { active: "activating" }, "failed"],
+    ["disabled", { enabled: "disabled" }, "disabled"],
+    ["overridden by a drop-in", { show: "DropInPaths=/etc/systemd/system/x.d/a.conf" }, "edited"],
+    ["serving another size", { size: "512" }, "notServing"],
+    ["answering, but unreadable", { reads: "0" }, "notServing"],
+    ["writable though declared read-only", { readOnly: "2" }, "notServing"],
+  ])("tells %s, and up puts it right in place", async (_what, at: World, expected) => {
+    const { seen, warnings } = await read({ unit: renderExportUnit(plan), ...at });
+    expect(seen).toMatchObject({ state: expected });
+    expect(warnings).toEqual([expect.stringContaining(`is ${expected}`)]);
+    const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(seen ?? {}, complete, none);
+    expect(changes).toEqual([{ property: "state", effect: "update" }]);
+  });
+
+  it("tells a unit edited by hand", async () => {
+    const edited = renderExportUnit(plan).replace("IPAddressAllow=", "IPAddressAllow=any #");
+    expect((await read({ unit: edited })).seen).toMatchObject({ state: "edited" });
+  });
+
+  it("tells an edited nbd-server configuration", async () => {
+    const served = { ...plan, server: "nbd-server" as const };
+    const unit = renderExportUnit(served);
+    const kept = { ...state, server: "nbd-server" };
+    expect((await read({ unit, conf: exportConfig(served) ?? "" }, kept)).seen).toMatchObject({
+      state: "serving",
+    });
+    expect((await read({ unit, conf: "[generic]\n" }, kept)).seen).toMatchObject({ state: "edited" });
+  });
+
+  it("names another port and device in the diff", async () => {
+    const { seen, warnings } = await read({
+      unit: renderExportUnit({ ...plan, port: 10810, device: "/dev/VgVm/x" }),
+    });
+    expect(seen).toMatchObject({ port: 10810, device: "/dev/VgVm/x", uri: "nbd://10.0.0.1:10810/vm1" });
+    expect(warnings.join("\n")).toMatch(/device is "\/dev\/VgVm\/x"[\s\S]*port is 10810/);
+  });
+
+  it("a unit that runs while its file is gone is not absent", async () => {
+    expect((await read({ active: "active" })).seen).toMatchObject({ state: "edited" });
+  });
+
+  it("only a missing unit is gone", async () => {
+    expect((await read({})).seen).toBeUndefined();
+  });
+
+  it("a cut or failed look is an error", async () => {
+    const cut = handlersOn(
+      "NbdExport",
+      fakeHost(() => fields({ show: "ActiveState=inactive" })),
+    );
+    await expect(cut.read({ ...state })).rejects.toThrow(/OUTPUT_UNREADABLE/);
+    const failed = handlersOn(
+      "NbdExport",
+      fakeHost(() => ({ exitCode: 1, stderr: "denied" })),
+    );
+    await expect(failed.read({ ...state })).rejects.toThrow(/COMMAND_FAILED/);
+    const blind = handlersOn(
+      "NbdExport",
+      fakeHost(() => ({ exitCode: 127, stderr: "nbdinfo: not found" })),
+    );
+    await expect(blind.read({ ...state })).rejects.toThrow(/PROGRAM_MISSING/);
+  });
+});
+
+describe("diff", () => {
+  const diff = (change: object, unknown: ReadonlySet<string> = none) =>
+    handlersOn("NbdExport", untouchedHost()).diff({ ...state }, { ...complete, ...change }, unknown);
+
+  it("of the same declaration is empty", async () => {
+    expect((await diff({})).changes).toEqual([]);
+  });
+
+  it.each([
+    ["clients", { clients: ["10.0.0.3"] }],
+    ["listenAddress", { listenAddress: "10.0.0.9" }],
+    ["port", { port: 10810 }],
+    ["server", { server: "qemu-nbd" }],
+    ["readOnly", { readOnly: false }],
+  ])("in place: %s", async (property, change) => {
+    expect((await diff(change)).changes).toEqual([{ property, effect: "update" }]);
+  });
+
+  it.each([
+    ["device", { device: "/dev/VgVm/other" }, true],
+    ["exportName", { exportName: "vm2" }, false],
+    ["host", { host: { ...host, address: "192.0.2.9" } }, false],
+  ])("replacement: %s, the old removed first where names collide", async (property, change, first) => {
+    const { changes, deleteBeforeReplace } = await diff(change);
+    expect(changes).toEqual([{ property, effect: "replace" }]);
+    expect(deleteBeforeReplace).toBe(first);
+  });
+
+  it("an unknown device means a replacement", async () => {
+    const { device: _, ...rest } = complete;
+    const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(
+      { ...state },
+      rest,
+      new Set(["device"]),
+    );
+    expect(changes).toEqual([{ property: "device", effect: "replace" }]);
+  });
+});
+
+it("an update rewrites and restarts, and says that clients are cut off", async () => {
+  const asked = world({ unit: renderExportUnit({ ...plan, clients: ["10.0.0.9"] }) });
+  const handlers = handlersOn("NbdExport", asked);
+  await handlers.update({ ...state, clients: ["10.0.0.9"] }, complete);
+  expect(asked.changes).toHaveLength(1);
+  expect(handlers.lines.join("\n")).toMatch(/restarting the export vm1; connected clients are cut off/);
+});
+
+it("remove stops and removes what is there, and is done where nothing is", async () => {
+  const asked = world({ unit: renderExportUnit(plan) });
+  await handlersOn("NbdExport", asked).remove({ ...state });
+  expect(asked.changes).toHaveLength(1);
+  const empty = world({});
+  await handlersOn("NbdExport", empty).remove({ ...state });
+  expect(empty.changes).toEqual([]);
+});
