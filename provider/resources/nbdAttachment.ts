@@ -116,6 +116,8 @@ interface Observed {
   /** The unit runs, but its file was deleted. */
   readonly fileGone: boolean;
   readonly show: UnitProperties;
+  /** The device the unit names, or its path leads to when the unit's file is gone or spoiled. */
+  readonly device: string | undefined;
   /** Process of the link, as the kernel has it. */
   readonly pid: string | undefined;
   readonly sizeBytes: number;
@@ -135,18 +137,19 @@ while :; do
   case $show in *ActiveState=activating*) [ "$(date +%s)" -lt "$end" ] || break; sleep 0.2;; *) break;; esac
 done
 emit show "$show"
-if [ -e "$file" ]; then
-  device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")
-  sys=/sys/block/\${device##*/}
-  emit link "$(readlink "$path")"
-  emit device "$device"
-  if [ -n "$device" ] && [ -d "$sys" ]; then
-    emit size "$(cat "$sys/size")"
-    emit ro "$(cat "$sys/ro")"
-    if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
-    if [ "$(cat "$sys/size")" != 0 ]; then
-      emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
-    fi
+link=$(readlink "$path")
+device=
+if [ -e "$file" ]; then device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file"); fi
+[ -n "$device" ] || device=$link
+emit link "$link"
+emit device "$device"
+sys=/sys/block/\${device##*/}
+if [ -n "$device" ] && [ -d "$sys" ]; then
+  emit size "$(cat "$sys/size")"
+  emit ro "$(cat "$sys/ro")"
+  if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
+  if [ "$(cat "$sys/size")" != 0 ]; then
+    emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
   fi
 fi
 emit end ""
@@ -182,6 +185,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
       (show.DropInPaths ?? "") !== "",
     fileGone: text === undefined,
     show,
+    device: planShape.shape.device.safeParse(fields.get("device")).data,
     pid: fields.get("pid"),
     // sysfs counts sectors of 512 bytes, whatever the block size.
     sizeBytes: Number(fields.get("size") ?? "0") * 512,
@@ -234,7 +238,8 @@ function planOf(wanted: Inputs, device: string): AttachPlan {
 }
 
 function stateOf(seen: Observed): State["state"] {
-  if (seen.show.ActiveState !== "active" || seen.sizeBytes === 0) return "detached";
+  const foreign = seen.pid !== undefined && seen.pid !== seen.show.MainPID;
+  if (seen.show.ActiveState !== "active" || seen.sizeBytes === 0) return foreign ? "replaced" : "detached";
   if (seen.edited) return "edited";
   if (seen.pid !== seen.show.MainPID || seen.readOnly !== seen.plan?.readOnly) return "replaced";
   if (!seen.readable) return "dead";
@@ -311,7 +316,8 @@ install_file() {
 }
 umask 022
 new=$(cat; echo x); new=\${new%x}
-if [ -e "$file" ]; then systemctl stop "$unit" || exit 1; fi
+# A unit whose file was deleted may run all the same.
+[ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || systemctl stop "$unit" || exit 1
 sys=/sys/block/\${device##*/}
 if [ -e "$sys/pid" ] || [ "$(cat "$sys/size" 2>/dev/null || echo 0)" != 0 ]; then echo "$device is in use" >&2; exit 75; fi
 for other in $(grep -lsx "Device=$device" /etc/systemd/system/lvm-nbd-attach-*.service); do
@@ -407,12 +413,11 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     device !== undefined &&
     renderAttachUnit(seen.plan) === renderAttachUnit(planOf(wanted, device));
   if (asDeclared && stateOf(seen) === "attached") return;
-  if (seen.plan !== undefined) await refuseHeld(context, seen.plan.device, attachUnitName(wanted.name));
-  await attach(
-    context,
-    wanted,
-    seen.plan !== undefined && stateOf(seen) !== "replaced" ? seen.plan.device : undefined,
-  );
+  const replaced = stateOf(seen) === "replaced";
+  // Somebody else's link is not ours to cut, whoever holds it: the unit leaves it alone.
+  if (seen.device !== undefined && !replaced)
+    await refuseHeld(context, seen.device, attachUnitName(wanted.name));
+  await attach(context, wanted, replaced ? undefined : seen.device);
 }
 
 async function refuseHeld(context: Context, device: string, unit: string): Promise<void> {
@@ -439,14 +444,14 @@ function heldError(context: Context, device: string, holders: readonly string[])
 
 /** Looks for holders (exit code 75, named on stdout) and takes the unit down in one go, so that nobody slips in between. */
 const takeDownScript = `
-unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3 device=$4
+unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3 device=$4 path=$6
 exec 9>/run/lock/lvm-nbd.lock && flock -w 120 9 || { echo "an attachment is being made for more than 120 s" >&2; exit 1; }
 if [ -b "$device" ]; then
   held=$(sh -c "$5" sh "$device" "$unit") || exit 1
   if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
 fi
 if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
-rm -f "$file" "$file.new" && rm -rf "$file.d" || exit 1
+rm -f "$file" "$file.new" "$path" && rm -rf "$file.d" || exit 1
 systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 set -- /etc/systemd/system/lvm-nbd-attach-*.service
@@ -458,7 +463,15 @@ exit 0
 async function takeDown(context: Context, name: string, device: string | undefined): Promise<void> {
   const unit = attachUnitName(name);
   const command: RemoteCommand = {
-    argv: script(takeDownScript, unit, modulesLoad.path, udevRule.path, device ?? "", holdersScript),
+    argv: script(
+      takeDownScript,
+      unit,
+      modulesLoad.path,
+      udevRule.path,
+      device ?? "",
+      holdersScript,
+      attachPath(name),
+    ),
     kind: "change",
     deadlineSeconds: 240,
   };
