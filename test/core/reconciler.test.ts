@@ -1,0 +1,252 @@
+import { describe, expect, it } from "vitest";
+import { z } from "zod";
+import { type ErrorCode, LvmNbdError } from "../../provider/core/errors.js";
+import { ownerMark } from "../../provider/core/owner.js";
+import { converge, PartialSuccess, refresh, remove } from "../../provider/core/reconciler.js";
+import type { CommonInputs, Context, ResourceType } from "../../provider/core/resource.js";
+
+interface Thing {
+  mark: string | undefined;
+  id: number;
+  right: boolean;
+}
+type State = CommonInputs & { id?: number; right?: boolean };
+
+const wanted: CommonInputs = { host: "server1", owner: "o/p/s/vm1", adopt: false };
+const mine = ownerMark(wanted.owner);
+
+/** A world of at most one thing, whose operations can fail on demand. */
+function scene(
+  thing: Thing | undefined,
+  failures: Partial<Record<"observe" | "create" | "converge" | "remove", (Error | undefined)[]>> = {},
+) {
+  const world = { thing, log: [] as string[], warnings: [] as string[], keepAfterRemove: false };
+  const step = (name: keyof typeof failures, effect: () => void, effectBeforeFailure = false) => {
+    world.log.push(name);
+    const failure = failures[name]?.shift();
+    if (failure === undefined || effectBeforeFailure) effect();
+    if (failure !== undefined) throw failure;
+  };
+  const type: ResourceType<CommonInputs, State, Thing> = {
+    type: "Thing",
+    description: "",
+    inputs: z.object({}),
+    outputs: z.object({}),
+    nameInput: "owner",
+    validate: () => [],
+    predict: () => ({}),
+    id: () => "server1/thing",
+    async observe() {
+      step("observe", () => undefined);
+      return world.thing === undefined ? undefined : { ...world.thing };
+    },
+    isSame: (seen, state) => seen.id === state.id,
+    toState: (declared, seen) => ({ ...declared, id: seen.id, right: seen.right }),
+    diff: () => [],
+    collides: () => true,
+    async create() {
+      step(
+        "create",
+        () => {
+          world.thing = { mark: mine, id: 1, right: true };
+        },
+        true,
+      );
+    },
+    async converge() {
+      step("converge", () => {
+        if (world.thing) Object.assign(world.thing, { right: true, mark: mine });
+      });
+    },
+    async remove() {
+      step(
+        "remove",
+        () => {
+          if (!world.keepAfterRemove) world.thing = undefined;
+        },
+        true,
+      );
+    },
+    drift: (state, seen) => (state.right === seen.right ? [] : ["is wrong"]),
+  };
+  const context: Context = {
+    host: { name: "server1", run: async () => ({ exitCode: 0, stdout: "", stderr: "" }) },
+    resource: "Thing vm1",
+    signal: new AbortController().signal,
+    progress: () => undefined,
+    warn: (message) => world.warnings.push(message),
+  };
+  return { world, type, context };
+}
+
+const lost = () => new LvmNbdError("LINK_LOST", { message: "lost" });
+const fail = (code: ErrorCode) => new LvmNbdError(code, { message: "failed" });
+
+describe("converge", () => {
+  it("makes what is absent and returns what is then there", async () => {
+    const { world, type, context } = scene(undefined);
+    expect(await converge(type, context, wanted, undefined)).toEqual({ ...wanted, id: 1, right: true });
+    expect(world.log).toEqual(["observe", "create", "observe"]);
+  });
+
+  it("mends what is its own", async () => {
+    const { world, type, context } = scene({ mark: mine, id: 7, right: false });
+    expect(await converge(type, context, wanted, undefined)).toEqual({ ...wanted, id: 7, right: true });
+    expect(world.log).toEqual(["observe", "converge", "observe"]);
+  });
+
+  it("refuses another owner's, with the owner named, whatever adopt says", async () => {
+    for (const adopt of [false, true]) {
+      const { world, type, context } = scene({ mark: ownerMark("o/p/s/other"), id: 7, right: false });
+      await expect(converge(type, context, { ...wanted, adopt }, undefined)).rejects.toThrow(
+        /FOREIGN_RESOURCE.*o\/p\/s\/other/s,
+      );
+      expect(world.log).toEqual(["observe"]);
+    }
+  });
+
+  it("refuses an unmarked one, and takes it over with adopt", async () => {
+    const { type, context } = scene({ mark: undefined, id: 7, right: false });
+    await expect(converge(type, context, wanted, undefined)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*adopt: true/s,
+    );
+    const second = scene({ mark: undefined, id: 7, right: false });
+    await converge(second.type, second.context, { ...wanted, adopt: true }, undefined);
+    expect(second.world.thing).toEqual({ mark: mine, id: 7, right: true });
+  });
+
+  it("knows its own by identity though somebody took the mark away", async () => {
+    const { type, context } = scene({ mark: undefined, id: 7, right: false });
+    const old: State = { ...wanted, id: 7 };
+    expect(await converge(type, context, wanted, old)).toMatchObject({ right: true });
+  });
+
+  it("knows its own after the resource was renamed in the program", async () => {
+    const { type, context } = scene({ mark: ownerMark("o/p/s/old"), id: 7, right: false });
+    expect(await converge(type, context, wanted, { ...wanted, owner: "o/p/s/old" })).toMatchObject({
+      right: true,
+    });
+  });
+
+  it("looks and goes on when the link is lost after the change took effect, and does not repeat it", async () => {
+    const { world, type, context } = scene(undefined, { create: [lost()] });
+    expect(await converge(type, context, wanted, undefined)).toMatchObject({ id: 1 });
+    expect(world.log).toEqual(["observe", "create", "observe", "converge", "observe"]);
+  });
+
+  it("gives up after a bounded number of lost links and keeps what was made in the state", async () => {
+    const { world, type, context } = scene(undefined, {
+      create: [lost()],
+      converge: [lost(), lost(), lost()],
+    });
+    const failure = await converge(type, context, wanted, undefined).catch((error: unknown) => error);
+    expect(failure).toBeInstanceOf(PartialSuccess);
+    expect(failure).toMatchObject({ state: { id: 1 }, cause: { code: "LINK_LOST" } });
+    expect(world.log.filter((entry) => entry === "converge")).toHaveLength(3);
+  });
+
+  it("keeps what a failed change left, so that nothing of ours is forgotten", async () => {
+    const { type, context } = scene(undefined, { create: [fail("THAW_FAILED")] });
+    await expect(converge(type, context, wanted, undefined)).rejects.toMatchObject({
+      state: { id: 1 },
+      cause: { code: "THAW_FAILED" },
+    });
+  });
+
+  it("shows the first failure when what it left cannot be looked at", async () => {
+    const { world, type, context } = scene(
+      { mark: mine, id: 7, right: false },
+      {
+        converge: [fail("COMMAND_FAILED")],
+        observe: [undefined, fail("HOST_UNREACHABLE")],
+      },
+    );
+    await expect(converge(type, context, wanted, undefined)).rejects.toMatchObject({
+      code: "COMMAND_FAILED",
+    });
+    expect(world.warnings).toEqual([expect.stringContaining("HOST_UNREACHABLE")]);
+  });
+
+  it("does not put a foreign thing into the state after a refusal", async () => {
+    const { type, context } = scene({ mark: ownerMark("o/p/s/other"), id: 7, right: false });
+    await expect(converge(type, context, wanted, undefined)).rejects.not.toBeInstanceOf(PartialSuccess);
+  });
+
+  it("tells when what was made is gone a moment later", async () => {
+    const { world, type, context } = scene(undefined);
+    const quiet = {
+      ...type,
+      create: async () => {
+        world.log.push("create");
+      },
+    };
+    await expect(converge(quiet, context, wanted, undefined)).rejects.toThrow(
+      /IDENTITY_MISMATCH.*gone again/s,
+    );
+  });
+});
+
+describe("refresh", () => {
+  const state: State = { ...wanted, id: 7, right: true };
+
+  it("returns what is there and names what drifted", async () => {
+    const { world, type, context } = scene({ mark: mine, id: 7, right: false });
+    expect(await refresh(type, context, state)).toMatchObject({ right: false });
+    expect(world.warnings).toEqual(["is wrong"]);
+  });
+
+  it("says gone only of what is positively absent", async () => {
+    const gone = scene(undefined);
+    expect(await refresh(gone.type, gone.context, state)).toBeUndefined();
+    const unreachable = scene(undefined, { observe: [fail("HOST_UNREACHABLE")] });
+    await expect(refresh(unreachable.type, unreachable.context, state)).rejects.toMatchObject({
+      code: "HOST_UNREACHABLE",
+    });
+  });
+
+  it("takes a foreign thing of the same name for the absence of ours, and says so", async () => {
+    const { world, type, context } = scene({ mark: ownerMark("o/p/s/other"), id: 8, right: true });
+    expect(await refresh(type, context, state)).toBeUndefined();
+    expect(world.warnings).toEqual([expect.stringMatching(/o\/p\/s\/other.*left alone/)]);
+  });
+});
+
+describe("remove", () => {
+  const state: State = { ...wanted, id: 7, right: true };
+
+  it("removes its own and sees that it is gone", async () => {
+    const { world, type, context } = scene({ mark: mine, id: 7, right: true });
+    await remove(type, context, state);
+    expect(world.log).toEqual(["observe", "remove", "observe"]);
+  });
+
+  it("is done where nothing is, and leaves a foreign thing alone", async () => {
+    const absent = scene(undefined);
+    await remove(absent.type, absent.context, state);
+    expect(absent.world.log).toEqual(["observe"]);
+    const foreign = scene({ mark: undefined, id: 8, right: true });
+    await remove(foreign.type, foreign.context, state);
+    expect(foreign.world.log).toEqual(["observe"]);
+    expect(foreign.world.warnings).toEqual([expect.stringContaining("left alone")]);
+  });
+
+  it("goes on after a lost link and does not remove twice", async () => {
+    const { world, type, context } = scene({ mark: mine, id: 7, right: true }, { remove: [lost()] });
+    await remove(type, context, state);
+    expect(world.log).toEqual(["observe", "remove", "observe"]);
+  });
+
+  it("never takes cannot-tell for gone", async () => {
+    const { type, context } = scene(
+      { mark: mine, id: 7, right: true },
+      { observe: [undefined, fail("COMMAND_TIMED_OUT")] },
+    );
+    await expect(remove(type, context, state)).rejects.toMatchObject({ code: "COMMAND_TIMED_OUT" });
+  });
+
+  it("fails when it is still there afterwards", async () => {
+    const { world, type, context } = scene({ mark: mine, id: 7, right: true });
+    world.keepAfterRemove = true;
+    await expect(remove(type, context, state)).rejects.toThrow(/still there/);
+  });
+});

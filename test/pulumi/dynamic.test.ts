@@ -1,0 +1,100 @@
+import * as pulumi from "@pulumi/pulumi";
+import { beforeAll, describe, expect, it } from "vitest";
+
+interface Registered {
+  readonly type: string;
+  readonly name: string;
+  readonly inputs: Record<string, unknown>;
+}
+const registered: Registered[] = [];
+
+beforeAll(async () => {
+  await pulumi.runtime.setMocks(
+    {
+      newResource: ({ type, name, inputs }) => {
+        registered.push({ type, name, inputs });
+        return { id: `${name}-id`, state: inputs };
+      },
+      call: () => ({}),
+    },
+    "project",
+    "stack",
+    false,
+    "organisation",
+  );
+});
+
+async function declare(
+  make: (library: typeof import("../../provider/index.js")) => pulumi.Resource,
+): Promise<Registered> {
+  const resource = make(await import("../../provider/index.js"));
+  await new Promise((resolve) => resource.urn.apply(resolve));
+  const last = registered.at(-1);
+  if (last === undefined) throw new Error("nothing was registered");
+  return last;
+}
+
+describe("a declared resource", () => {
+  it("has the type token, its name and its owner", async () => {
+    const { type, name, inputs } = await declare(
+      ({ LvSnapshot }) =>
+        new LvSnapshot("vm1", { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1", size: "1G" }),
+    );
+    expect(type).toBe("pulumi-nodejs:dynamic/lvm-nbd:LvSnapshot");
+    expect(name).toBe("vm1");
+    expect(inputs).toMatchObject({ name: "vm1", owner: "organisation/project/stack/vm1", host: "server1" });
+  });
+
+  it("takes the resource's name for its own only where none is given", async () => {
+    const exported = await declare(
+      ({ NbdExport }) =>
+        new NbdExport("a", {
+          host: "server1",
+          device: "/dev/x",
+          listenAddress: "127.0.0.1",
+          exportName: "b",
+        }),
+    );
+    expect(exported).toMatchObject({
+      type: "pulumi-nodejs:dynamic/lvm-nbd:NbdExport",
+      inputs: { exportName: "b" },
+    });
+    const attached = await declare(
+      ({ NbdAttachment }) => new NbdAttachment("c", { host: "server2", uri: "nbd://a/b" }),
+    );
+    expect(attached).toMatchObject({
+      type: "pulumi-nodejs:dynamic/lvm-nbd:NbdAttachment",
+      inputs: { name: "c" },
+    });
+  });
+
+  it("keeps keys and passwords secret, in jumps and in outputs too", async () => {
+    const library = await import("../../provider/index.js");
+    const jump = { address: "j", password: "planted-1" };
+    const host = { address: "a", privateKey: "planted-2", passphrase: "planted-3", proxyJump: [jump] };
+    for (const given of [host, pulumi.output(host), Promise.resolve(host)]) {
+      const { inputs } = await declare(
+        () => new library.NbdAttachment("s", { host: given, uri: "nbd://a/b" }),
+      );
+      expect(secretsIn(inputs.host)).toEqual(expect.arrayContaining(["planted-1", "planted-2", "planted-3"]));
+      expect(plainText(inputs.host)).not.toContain("planted");
+    }
+  });
+});
+
+const secretKey = "4dabf18193072939515e22adb298388d";
+
+/** The values marked as secret, as they cross the wire. */
+function secretsIn(value: unknown, inside = false): string[] {
+  if (typeof value === "string") return inside ? [value] : [];
+  if (typeof value !== "object" || value === null) return [];
+  const marked = secretKey in value;
+  return Object.values(value).flatMap((child) => secretsIn(child, inside || marked));
+}
+
+/** Everything that is not marked as secret. */
+function plainText(value: unknown): string {
+  return JSON.stringify(value, (_key, child: unknown) =>
+    typeof child === "object" && child !== null && secretKey in child ? "secret" : child,
+  );
+}

@@ -1,0 +1,162 @@
+import { describe, expect, it } from "vitest";
+import { type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import { toDynamicProvider } from "../../provider/pulumi/dynamicProvider.js";
+import { unknownValue } from "../../provider/pulumi/unknowns.js";
+
+const bag = { host: "server1", __provider: "code" };
+
+/** Handlers that remember what they were given. */
+function recorder(overrides: Partial<Handlers> = {}) {
+  const calls: unknown[][] = [];
+  const handlers: Handlers = {
+    async check(old, wanted, unknown) {
+      calls.push(["check", old, wanted, [...unknown]]);
+      return { inputs: { ...wanted, added: 1 }, problems: [] };
+    },
+    async diff(state, wanted, unknown) {
+      calls.push(["diff", state, wanted, [...unknown]]);
+      return { changes: [], deleteBeforeReplace: true };
+    },
+    async create(wanted) {
+      calls.push(["create", wanted]);
+      return { id: "server1/x", state: { ...wanted, uuid: "u" } };
+    },
+    async read(state) {
+      calls.push(["read", state]);
+      return { ...state, usedPercent: 3 };
+    },
+    async update(state, wanted) {
+      calls.push(["update", state, wanted]);
+      return { ...state, ...wanted };
+    },
+    async remove(state) {
+      calls.push(["remove", state]);
+    },
+    ...overrides,
+  };
+  const provider = toDynamicProvider(handlers);
+  const method = <Name extends "check" | "diff" | "create" | "read" | "update" | "delete">(name: Name) => {
+    const found = provider[name];
+    if (found === undefined) throw new Error(`no ${name}`);
+    return found.bind(provider) as NonNullable<typeof found>;
+  };
+  return { calls, method };
+}
+
+it("knows Pulumi's own word for an unknown value", async () => {
+  const { unknownValue: theirs } = await import("@pulumi/pulumi/runtime/rpc.js");
+  expect(unknownValue).toBe(theirs);
+});
+
+describe("check", () => {
+  it("keeps unknown values, at any depth, away from the checks and puts them back", async () => {
+    const { calls, method } = recorder();
+    const news = {
+      ...bag,
+      device: unknownValue,
+      clients: ["10.0.0.2", unknownValue],
+      deep: { a: [{ b: unknownValue }] },
+      port: 1,
+    };
+    const { inputs } = await method("check")({}, news);
+    expect(calls).toEqual([
+      ["check", undefined, { host: "server1", port: 1 }, ["device", "clients", "deep"]],
+    ]);
+    expect(inputs).toEqual({ ...news, added: 1 });
+  });
+
+  it("tells problems by property, with the property in the text", async () => {
+    const { method } = recorder({
+      check: async () => ({ inputs: {}, problems: [{ property: "size", reason: "is required" }] }),
+    });
+    expect((await method("check")({}, bag)).failures).toEqual([
+      { property: "size", reason: "size: is required" },
+    ]);
+  });
+
+  it("hands over the old inputs without Pulumi's own property", async () => {
+    const { calls, method } = recorder();
+    await method("check")({ ...bag, size: "1G" }, bag);
+    expect(calls[0]?.[1]).toEqual({ host: "server1", size: "1G" });
+  });
+});
+
+describe("diff", () => {
+  it("of nothing is nothing, and asks for no order", async () => {
+    expect(await recorder().method("diff")("id", bag, bag)).toEqual({
+      changes: false,
+      replaces: [],
+      deleteBeforeReplace: false,
+    });
+  });
+
+  it("names what is replaced", async () => {
+    const { method } = recorder({
+      diff: async () => ({
+        changes: [
+          { property: "size", effect: "update" },
+          { property: "origin", effect: "replace" },
+        ],
+        deleteBeforeReplace: true,
+      }),
+    });
+    expect(await method("diff")("id", bag, bag)).toEqual({
+      changes: true,
+      replaces: ["origin"],
+      deleteBeforeReplace: true,
+    });
+  });
+});
+
+describe("state", () => {
+  it("never reaches the handlers with Pulumi's own property", async () => {
+    const { calls, method } = recorder();
+    await method("create")(bag);
+    await method("update")("id", bag, bag);
+    await method("delete")("id", bag);
+    await method("read")("id", bag);
+    expect(JSON.stringify(calls)).not.toContain("__provider");
+  });
+
+  it("keeps Pulumi's own property through a refresh", async () => {
+    expect(await recorder().method("read")("id", bag)).toEqual({
+      id: "id",
+      props: { ...bag, usedPercent: 3 },
+    });
+  });
+
+  it("drops a resource only with a blank id, for what is positively gone", async () => {
+    expect(await recorder({ read: async () => undefined }).method("read")("id", bag)).toEqual({
+      id: "",
+      props: {},
+    });
+    const failing = recorder({ read: () => Promise.reject(new Error("unreachable")) });
+    await expect(failing.method("read")("id", bag)).rejects.toThrow("unreachable");
+  });
+
+  it.each(["create", "update"] as const)(
+    "a partial %s keeps id, inputs and Pulumi's own property",
+    async (name) => {
+      const fail = () =>
+        Promise.reject(
+          new PartialFailure("server1/x", { host: "server1", uuid: "u" }, new Error("thaw failed")),
+        );
+      const { method } = recorder({ create: fail, update: fail });
+      const run =
+        name === "create"
+          ? method("create")({ ...bag, size: "1G" })
+          : method("update")("id", bag, { ...bag, size: "1G" });
+      await expect(run).rejects.toMatchObject({
+        message: "thaw failed",
+        id: "server1/x",
+        properties: { ...bag, size: "1G", uuid: "u" },
+        reasons: ["thaw failed"],
+      });
+    },
+  );
+
+  it("a whole failure stays as it is", async () => {
+    const { method } = recorder({ create: () => Promise.reject(new Error("refused")) });
+    await expect(method("create")(bag)).rejects.not.toHaveProperty("id");
+  });
+});
