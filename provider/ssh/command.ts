@@ -48,13 +48,13 @@ export function wireCommand(command: RemoteCommand, sudo: boolean, marker: strin
 }
 
 /**
- * Ends a process group on the host: TERM, and KILL for what is still there after the grace. `-s`, since dash
- * takes no group after `kill -TERM --`.
+ * Ends a process group on the host: TERM, and KILL for what is still there after the grace. Done when nothing is,
+ * or 2 s later (what hangs in the kernel cannot be killed). `-s`, since dash takes no group after `kill -TERM --`.
  */
 export function killCommand(pid: number, graceSeconds: number, sudo: boolean): string {
   const script =
     'kill -s TERM -- "-$1" 2>/dev/null; i=0; while kill -s 0 -- "-$1" 2>/dev/null; do ' +
-    'i=$((i+1)); [ "$i" -le "$2" ] || { kill -s KILL -- "-$1"; break; }; sleep 0.2; done';
+    'i=$((i+1)); [ "$i" -le "$2" ] || kill -s KILL -- "-$1"; [ "$i" -le "$(($2+10))" ] || exit 1; sleep 0.2; done';
   return quoteAll([
     ...(sudo ? ["sudo", "-n", "--"] : []),
     "sh",
@@ -62,7 +62,7 @@ export function killCommand(pid: number, graceSeconds: number, sudo: boolean): s
     script,
     "sh",
     String(pid),
-    String(graceSeconds * 5),
+    String(Math.ceil(graceSeconds * 5)),
   ]);
 }
 

@@ -138,7 +138,7 @@ export class Connection {
   }
 
   /** Tells all who wait for this connection, and closes what is left of it, with the jumps before it. */
-  private lose(reason: string, close = () => this.socket.destroy()): void {
+  private lose(reason: string, close: () => void = () => this.socket.destroy()): void {
     if (this.lost) return;
     this.lostBecause = reason;
     clearInterval(this.keepalive);
@@ -612,7 +612,8 @@ class ChosenKeys extends OpenSSHAgent {
 
   override getIdentities(answer: (error: Error | null | undefined, keys?: ParsedKey[]) => void): void {
     const { agentKeys, identitiesOnly } = this.host;
-    super.getIdentities((error, keys = []) => {
+    super.getIdentities((error, offered = []) => {
+      const keys = offered.filter((key) => "getPublicSSH" in key);
       const configured = (key: ParsedKey) => agentKeys.includes(key.getPublicSSH().toString("base64"));
       const others = identitiesOnly ? [] : keys.filter((key) => !configured(key));
       answer(error, [...keys.filter(configured), ...others]);

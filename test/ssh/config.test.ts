@@ -2,9 +2,16 @@ import { execFileSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test } from "vitest";
+import { utils } from "ssh2";
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test, vi } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
-import { hostAddress, hostName, resolveHost, validateHostArgs } from "../../provider/ssh/config.js";
+import {
+  hostAddress,
+  hostName,
+  resolveHost,
+  secretsOf,
+  validateHostArgs,
+} from "../../provider/ssh/config.js";
 
 const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-config-"));
 const key = join(folder, "key");
@@ -83,6 +90,32 @@ describe("an alias", () => {
     expect((await resolveHost("own")).agent).toBe("/run/own");
     expect((await resolveHost("none")).agent).toBeUndefined();
     expect((await resolveHost("var")).agent).toBe("/run/test-agent");
+  });
+
+  test("may have tokens and spaces in the names of its files", async () => {
+    const known = join(folder, "known hosts");
+    writeFileSync(known, "spaced\n");
+    writeFileSync(join(folder, "ann@10.1.2.3 web"), readFileSync(key), { mode: 0o600 });
+    sshConfig(`Host web
+      HostName 10.1.2.3
+      User ann
+      IdentityFile "${folder}/%r@%h %n"
+      UserKnownHostsFile "${known}" ${join(folder, "none-there")}
+      GlobalKnownHostsFile none\n`);
+    const host = await resolveHost("web");
+    expect(host.keys.map((one) => one.label)).toEqual([join(folder, "ann@10.1.2.3 web")]);
+    expect(host.trust).toEqual({ knownHosts: ["spaced\n"] });
+  });
+
+  test("tells which keys an agent is to be asked for, of files that cannot be read without it too", async () => {
+    sshConfig(`Host web\n IdentityFile ${encrypted}\n IdentitiesOnly yes\n ConnectTimeout 7\n`);
+    const publicKey = readFileSync(`${encrypted}.pub`, "utf8").split(" ")[1];
+    expect(await resolveHost("web")).toMatchObject({
+      keys: [],
+      agentKeys: [publicKey],
+      identitiesOnly: true,
+      connectSeconds: 7,
+    });
   });
 
   test("with HostKeyAlias is looked up under that name alone", async () => {
@@ -210,6 +243,42 @@ describe("an object", () => {
       expect(JSON.stringify([error.message, error.details, error.stack])).not.toContain("hunter2");
     },
   );
+
+  test.each([
+    ["port", { port: 65536 }],
+    ["port", { port: 1.5 }],
+    ["address", { address: "root@10.0.0.1" }],
+    ["address", { address: "-oProxyCommand=id" }],
+    ["address", { address: "10.0.0.1/24" }],
+  ])("with a %s of %j is INVALID_INPUT, which names it", async (property, extra) => {
+    const error = await failure(validateHostArgs({ address: "10.0.0.1", ...extra }));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.details.property).toBe(`host.${property}`);
+  });
+
+  test("that wants the agent where none is, is INVALID_INPUT", async () => {
+    delete process.env.SSH_AUTH_SOCK;
+    const error = await failure(validateHostArgs({ address: "10.0.0.1", agent: true }));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.message).toContain("SSH_AUTH_SOCK");
+  });
+
+  test("and those it is reached through tell their secrets to be masked, an alias has none", () => {
+    const jump = { address: "10.0.0.2", passphrase: "p2", privateKeyPath: "/key" };
+    expect(
+      secretsOf({ address: "10.0.0.1", privateKey: "k1", password: "w1", proxyJump: ["outer", jump] }),
+    ).toEqual(["k1", "w1", "p2"]);
+    expect(secretsOf({ address: "10.0.0.1", proxyJump: jump })).toEqual(["p2"]);
+    expect(secretsOf("web")).toEqual([]);
+  });
+
+  test("decrypts its key once, however many resources are on it", async () => {
+    const parse = vi.spyOn(utils, "parseKey");
+    const host = { address: "10.0.0.1", privateKeyPath: encrypted, passphrase: "correct horse" };
+    for (let i = 0; i < 5; i++) await resolveHost(host);
+    expect(parse.mock.calls.length).toBeLessThanOrEqual(1);
+    parse.mockRestore();
+  });
 
   test("takes an encrypted key with its passphrase", async () => {
     const host = await resolveHost({

@@ -350,6 +350,30 @@ test("nobody listening is a dial that may pass", async () => {
   }
 });
 
+test("a server with algorithms of yesterday alone is a dial that cannot pass", async () => {
+  const server = await serve({ algorithms: { kex: ["diffie-hellman-group14-sha1"] } });
+  const error = await open(server.host()).catch((reason: unknown) => reason);
+  expect(error).toBeInstanceOf(DialFailed);
+  expect(error).toMatchObject({ mayPass: false, message: expect.stringContaining("key exchange") });
+});
+
+test("a server that is hardened to one good cipher is talked to", async () => {
+  const server = await serve({
+    algorithms: { cipher: ["chacha20-poly1305@openssh.com"], kex: ["diffie-hellman-group18-sha512"] },
+  });
+  expect((await (await open(server.host())).run(read, undefined)).stdout).toBe("done");
+});
+
+test("a host's own connect timeout goes before the usual one", async () => {
+  const silent = createServer((socket) => cleanup.push(() => socket.destroy()));
+  await new Promise<void>((resolve) => silent.listen(0, "127.0.0.1", resolve));
+  cleanup.push(() => silent.close());
+  const address = silent.address();
+  const port = typeof address === "object" && address !== null ? address.port : 0;
+  const dial = open(connection({ port, connectSeconds: 0.2 }), { connect: 600_000 });
+  expect(await dial.catch((reason: unknown) => reason)).toBeInstanceOf(DialFailed);
+});
+
 test("a server that says nothing is given up in bounded time", async () => {
   const accepted: Socket[] = [];
   const silent = createServer((socket) => accepted.push(socket));

@@ -20,7 +20,10 @@ export interface FakeServerOptions {
   readonly run?: (command: Arrived) => void;
   /** Called for the request itself, before it is answered; `false` leaves it unanswered. */
   readonly exec?: (line: string, socket: Socket) => boolean;
+  /** Called when a session is asked for; `false` leaves that unanswered. */
+  readonly session?: (socket: Socket) => boolean;
   readonly authenticate?: (context: AuthContext) => void;
+  readonly algorithms?: NonNullable<ConstructorParameters<typeof Server>[0]["algorithms"]>;
   readonly maxSessions?: number;
   /** Default: a free one. */
   readonly port?: number;
@@ -55,6 +58,9 @@ export function connection(changes: Partial<ResolvedHost> & { port: number }): R
     user: "root",
     keys: [],
     agent: undefined,
+    agentKeys: [],
+    identitiesOnly: false,
+    connectSeconds: undefined,
     password: "hunter2",
     trust: { pins: [hostKey.public] },
     hostKeyNames: [`[127.0.0.1]:${changes.port}`],
@@ -70,7 +76,8 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
   const kills: string[] = [];
   const logins: string[] = [];
   let most = 0;
-  const server = new Server({ hostKeys: [hostKey.private] }, (client) => {
+  const { algorithms = {} } = options;
+  const server = new Server({ hostKeys: [hostKey.private], algorithms }, (client) => {
     const socket = sockets.at(-1);
     if (socket === undefined) throw new Error("a client without a connection");
     let sessions = 0;
@@ -82,6 +89,7 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
       else context.accept();
     });
     client.on("session", (accept, reject) => {
+      if (options.session?.(socket) === false) return;
       if (sessions >= (options.maxSessions ?? 10)) return reject();
       sessions++;
       most = Math.max(most, sessions);

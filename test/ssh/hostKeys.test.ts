@@ -164,6 +164,12 @@ describe("the error", () => {
     expect(error.message).toContain(fingerprint(other.blob));
   });
 
+  test("of a key that a pinned fingerprint may not be of says so", () => {
+    const verdict = { verdict: "mismatch", expected: ["SHA256:abc"] } as const;
+    const error = hostKeyError("web", "web", mine.blob, verdict);
+    expect(error.message).toContain("pin that of its ssh-ed25519 key");
+  });
+
   test("of a revoked key says so", () => {
     const error = hostKeyError("web", "web", mine.blob, { verdict: "revoked" });
     expect(error.code).toBe("HOST_KEY_MISMATCH");

@@ -142,6 +142,82 @@ test("a change after the idle link was lost runs once, on a new connection", asy
   expect(server.sockets).toHaveLength(2);
 });
 
+test("a change whose session was not open yet when the link was lost runs once, on a new connection", async () => {
+  let cut = false;
+  const server = await serve({
+    session: (socket) => {
+      if (cut) return true;
+      cut = true;
+      socket.destroy();
+      return false;
+    },
+  });
+  const host = await pool().get(args(server));
+  expect((await host.run(change)).stdout).toBe("done");
+  expect(server.lines).toHaveLength(1);
+  expect(server.sockets).toHaveLength(2);
+});
+
+test("a change whose session was not open yet when the link went silent runs once, on a new connection", async () => {
+  let silent = false;
+  const server = await serve({
+    session: (socket) => {
+      if (silent) return true;
+      silent = true;
+      socket.pause();
+      socket.removeAllListeners("data");
+      return false;
+    },
+  });
+  const hosts = createHostPool({ connect: (host) => Connection.open(host, { ...timing, keepalive: 100 }) });
+  cleanup.push(() => hosts.close());
+  const host = await hosts.get(args(server));
+  expect((await host.run({ ...change, deadlineSeconds: 3600 })).stdout).toBe("done");
+  expect(server.lines).toHaveLength(1);
+});
+
+test("a cancel between two tries is CANCELLED, not the failure before it", async () => {
+  const port = await freePort();
+  const hosts = createHostPool({ backoff: [600_000] });
+  cleanup.push(() => hosts.close());
+  const host = await hosts.get({ address: "127.0.0.1", port, password: "hunter2", hostKey: fakeHostKey });
+  const abort = new AbortController();
+  const cancelled = failure(host.run(read, abort.signal));
+  abort.abort();
+  expect((await cancelled).code).toBe("CANCELLED");
+});
+
+test("hosts behind one jump are dialled a few at a time, and all of them", async () => {
+  let dialling = 0;
+  let most = 0;
+  const waiting: (() => void)[] = [];
+  const hosts = createHostPool({
+    connect: async () => {
+      most = Math.max(most, ++dialling);
+      await new Promise<void>((resolve) => waiting.push(resolve));
+      dialling--;
+      return {
+        lost: false,
+        end: () => undefined,
+        run: async () => ({ exitCode: 0, stdout: "done", stderr: "" }),
+      };
+    },
+  });
+  const names = Array.from({ length: 20 }, (_, i) => `10.0.1.${i}`);
+  const results = names.map(async (address) => {
+    const host = await hosts.get({ address, password: "p", proxyJump: { address: "10.0.0.1" } });
+    return host.run(read);
+  });
+  let left = results.length;
+  const all = Promise.all(results.map((result) => result.finally(() => left--)));
+  await until(() => {
+    waiting.shift()?.();
+    return left === 0;
+  }, "all hosts");
+  expect((await all).map((result) => result.stdout)).toEqual(Array(20).fill("done"));
+  expect(most).toBe(5);
+});
+
 test("a change that waited for a session when the link was lost runs once, on a new connection", async () => {
   const server = await serve({
     run: (command) => {

@@ -1,6 +1,9 @@
+import { execFileSync, spawn } from "node:child_process";
 import { randomUUID } from "node:crypto";
-import { existsSync, readdirSync, readFileSync } from "node:fs";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, afterEach, beforeAll, describe, expect, test } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host, HostConnection, RemoteCommand } from "../../provider/ssh/types.js";
@@ -146,6 +149,22 @@ describe("a command", () => {
     await until(() => sleeping(duration).length === 0, "the child's end");
   });
 
+  test("that passes its deadline takes a deaf child with it which holds none of its pipes", async () => {
+    const duration = uniqueDuration();
+    const script = '(trap "" TERM; exec sleep "$1" </dev/null >/dev/null 2>&1) & exec sleep "$1"';
+    const ending = failure(
+      host.run({ ...command("sh", "-c", script, "sh", duration), deadlineSeconds: 2, graceSeconds: 1 }),
+    );
+    await until(() => sleeping(duration).length === 2, "both children");
+    expect((await ending).code).toBe("COMMAND_TIMED_OUT");
+    expect(sleeping(duration)).toEqual([]);
+  });
+
+  test("that itself ends with timeout's exit code has not timed out", async () => {
+    expect((await host.run(command("sh", "-c", "exit 124"))).exitCode).toBe(124);
+    expect((await host.run(command("sh", "-c", "exit 137"))).exitCode).toBe(137);
+  });
+
   test("that is cancelled leaves its trap the grace to run", async () => {
     const duration = uniqueDuration();
     const file = `${sshd.folder}/trapped`;
@@ -238,6 +257,111 @@ describe("a host behind a jump", () => {
     expect(error.message).toContain("cannot reach 127.0.0.1:1");
   });
 });
+
+test("many hosts behind one jump are reached without a dropped connection, at a small MaxStartups", async () => {
+  const jump = await startSshd({ maxStartups: "6:100:6" });
+  const own = createHostPool();
+  try {
+    const results = Array.from({ length: 20 }, async (_, i) => {
+      // As many pins, as many hosts.
+      const hostKey = Array<string>(i + 1).fill(sshd.hostKey);
+      const host = await own.get(args(sshd, { hostKey, proxyJump: args(jump) }));
+      return host.run(command("echo", "in"));
+    });
+    expect((await Promise.all(results)).map((result) => result.stdout)).toEqual(Array(20).fill("in\n"));
+    expect(jump.log().match(/Accepted publickey/g)).toHaveLength(20);
+    expect(jump.log()).not.toMatch(/MaxStartups|drop connection/);
+  } finally {
+    own.close();
+    await jump.stop();
+  }
+});
+
+describe("an alias", () => {
+  const before = { config: process.env.LVM_NBD_SSH_CONFIG, agent: process.env.SSH_AUTH_SOCK };
+  const ends: (() => void)[] = [];
+  afterEach(() => {
+    for (const [name, value] of [
+      ["LVM_NBD_SSH_CONFIG", before.config],
+      ["SSH_AUTH_SOCK", before.agent],
+    ] as const) {
+      if (value === undefined) delete process.env[name];
+      else process.env[name] = value;
+    }
+    for (const end of ends.splice(0)) end();
+  });
+
+  function sshConfig(...lines: string[]): void {
+    const file = `${sshd.folder}/config-${randomUUID()}`;
+    const all = ["Host real", "HostName 127.0.0.1", `Port ${sshd.port}`, `User ${sshd.user}`, ...lines, ""];
+    writeFileSync(file, all.join("\n"));
+    process.env.LVM_NBD_SSH_CONFIG = file;
+  }
+
+  function hashedKnownHosts(): string {
+    const file = `${sshd.folder}/known-${randomUUID()}`;
+    writeFileSync(file, `[127.0.0.1]:${sshd.port} ${sshd.hostKey}\n`);
+    execFileSync("ssh-keygen", ["-q", "-H", "-f", file], { stdio: "ignore" });
+    expect(readFileSync(file, "utf8")).toContain("|1|");
+    return file;
+  }
+
+  test("whose key is in a hashed known_hosts is reached", async () => {
+    sshConfig(`UserKnownHostsFile ${hashedKnownHosts()}`, `IdentityFile ${sshd.key}`, "IdentitiesOnly yes");
+    const host = await pool.get("real");
+    expect(host.name).toBe("real");
+    expect((await host.run(command("echo", "in"))).stdout).toBe("in\n");
+  });
+
+  test("with StrictHostKeyChecking no is verified all the same", async () => {
+    sshConfig("UserKnownHostsFile /dev/null", "GlobalKnownHostsFile /dev/null", "StrictHostKeyChecking no");
+    const host = await pool.get("real");
+    expect((await failure(host.run(command("true")))).code).toBe("HOST_KEY_UNKNOWN");
+  });
+
+  test("gets its encrypted key from an agent that holds more keys than the host lets one try", async () => {
+    const agent = await startAgent();
+    ends.push(agent.stop);
+    for (let i = 0; i < 8; i++) {
+      const other = `${sshd.folder}/other-${randomUUID()}`;
+      execFileSync("ssh-keygen", ["-q", "-t", "ed25519", "-N", "", "-f", other]);
+      agent.add(other);
+    }
+    agent.add(sshd.encryptedKey, sshd.passphrase);
+    process.env.SSH_AUTH_SOCK = agent.socket;
+    const known = `UserKnownHostsFile ${hashedKnownHosts()}`;
+
+    sshConfig(known, `IdentityFile ${sshd.encryptedKey}`);
+    expect((await (await pool.get("real")).run(command("echo", "in"))).stdout).toBe("in\n");
+
+    sshConfig(known, `IdentityFile ${sshd.folder}/host_key.pub`, "IdentitiesOnly yes");
+    const error = await failure((await pool.get("real")).run(command("true")));
+    expect(error.code).toBe("AUTH_FAILED");
+    expect(error.message).toContain("the agent's keys");
+    expect(error.message).not.toContain("Too many");
+  });
+});
+
+/** An ssh-agent of its own. */
+async function startAgent() {
+  const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-agent-"));
+  const socket = join(folder, "socket");
+  const child = spawn("ssh-agent", ["-D", "-a", socket], { stdio: "ignore" });
+  await until(() => existsSync(socket), "the agent");
+  return {
+    socket,
+    add(key: string, passphrase = "") {
+      const ask = join(folder, "ask");
+      writeFileSync(ask, `#!/bin/sh\necho '${passphrase}'\n`, { mode: 0o700 });
+      const env = { ...process.env, SSH_AUTH_SOCK: socket, SSH_ASKPASS: ask, SSH_ASKPASS_REQUIRE: "force" };
+      execFileSync("ssh-add", ["-q", key], { env, stdio: ["ignore", "ignore", "inherit"] });
+    },
+    stop() {
+      child.kill("SIGTERM");
+      rmSync(folder, { recursive: true });
+    },
+  };
+}
 
 describe("a login", () => {
   test("with an encrypted key and its passphrase succeeds", async () => {

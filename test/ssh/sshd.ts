@@ -23,7 +23,12 @@ export interface Sshd {
   stop(): Promise<void>;
 }
 
-export async function startSshd(options: { readonly maxSessions?: number } = {}): Promise<Sshd> {
+export interface SshdOptions {
+  readonly maxSessions?: number;
+  readonly maxStartups?: string;
+}
+
+export async function startSshd(options: SshdOptions = {}): Promise<Sshd> {
   install();
   const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-sshd-"));
   const passphrase = "correct horse battery";
@@ -53,7 +58,7 @@ export async function startSshd(options: { readonly maxSessions?: number } = {})
       "KbdInteractiveAuthentication no",
       "LogLevel VERBOSE",
       `MaxSessions ${options.maxSessions ?? 10}`,
-      "MaxStartups 100:30:200",
+      `MaxStartups ${options.maxStartups ?? "100:30:200"}`,
       "",
     ].join("\n"),
   );
