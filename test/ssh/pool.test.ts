@@ -1,7 +1,7 @@
 import { createServer } from "node:net";
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
-import { Connection } from "../../provider/ssh/connection.js";
+import { Connection, LinkLost } from "../../provider/ssh/connection.js";
 import { createHostPool, type HostPool } from "../../provider/ssh/pool.js";
 import type { HostConnection, RemoteCommand } from "../../provider/ssh/types.js";
 import {
@@ -176,15 +176,21 @@ test("a change whose session was not open yet when the link went silent runs onc
   expect(server.lines).toHaveLength(1);
 });
 
-test("a cancel between two tries is CANCELLED, not the failure before it", async () => {
-  const port = await freePort();
-  const hosts = createHostPool({ backoff: [600_000] });
-  cleanup.push(() => hosts.close());
-  const host = await hosts.get({ address: "127.0.0.1", port, password: "hunter2", hostKey: fakeHostKey });
+test("a cancel before the next try is CANCELLED, not the failure before it", async () => {
   const abort = new AbortController();
-  const cancelled = failure(host.run(read, abort.signal));
-  abort.abort();
-  expect((await cancelled).code).toBe("CANCELLED");
+  const hosts = createHostPool({
+    connect: async () => ({
+      lost: false,
+      end: () => undefined,
+      run: async () => {
+        abort.abort();
+        throw new LinkLost(false, "cut");
+      },
+    }),
+  });
+  cleanup.push(() => hosts.close());
+  const host = await hosts.get({ address: "127.0.0.1", password: "hunter2", hostKey: fakeHostKey });
+  expect((await failure(host.run(read, abort.signal))).code).toBe("CANCELLED");
 });
 
 test("hosts behind one jump are dialled a few at a time, and all of them", async () => {

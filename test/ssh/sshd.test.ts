@@ -342,11 +342,14 @@ describe("an alias", () => {
   });
 });
 
+/** Programs of OpenSSH's client, like `ssh` itself. */
+const [agentProgram, addProgram] = ["ssh-agent", "ssh-add"];
+
 /** An ssh-agent of its own. */
 async function startAgent() {
   const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-agent-"));
   const socket = join(folder, "socket");
-  const child = spawn("ssh-agent", ["-D", "-a", socket], { stdio: "ignore" });
+  const child = spawn(agentProgram, ["-D", "-a", socket], { stdio: "ignore" });
   await until(() => existsSync(socket), "the agent");
   return {
     socket,
@@ -354,7 +357,7 @@ async function startAgent() {
       const ask = join(folder, "ask");
       writeFileSync(ask, `#!/bin/sh\necho '${passphrase}'\n`, { mode: 0o700 });
       const env = { ...process.env, SSH_AUTH_SOCK: socket, SSH_ASKPASS: ask, SSH_ASKPASS_REQUIRE: "force" };
-      execFileSync("ssh-add", ["-q", key], { env, stdio: ["ignore", "ignore", "inherit"] });
+      execFileSync(addProgram, ["-q", key], { env, stdio: ["ignore", "ignore", "inherit"] });
     },
     stop() {
       child.kill("SIGTERM");
