@@ -31,8 +31,6 @@ import { ensureSavedState } from "./saved-state.mts";
 import { GuestSsh, sshGreets } from "./ssh.mts";
 import { elapsed, waitFor } from "./wait.mts";
 
-export { OPERATOR } from "./image-contents.mts";
-
 /** How to run a command in a guest. */
 export interface GuestRunOptions {
   /** Default 120. */
