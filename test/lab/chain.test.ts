@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { Lab } from "./lab.mts";
-import { checksum, freshLab, LabStack, leftovers, makeOrigin, spoil } from "./support.mts";
+import { checksum, freshLab, LabStack, leftovers, makeOrigin, originBytes, spoil } from "./support.mts";
 
 let lab: Lab;
 let stack: LabStack;
@@ -11,13 +11,18 @@ beforeAll(async () => {
 
 afterAll(() => stack?.close());
 
-describe.each(["nbdkit", "nbd-server", "qemu-nbd"] as const)("the chain over %s", (server) => {
+describe.each([
+  ["nbdkit", "server1", "server2"],
+  ["nbd-server", "server1", "server2"],
+  ["qemu-nbd", "server1", "server2"],
+  ["nbdkit", "server1-operator", "server2-operator"],
+])("the chain over %s on %s and %s", (server, source, client) => {
   let moment: string;
   let origin: string;
 
-  const snapshot = { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1", name: "vm1-snap", size: "32M" };
+  const snapshot = { host: source, volumeGroup: "VgVm", origin: "LV-VM1", name: "vm1-snap", size: "8M" };
   const exported = () => ({
-    host: "server1",
+    host: source,
     exportName: "vm1",
     device: "/dev/VgVm/vm1-snap",
     listenAddress: lab.server1.privateAddress,
@@ -25,13 +30,13 @@ describe.each(["nbdkit", "nbd-server", "qemu-nbd"] as const)("the chain over %s"
     server,
   });
   const attachment = () => ({
-    host: "server2",
+    host: client,
     name: "vm1",
     uri: `nbd://${lab.server1.privateAddress}:10809/vm1`,
   });
 
   beforeAll(async () => {
-    stack = new LabStack(server);
+    stack = new LabStack(`${server}-${source}`);
     moment = await makeOrigin(lab.server1);
   });
 
@@ -45,22 +50,22 @@ describe.each(["nbdkit", "nbd-server", "qemu-nbd"] as const)("the chain over %s"
     expect(taken.state).toMatchObject({
       path: "/dev/VgVm/vm1-snap",
       state: "valid",
-      sizeBytes: 32 * 1024 ** 2,
-      originSizeBytes: 64 * 1024 ** 2,
+      sizeBytes: 8 * 1024 ** 2,
+      originSizeBytes: originBytes,
       readOnly: true,
     });
     const serving = await stack.up("NbdExport", "vm1", exported());
     expect(serving.state).toMatchObject({
       state: "serving",
       uri: `nbd://${lab.server1.privateAddress}:10809/vm1`,
-      sizeBytes: 64 * 1024 ** 2,
+      sizeBytes: originBytes,
     });
     const attached = await stack.up("NbdAttachment", "vm1", attachment());
     expect(attached.state).toMatchObject({
       state: "attached",
       device: expect.stringMatching(/^\/dev\/nbd\d+$/),
       path: "/dev/lvm-nbd/vm1",
-      sizeBytes: 64 * 1024 ** 2,
+      sizeBytes: originBytes,
     });
   });
 
@@ -81,7 +86,7 @@ describe.each(["nbdkit", "nbd-server", "qemu-nbd"] as const)("the chain over %s"
   });
 
   it("adopts what a create left whose answer was lost, and changes nothing", async () => {
-    const again = new LabStack(server);
+    const again = new LabStack(`${server}-${source}`);
     try {
       const changes = await again.changesDuring(async () => {
         const taken = await again.up("LvSnapshot", "vm1", snapshot);

@@ -1,5 +1,7 @@
 /** Brings up the two servers for a run of the lab tests, and takes them down at its end. */
+import { rm } from "node:fs/promises";
 import type { TestProject } from "vitest/node";
+import { instanceLock } from "./instance.mts";
 import { labDown, labUp } from "./lab.mts";
 
 declare module "vitest" {
@@ -16,5 +18,7 @@ export default async function setup(project: TestProject): Promise<() => Promise
   project.provide("labName", name);
   return async () => {
     await labDown(name);
+    // Nobody else has a lab of this name.
+    await rm(await instanceLock(name), { force: true });
   };
 }

@@ -156,10 +156,13 @@ export class LabStack {
   }
 }
 
-/** `LV-VM1`, 64 MiB of random bytes, in VgVm of the server; returns its checksum. */
+/** Small, since a guest's emulated processor checksums it again and again. */
+export const originBytes = 16 * 1024 ** 2;
+
+/** `LV-VM1`, random bytes, in VgVm of the server; returns its checksum. */
 export async function makeOrigin(server: Guest, name = "LV-VM1"): Promise<string> {
   await server.run(
-    `lvcreate -qq -y -W n -L 64M -n ${name} VgVm && dd if=/dev/urandom of=/dev/VgVm/${name} bs=1M count=64 oflag=direct status=none`,
+    `lvcreate -qq -y -W n -L ${originBytes}b -n ${name} VgVm && dd if=/dev/urandom of=/dev/VgVm/${name} bs=1M count=16 oflag=direct status=none`,
   );
   return checksum(server, `/dev/VgVm/${name}`);
 }
