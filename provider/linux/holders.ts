@@ -28,7 +28,7 @@ for name in $names; do
   find /proc/[0-9]*/fd -lname "/dev/$name" 2>/dev/null
 done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
   if [ -n "$2" ] && grep -Fqs "/$2" /proc/"$pid"/cgroup; then continue; fi
-  say process "$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120) (pid $pid)"
+  say process "$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//') (pid $pid)"
 done
 exit 0
 `;
