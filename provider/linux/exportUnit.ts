@@ -23,6 +23,8 @@ export interface ExportPlan {
   readonly readOnly: boolean;
   readonly clients: readonly string[];
   readonly server: NbdServer;
+  /** From where the host reaches the listen address, if not from that itself (a second address of a network). */
+  readonly ownAddress?: string | undefined;
 }
 
 export function exportUnitName(exportName: string): string {
@@ -49,10 +51,12 @@ export function probeUri(plan: Pick<ExportPlan, "listenAddress" | "port" | "expo
  * Addresses the kernel lets through: the clients, and the host itself, which must see its own export answer
  * before it may be called serving.
  */
-export function allowedAddresses(plan: Pick<ExportPlan, "listenAddress" | "clients">): string[] {
+export function allowedAddresses(
+  plan: Pick<ExportPlan, "listenAddress" | "clients" | "ownAddress">,
+): string[] {
   const itself =
     isAnyAddress(plan.listenAddress) || isLoopback(plan.listenAddress) ? "localhost" : plan.listenAddress;
-  return [...new Set([...plan.clients, itself])];
+  return [...new Set([...plan.clients, itself, ...(plan.ownAddress === undefined ? [] : [plan.ownAddress])])];
 }
 
 /** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */

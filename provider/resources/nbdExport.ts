@@ -192,6 +192,7 @@ const planShape = inputs
     clients: true,
     server: true,
   })
+  .extend({ ownAddress: z.string().optional() })
   .strict();
 
 /** The record in a unit of ours. One that was spoiled by hand counts as edited, and is written anew. */
@@ -235,13 +236,14 @@ else emit device block
   emit_output read timeout 20 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
 fi
 emit addresses "$(ip -o addr show to "$address")"
+emit route "$(ip -o route get to "$address" 2>/dev/null)"
 emit listeners "$(ss -Hltnp "sport = :$port")"
 emit pid "$(systemctl show -p MainPID --value "$unit")"
 emit end ""
 `;
 
-/** Finds out before anything is changed what would make the export fail. */
-async function preflight(context: Context, plan: ExportPlan): Promise<void> {
+/** Finds out before anything is changed what would make the export fail. Returns the plan for this host. */
+async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan> {
   const unit = exportUnitName(plan.exportName);
   const command: RemoteCommand = {
     argv: script(preflightScript, plan.server, plan.device, plan.listenAddress, String(plan.port), unit),
@@ -304,6 +306,10 @@ async function preflight(context: Context, plan: ExportPlan): Promise<void> {
       `${plan.port} on ${other.address} is taken by ${other.program ?? "another program"}${other.pids.length === 0 ? "" : ` (pid ${other.pids.join(", ")})`}: choose another port`,
     );
   }
+  const own = /\bsrc (\S+)/.exec(fields.get("route") ?? "")?.[1];
+  const apart =
+    own !== plan.listenAddress && !isAnyAddress(plan.listenAddress) && !isLoopback(plan.listenAddress);
+  return apart ? { ...plan, ownAddress: own } : plan;
 }
 
 /** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. */
@@ -366,8 +372,7 @@ async function apply(context: Context, plan: ExportPlan): Promise<void> {
 }
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
-  const plan = planOf(wanted);
-  await preflight(context, plan);
+  const plan = await preflight(context, planOf(wanted));
   context.progress(`starting ${plan.server} for ${plan.device} on ${plan.listenAddress}:${plan.port}`);
   try {
     await apply(context, plan);
@@ -381,10 +386,10 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 }
 
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
-  const plan = planOf(wanted);
-  const asDeclared = seen.plan !== undefined && renderExportUnit(seen.plan) === renderExportUnit(plan);
+  const declared = { ...planOf(wanted), ownAddress: seen.plan?.ownAddress };
+  const asDeclared = seen.plan !== undefined && renderExportUnit(seen.plan) === renderExportUnit(declared);
   if (asDeclared && stateOf(seen) === "serving") return;
-  await preflight(context, plan);
+  const plan = await preflight(context, planOf(wanted));
   context.progress(
     stateOf(seen) === "serving"
       ? `restarting the export ${plan.exportName}; connected clients are cut off and attachments reconnect`
@@ -431,7 +436,11 @@ function toState(declared: Inputs | State, seen: Observed): State {
   };
 }
 
-function withoutOwner({ owner: _, ...rest }: ExportPlan): Omit<Inputs, "owner" | "host" | "adopt"> {
+function withoutOwner({
+  owner: _owner,
+  ownAddress: _ownAddress,
+  ...rest
+}: ExportPlan): Omit<Inputs, "owner" | "host" | "adopt"> {
   return { ...rest, clients: [...rest.clients] };
 }
 
