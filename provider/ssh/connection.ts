@@ -279,6 +279,7 @@ export class Connection {
       let channel: ClientChannel | undefined;
       let stopping: LvmNbdError | undefined;
       let killing = false;
+      let killed = false;
       let closed = false;
       let finished = false;
       let giveUp: NodeJS.Timeout | undefined;
@@ -291,6 +292,12 @@ export class Connection {
         this.onLoss.delete(lost);
         act();
       };
+      const unconfirmed = (reason: LvmNbdError) =>
+        new LvmNbdError(reason.code, {
+          ...reason.details,
+          message: `${reason.details.message}; the host did not confirm that the command has ended`,
+          advice: `The host itself ends it after ${command.deadlineSeconds} s at the latest. The next \`pulumi up\` looks and goes on from there.`,
+        });
       /** Stops the command on the host, then fails with the reason; bounded, whatever the host does. */
       const stop = (reason: LvmNbdError) => {
         if (stopping !== undefined) return;
@@ -298,7 +305,7 @@ export class Connection {
         giveUp = setTimeout(
           () => {
             channel?.close();
-            finish(() => reject(reason));
+            finish(() => reject(unconfirmed(reason)));
           },
           grace * 1000 + this.timing.slack / 2,
         );
@@ -315,6 +322,7 @@ export class Connection {
           grace,
           () => !finished,
           () => {
+            killed = true;
             if (closed) finish(ended);
           },
         );
@@ -334,7 +342,8 @@ export class Connection {
       const lost = () => {
         // Without a channel it is ssh2's answer to the request, certain to come now, that tells whether it was sent.
         if (channel === undefined) return;
-        finish(() => reject(stopping ?? new LinkLost(true, this.lostBecause ?? "the link was lost")));
+        const why = this.lostBecause ?? "the link was lost";
+        finish(() => reject(stopping === undefined ? new LinkLost(true, why) : unconfirmed(stopping)));
       };
       const collect = (into: Buffer[]) => (chunk: Buffer) => {
         if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
@@ -391,7 +400,8 @@ export class Connection {
           opened.on("error", lost);
           opened.on("close", () => {
             closed = true;
-            if (!endedAtDeadline()) finish(ended);
+            // Its end is not yet that of all it started, which the kill that is under way sees to.
+            if (!endedAtDeadline() && (!killing || killed)) finish(ended);
           });
           opened.end(command.stdin ?? "");
         });
@@ -423,7 +433,11 @@ export class Connection {
       const next = () => {
         if (refusals < 3 || !wanted()) return this.kill(pid, graceSeconds, wanted, ended, refusals + 1);
         Connection.open(this.host, this.timing).then(
-          (other) => other.kill(pid, graceSeconds, wanted, () => other.end()),
+          (other) =>
+            other.kill(pid, graceSeconds, wanted, () => {
+              other.end();
+              ended();
+            }),
           () => this.kill(pid, graceSeconds, wanted, ended),
         );
       };

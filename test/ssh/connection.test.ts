@@ -258,6 +258,7 @@ test("a command that the host does not stop at its deadline is given up in bound
   const error = await failure(opened.run({ ...read, deadlineSeconds: 1, graceSeconds: 1 }, undefined));
   expect(error.code).toBe("COMMAND_TIMED_OUT");
   expect(error.message).toContain("lvs");
+  expect(error.message).toContain("did not confirm that the command has ended");
   expect(server.kills).toHaveLength(1);
 });
 

@@ -188,6 +188,18 @@ describe("a command", () => {
     await until(() => sleeping(duration).length === 0, "the children's end");
   });
 
+  test("that is cancelled takes a deaf child with it which holds none of its pipes", async () => {
+    const duration = uniqueDuration();
+    const script = '(trap "" TERM; exec sleep "$1" </dev/null >/dev/null 2>&1) & exec sleep "$1"';
+    const abort = new AbortController();
+    const long = { ...command("sh", "-c", script, "sh", duration), graceSeconds: 1 };
+    const ending = failure(host.run(long, abort.signal));
+    await until(() => sleeping(duration).length === 2, "both children");
+    abort.abort();
+    expect((await ending).code).toBe("CANCELLED");
+    expect(sleeping(duration)).toEqual([]);
+  });
+
   test("that is cancelled where all allowed sessions are busy is ended all the same", async () => {
     const duration = uniqueDuration();
     const busy = await pool.get(args(narrow));
