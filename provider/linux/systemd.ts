@@ -71,7 +71,8 @@ export const ownSection = "X-LvmNbd";
 
 /** Reads a directive of our own section. */
 export function ownDirective(unitText: string, name: string): string | undefined {
-  const section = unitText.split(/^\[/m).find((part) => part.startsWith(`${ownSection}]`));
+  // Lines end with \n alone: for JavaScript's ^ a U+2028 in somebody's name would begin a line as well.
+  const section = `\n${unitText}`.split("\n[").find((part) => part.startsWith(`${ownSection}]\n`));
   const line = section?.split("\n").find((candidate) => candidate.startsWith(`${name}=`));
   return line?.slice(name.length + 1);
 }
