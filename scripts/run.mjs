@@ -5,7 +5,7 @@
 //   node scripts/run.mjs SCRIPT [ARGUMENT...]
 import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { constants } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -36,7 +36,16 @@ ensure(
   digest([...sources, "tsconfig.json", "tsconfig.build.json"]),
   "building the provider",
   () => {
-    run(join(bin, "node"), [join(root, "node_modules/typescript/bin/tsc"), "-p", "tsconfig.build.json"], env);
+    // Into a folder of its own first: what was removed from the sources must not live on in dist.
+    const fresh = join(root, "dist.new");
+    rmSync(fresh, { recursive: true, force: true });
+    run(
+      join(bin, "node"),
+      [join(root, "node_modules/typescript/bin/tsc"), "-p", "tsconfig.build.json", "--outDir", fresh],
+      env,
+    );
+    rmSync(join(root, "dist"), { recursive: true, force: true });
+    renameSync(fresh, join(root, "dist"));
   },
 );
 
