@@ -6,7 +6,7 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { hostAddress, hostName, validateHostArgs } from "../ssh/config.js";
 import type { Host, HostArgs } from "../ssh/types.js";
-import { isLvmNbdError, LvmNbdError } from "./errors.js";
+import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
 import { converge, PartialSuccess, refresh, remove } from "./reconciler.js";
 import type { AnyResourceType, Change, CommonInputs, Context, Problem } from "./resource.js";
 
@@ -67,8 +67,9 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       host,
       resource,
       signal: environment.signal,
-      progress: (message) => environment.progress(`${resource} on ${host.name}: ${message}`),
-      warn: (message) => environment.warn(`${resource} on ${host.name}: ${message}`),
+      // A message may hold what a host wrote, e.g. the owner named in a tag.
+      progress: (message) => environment.progress(printable(`${resource} on ${host.name}: ${message}`)),
+      warn: (message) => environment.warn(printable(`${resource} on ${host.name}: ${message}`)),
     };
   };
 
@@ -92,7 +93,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
   };
 
   const parse = (values: Values, shape: z.ZodObject): CommonInputs => {
-    const own = Object.fromEntries(Object.entries(values).filter(([key]) => key in shape.shape));
+    const own = picked(values, shape.shape);
     const parsed = shape.safeParse(own);
     if (parsed.success) return parsed.data as unknown as CommonInputs;
     const reasons = problemsOf(parsed.error.issues, own).map(
@@ -149,7 +150,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const wanted = parse(values, type.inputs);
       const { changes } = await this.diff(oldValues, values, new Set());
       if (changes.length > 0 && changes.every(({ effect }) => effect === "connection")) {
-        return defined({ ...state, ...wanted });
+        // What was seen stays; what was declared and no longer is does not.
+        return defined({ ...picked(state, type.outputs.shape), ...wanted });
       }
       return defined(await attempt(wanted, (opened) => converge(type, opened, wanted, state)));
     },
@@ -188,6 +190,10 @@ function label(type: AnyResourceType, values: CommonInputs): string {
 
 function named(error: unknown, resource: string): unknown {
   return isLvmNbdError(error) ? error.with({ resource }) : error;
+}
+
+function picked(values: object, shape: object): Values {
+  return Object.fromEntries(Object.entries(values).filter(([key]) => key in shape));
 }
 
 /** Pulumi's states hold no `undefined`. */

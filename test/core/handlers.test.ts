@@ -1,0 +1,270 @@
+import { describe, expect, it } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
+import { createHandlers, PartialFailure } from "../../provider/core/handlers.js";
+import { ownerMark } from "../../provider/core/owner.js";
+import { resourceType, resourceTypes } from "../../provider/core/registry.js";
+import type { Host } from "../../provider/ssh/types.js";
+import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { recordedLvs } from "../support/recorded.js";
+
+const host = {
+  address: "192.0.2.1",
+  user: "admin",
+  password: "x",
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+const quiesce = { freeze: "freeze-it", thaw: "thaw-it", timeoutSeconds: 5 };
+const wanted = {
+  host,
+  owner: "o/p/s/vm1",
+  adopt: false,
+  volumeGroup: "VgVm",
+  origin: "vm1",
+  name: "vm1-snap",
+  size: "16M",
+  readOnly: true,
+  chunkSize: 65536,
+  tags: ["mine"],
+  triggers: [],
+};
+const state = {
+  ...wanted,
+  uuid: "b6tJ4e-0000-0000-0000-0000-0000-000000",
+  path: "/dev/VgVm/vm1-snap",
+  sizeBytes: 16777216,
+  originSizeBytes: 67108864,
+  originUuid: "o",
+  createdAt: "2026-01-01T00:00:00.000Z",
+  usedPercent: 3,
+  state: "valid",
+};
+const none: ReadonlySet<string> = new Set();
+const quiet = () => handlersOn("LvSnapshot", untouchedHost());
+
+describe("the host of a resource", () => {
+  const changes = async (host: unknown, unknown: ReadonlySet<string> = none) => {
+    const { host: _, ...rest } = wanted;
+    return quiet().diff(state, host === undefined ? rest : { ...rest, host }, unknown);
+  };
+
+  it.each([
+    ["another password", { ...host, password: "y" }],
+    ["another user", { ...host, user: "root" }],
+    ["another pinned key", { ...host, hostKey: "SHA256:MzXqvNVVvjAAgYmpPZVnXDMnKAoGIQdD4PBOfNRDGEY" }],
+    ["the default port written out", { ...host, port: 22 }],
+  ])("is the same with %s: only the connection changes", async (_what, other) => {
+    expect((await changes(other)).changes).toEqual([{ property: "host", effect: "connection" }]);
+  });
+
+  it.each([
+    ["another address", { ...host, address: "192.0.2.2" }],
+    ["another port, as of another server behind one address", { ...host, port: 2202 }],
+    ["an alias that cannot be resolved", "no-such-host.invalid"],
+  ])("is another one with %s: replaced, both beside one another", async (_what, other) => {
+    expect(await changes(other)).toEqual({
+      changes: [{ property: "host", effect: "replace" }],
+      deleteBeforeReplace: false,
+    });
+  });
+
+  it("that is only known later may be another one", async () => {
+    expect((await changes(undefined, new Set(["host"]))).changes).toEqual([
+      { property: "host", effect: "replace" },
+    ]);
+  });
+
+  it("written in another order of its properties is no change", async () => {
+    expect((await changes(Object.fromEntries(Object.entries(host).reverse()))).changes).toEqual([]);
+  });
+});
+
+describe("a change that concerns only Pulumi's side", () => {
+  it.each([
+    ["credentials", { host: { ...host, password: "y" } }, "host"],
+    ["adopt", { adopt: true }, "adopt"],
+    ["quiesce", { quiesce }, "quiesce"],
+  ])("is stored and runs nothing: %s", async (_what, change, property) => {
+    const asked = untouchedHost();
+    const handlers = handlersOn("LvSnapshot", asked);
+    const next = { ...wanted, ...change };
+    expect((await handlers.diff(state, next, none)).changes).toEqual([{ property, effect: "connection" }]);
+    const updated = await handlers.update(state, next);
+    expect(updated).toEqual({ ...state, ...change });
+    expect((await handlers.diff(updated, next, none)).changes).toEqual([]);
+    expect(asked.commands).toEqual([]);
+  });
+
+  it("takes back what is no longer declared, so that the next up sees no change", async () => {
+    const handlers = quiet();
+    const updated = await handlers.update({ ...state, quiesce }, wanted);
+    expect(updated).toEqual(state);
+    expect((await handlers.diff(updated, wanted, none)).changes).toEqual([]);
+  });
+
+  it("keeps what the provider chose itself", async () => {
+    const attached = {
+      host,
+      owner: "o/p/s/a",
+      adopt: false,
+      name: "a",
+      uri: "nbd://10.0.0.1:10809/a",
+      readOnly: true,
+      connections: 1,
+      timeoutSeconds: 30,
+      blockSize: 512,
+    };
+    const kept = {
+      ...attached,
+      device: "/dev/nbd3",
+      path: "/dev/lvm-nbd/a",
+      sizeBytes: 512,
+      state: "attached",
+    };
+    const other = { ...attached, host: { ...host, password: "y" } };
+    expect(await handlersOn("NbdAttachment", untouchedHost()).update(kept, other)).toEqual({
+      ...kept,
+      host: other.host,
+    });
+  });
+});
+
+describe("what cannot be read", () => {
+  it("in the state is an error that names the property, before any host is asked", async () => {
+    const asked = untouchedHost();
+    const handlers = handlersOn("LvSnapshot", asked);
+    const { uuid: _, ...broken } = state;
+    await expect(handlers.read(broken)).rejects.toThrow(/INVALID_INPUT.*LvSnapshot.*uuid: is required/s);
+    await expect(handlers.remove(broken)).rejects.toThrow(/uuid: is required/);
+    await expect(handlers.update(broken, wanted)).rejects.toThrow(/uuid: is required/);
+    await expect(handlers.create({ ...wanted, size: 3 })).rejects.toThrow(/INVALID_INPUT.*size: /s);
+    expect(asked.commands).toEqual([]);
+  });
+
+  it("does not concern properties that a newer version added", async () => {
+    expect((await quiet().diff({ ...state, later: 1 }, wanted, none)).changes).toEqual([]);
+  });
+});
+
+describe("an operation", () => {
+  it("names resource and host in its error", async () => {
+    const failing = fakeHost(() => ({ exitCode: 5, stderr: "  Internal error" }));
+    await expect(handlersOn("LvSnapshot", failing).read(state)).rejects.toMatchObject({
+      code: "COMMAND_FAILED",
+      details: { resource: "LvSnapshot vm1", host: "server1", exitCode: 5 },
+    });
+  });
+
+  it.each(["create", "read", "update", "remove"] as const)(
+    "says which resource it was when the host cannot be reached: %s",
+    async (operation) => {
+      const handlers = createHandlers(resourceType("LvSnapshot"), {
+        openHost: () =>
+          Promise.reject(new LvmNbdError("HOST_UNREACHABLE", { message: "no route", host: "h" })),
+        progress: () => undefined,
+        warn: () => undefined,
+        signal: new AbortController().signal,
+      });
+      const run =
+        operation === "update"
+          ? handlers.update(state, { ...wanted, name: "other" })
+          : handlers[operation](operation === "create" ? wanted : state);
+      await expect(run).rejects.toMatchObject({
+        code: "HOST_UNREACHABLE",
+        details: { resource: "LvSnapshot vm1", host: "h" },
+      });
+    },
+  );
+
+  it("hands the signal of a cancel to every command", async () => {
+    const { signal } = new AbortController();
+    const signals: unknown[] = [];
+    const watched: Host = {
+      name: "server1",
+      async run(_command, given) {
+        signals.push(given);
+        return { exitCode: 0, stdout: recordedLvs("empty"), stderr: "" };
+      },
+    };
+    const handlers = createHandlers(resourceType("LvSnapshot"), {
+      openHost: async () => watched,
+      progress: () => undefined,
+      warn: () => undefined,
+      signal,
+    });
+    await handlers.read(state);
+    expect(signals).toEqual([signal]);
+  });
+
+  it("that failed after it made something tells id and state, without undefined values", async () => {
+    const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"vm1-snap"/.exec(recordedLvs("valid"))?.[1];
+    const asked = fakeHost(({ kind }) =>
+      kind === "read" ? recordedLvs("valid") : { exitCode: 5, stderr: "  Something new" },
+    );
+    const failure = await handlersOn("LvSnapshot", asked)
+      .create({ ...wanted, tags: ["other"], quiesce: undefined })
+      .catch((error: unknown) => error);
+    expect(failure).toBeInstanceOf(PartialFailure);
+    expect(failure).toMatchObject({
+      id: "192.0.2.1/VgVm/vm1-snap",
+      state: { uuid, tags: ["mine"] },
+      cause: { code: "COMMAND_FAILED", details: { resource: "LvSnapshot vm1" } },
+    });
+    expect(Object.keys((failure as PartialFailure).state)).not.toContain("quiesce");
+  });
+
+  it("shows nothing to the person's terminal that a hostile host wrote as escape codes", async () => {
+    const hostile = `${ownerMark("o/p/s/x")}#1b#5b2J#c2#9b1m`;
+    const asked = fakeHost(() =>
+      recordedLvs("valid").replace(/"lv_tags":"lvm-nbd\.owner=[^"]*"/, `"lv_tags":"${hostile}"`),
+    );
+    const handlers = handlersOn("LvSnapshot", asked);
+    expect(await handlers.read(state)).toBeUndefined();
+    expect(handlers.warnings).toEqual([expect.stringContaining("belongs to o/p/s/x?[2J?1m")]);
+  });
+
+  it("shows which resource on which host a line is about", async () => {
+    const handlers = handlersOn(
+      "LvSnapshot",
+      fakeHost(() => recordedLvs("empty")),
+    );
+    await handlers.read(state);
+    expect(handlers.warnings).toEqual([expect.stringMatching(/^LvSnapshot vm1 on server1: is gone/)]);
+  });
+});
+
+describe("check", () => {
+  it.each(resourceTypes.map((type) => [type.type]))(
+    "of %s names every required property at once",
+    async (type) => {
+      const { problems } = await handlersOn(type, untouchedHost()).check(undefined, {}, none);
+      const required = problems.map(({ property }) => property);
+      expect(required).toEqual(expect.arrayContaining(["host", "owner", resourceType(type).nameInput]));
+      for (const { reason } of problems) expect(reason).toBe("is required");
+    },
+  );
+
+  it("gives no problem with the host twice, and none for a host that is only known later", async () => {
+    const { host: _, ...rest } = wanted;
+    expect((await quiet().check(undefined, rest, new Set(["host"]))).problems).toEqual([]);
+  });
+
+  it("predicts nothing from names that are only known later", async () => {
+    for (const [type, property] of [
+      ["LvSnapshot", "volumeGroup"],
+      ["NbdExport", "listenAddress"],
+      ["NbdAttachment", "name"],
+    ] as const) {
+      expect(resourceType(type).predict({ host: "server1", [property]: undefined })).toEqual({});
+    }
+  });
+
+  it("gives back inputs that hold no undefined value", async () => {
+    const { inputs } = await quiet().check(undefined, { ...wanted, quiesce: undefined }, none);
+    expect(Object.values(inputs)).not.toContain(undefined);
+    expect(Object.keys(inputs)).not.toContain("quiesce");
+  });
+});
+
+it("a type that this version does not know asks for a newer one", () => {
+  expect(() => resourceType("LvMirror")).toThrow(/no resource "LvMirror".*newer version/);
+});
