@@ -48,7 +48,7 @@ it("a script's fields come out of a real shell as they went in", () => {
   const script = `${emitFunctions}\nemit a "$1"; emit_output b printf '%s' "$2"; emit_output c sh -c 'exit 3'; emit end ""`;
   fc.assert(
     fc.property(fc.string({ unit: "binary" }), fc.string({ unit: "binary" }), (one, two) => {
-      const [a, b] = [one, two].map((text) => text.toWellFormed().replaceAll("\0", ""));
+      const [a, b] = [one, two].map((text) => Buffer.from(text).toString().replaceAll("\0", ""));
       const parsed = parseFields(
         execFileSync("sh", ["-c", script, "sh", a ?? "", b ?? ""], { encoding: "utf8" }),
       );
