@@ -36,6 +36,7 @@ import {
   tagProblem,
   volumeGroupNameProblem,
 } from "../linux/lvm.js";
+import { hostName } from "../ssh/config.js";
 import type { RemoteCommand } from "../ssh/types.js";
 
 const KiB = 1024;
@@ -513,7 +514,11 @@ function compareSizes(state: Pick<State, "size" | "originSizeBytes">, wanted: st
   return now === undefined || then === undefined ? 0 : then - now;
 }
 
-function validate(wanted: Partial<Inputs>, old: Partial<Inputs> | undefined): Problem[] {
+function validate(
+  wanted: Partial<Inputs>,
+  old: Partial<Inputs> | undefined,
+  unknown: ReadonlySet<string>,
+): Problem[] {
   const problems: Problem[] = [];
   if (wanted.volumeGroup !== undefined && wanted.name !== undefined) {
     const reason = deviceMapperNameProblem(wanted.volumeGroup, wanted.name);
@@ -533,18 +538,29 @@ function validate(wanted: Partial<Inputs>, old: Partial<Inputs> | undefined): Pr
       });
     }
   }
-  const shrinks = old !== undefined && shrinking(old, wanted);
+  const shrinks = old !== undefined && shrinking(old, wanted, unknown);
   if (shrinks) problems.push({ property: "size", reason: shrinks });
   return problems;
 }
 
 /** A smaller store means another snapshot, of now: that loses the moment that was kept, so it must be asked for. */
-function shrinking(old: Partial<Inputs>, wanted: Partial<Inputs>): string | undefined {
+function shrinking(
+  old: Partial<Inputs>,
+  wanted: Partial<Inputs>,
+  unknown: ReadonlySet<string>,
+): string | undefined {
   if (old.size === undefined || wanted.size === undefined) return undefined;
-  const sameMoment = (["host", "volumeGroup", "origin", "chunkSize", "triggers"] as const).every((property) =>
-    isDeepStrictEqual(old[property], wanted[property]),
-  );
-  if (!sameMoment) return undefined;
+  const decisive = ["host", "volumeGroup", "origin", "chunkSize", "triggers"];
+  if (decisive.some((property) => unknown.has(property))) return undefined;
+  // Other credentials, or a chunk size written otherwise, take no new snapshot.
+  const moment = ({ host, volumeGroup, origin, chunkSize, triggers }: Partial<Inputs>) => [
+    host === undefined ? undefined : hostName(host),
+    volumeGroup,
+    origin,
+    chunkSize === undefined ? undefined : chunkSizeBytes(chunkSize),
+    triggers,
+  ];
+  if (!isDeepStrictEqual(moment(old), moment(wanted))) return undefined;
   const before = parseSize(old.size);
   const after = parseSize(wanted.size);
   const smaller =

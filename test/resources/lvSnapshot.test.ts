@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
 import { generationMark, ownerMark } from "../../provider/core/owner.js";
-import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { recordedLvs } from "../support/recorded.js";
 
 const MiB = 1024 ** 2;
@@ -86,6 +87,34 @@ describe("bad input is refused before any host is asked", () => {
     ]);
     expect(await problems({ size: "8M", triggers: ["new"] }, { triggers: [] })).toEqual([]);
     expect(await problems({ size: "32M" }, { triggers: [] })).toEqual([]);
+  });
+
+  it.each([
+    ["other credentials", { host: { ...host, password: "rotated" } }],
+    ["the chunk size written otherwise", { chunkSize: "64K" }],
+    ["another name", { name: "vm1-other" }],
+  ])("a shrinking size also beside %s, which takes no new snapshot by itself", async (_what, change) => {
+    expect(await problems({ size: "8M", ...change }, { triggers: [] })).toEqual([
+      expect.stringMatching(/^size: .*cannot shrink/),
+    ]);
+  });
+
+  it.each([
+    ["another host", { host: { ...host, address: "192.0.2.9" } }],
+    ["another volume group", { volumeGroup: "VgOther" }],
+    ["another origin", { origin: "vm2" }],
+    ["another chunk size", { chunkSize: "4K" }],
+  ])("not a smaller size beside %s, which takes a new snapshot anyway", async (_what, change) => {
+    expect(await problems({ size: "8M", ...change }, { triggers: [] })).toEqual([]);
+  });
+
+  it("not a smaller size while it is not known yet whether the triggers change", async () => {
+    const { problems: found } = await handlersOn("LvSnapshot", untouchedHost()).check(
+      { ...declared, adopt: false, readOnly: true, chunkSize: 65536 },
+      { ...declared, size: "8M" },
+      new Set(["triggers"]),
+    );
+    expect(found).toEqual([]);
   });
 
   it("nothing of it holds for good input, and defaults are filled in", async () => {
@@ -406,6 +435,192 @@ describe("remove", () => {
     await handlersOn("LvSnapshot", asked).remove(kept);
     expect(asked.changes).toEqual([]);
   });
+});
+
+describe("a change in place", () => {
+  const generation = generationMark(["vm1", 65536, []]);
+  const marked = (report: string) => report.replace(',mine"', `,mine,${generation}"`);
+  const update = async (change: object, edit: (report: string) => string = (report) => report) => {
+    const asked = recordedHost("valid", (report) => {
+      const renamed = asked.changes.find(({ argv }) => argv[0] === "lvrename")?.argv.at(-1);
+      return edit(marked(report)).replaceAll("vm1-snap", renamed ?? "vm1-snap");
+    });
+    const state = { ...(await stateOf("valid", marked)).read };
+    await handlersOn("LvSnapshot", asked).update(state, { ...complete, ...change });
+    return asked.changes.map(({ argv }) => argv.join(" "));
+  };
+  const chosen = async () => `-S lv_uuid="${(await stateOf("valid")).kept.uuid}" VgVm`;
+
+  it("of nothing runs no changing command", async () => {
+    expect(await update({})).toEqual([]);
+  });
+
+  it("grows the store", async () => {
+    expect(await update({ size: "32M" })).toEqual(["lvextend -y -L 33554432b VgVm/vm1-snap"]);
+    expect(await update({ size: "50%ORIGIN" })).toEqual(["lvextend -y -l 50%ORIGIN VgVm/vm1-snap"]);
+  });
+
+  it("does not grow a store that LVM rounded to its extents, or that is as large as it can be", async () => {
+    expect(await update({ size: 16 * MiB + 1024 })).toEqual([]);
+    const full = (report: string) => report.replace(`"lv_size":"${16 * MiB}"`, `"lv_size":"${64 * MiB}"`);
+    expect(await update({ size: "1G" }, full)).toEqual([]);
+  });
+
+  it("renames, and does all else by the new name", async () => {
+    expect(await update({ name: "other", readOnly: false })).toEqual([
+      "lvrename -y VgVm vm1-snap other",
+      `lvchange -y -p rw ${await chosen()}/other`,
+    ]);
+  });
+
+  it("adds and drops tags", async () => {
+    expect(await update({ tags: ["yours"] })).toEqual([
+      `lvchange -y --addtag yours --deltag mine ${await chosen()}/vm1-snap`,
+    ]);
+  });
+
+  it("makes it writable", async () => {
+    expect(await update({ readOnly: false })).toEqual([`lvchange -y -p rw ${await chosen()}/vm1-snap`]);
+  });
+
+  it("hands it to the resource's new name", async () => {
+    expect(await update({ owner: "o/p/s/vm2" })).toEqual([
+      `lvchange -y --addtag ${ownerMark("o/p/s/vm2")} --deltag ${ownerMark("o/p/s/vm1")} ${await chosen()}/vm1-snap`,
+    ]);
+  });
+
+  it.each([
+    ["is being merged", "merging", "SNAPSHOT_MERGING"],
+    ["is a snapshot of something else", "valid", "IDENTITY_MISMATCH"],
+  ] as const)("is refused and runs nothing while the volume %s", async (_what, recorded, code) => {
+    const asked = recordedHost(recorded, (report) =>
+      code === "IDENTITY_MISMATCH" ? report.replaceAll('"origin":"vm1"', '"origin":"vm9"') : report,
+    );
+    const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"vm1-snap"/.exec(recordedLvs(recorded))?.[1];
+    const { kept } = await stateOf(recorded);
+    await expect(
+      handlersOn("LvSnapshot", asked).update({ ...kept, uuid }, { ...complete, size: "32M" }),
+    ).rejects.toThrow(new RegExp(code));
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("that LVM refuses is an error with LVM's words, and what is there stays in the state", async () => {
+    const asked = fakeHost(({ kind }) =>
+      kind === "read"
+        ? marked(recordedLvs("valid"))
+        : { exitCode: 5, stderr: "  Insufficient free space: 4 extents needed, but only 1 available" },
+    );
+    const { read } = await stateOf("valid", marked);
+    await expect(
+      handlersOn("LvSnapshot", asked).update({ ...read }, { ...complete, size: "32M" }),
+    ).rejects.toMatchObject({
+      cause: { code: "NO_SPACE", details: { stderr: expect.stringContaining("4 extents needed") } },
+      state: { size: "16M", sizeBytes: 16 * MiB },
+    });
+  });
+});
+
+describe("what is there already", () => {
+  it("and overflowed is taken anew", async () => {
+    const asked = recordedHost("overflowed");
+    await handlersOn("LvSnapshot", asked).create(complete);
+    expect(asked.changes.map(({ argv }) => argv[0])).toEqual(["lvremove", "lvcreate"]);
+  });
+
+  it("and overflowed, but still open, is not removed", async () => {
+    const asked = fakeHost(({ argv }) =>
+      argv[0] === "lvs"
+        ? recordedLvs("overflowed").replaceAll('"lv_device_open":"0"', '"lv_device_open":"1"')
+        : "",
+    );
+    await expect(handlersOn("LvSnapshot", asked).create(complete)).rejects.toThrow(/VOLUME_IN_USE/);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("and smaller than declared is told by a refresh and grown by up", async () => {
+    const handlers = handlersOn("LvSnapshot", recordedHost("valid"));
+    const { kept } = await stateOf("valid");
+    const read = await handlers.read({ ...kept, size: "32M", sizeBytes: 32 * MiB });
+    expect(read).toMatchObject({ size: 16 * MiB, sizeBytes: 16 * MiB });
+    expect(handlers.warnings).toEqual([expect.stringContaining("less than declared")]);
+    const { changes } = await handlers.diff({ ...read }, { ...complete, size: "32M" }, none);
+    expect(changes).toEqual([{ property: "size", effect: "update" }]);
+  });
+
+  it("and being merged is not removed", async () => {
+    const asked = recordedHost("merging");
+    const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"vm1-snap"/.exec(recordedLvs("merging"))?.[1];
+    const { kept } = await stateOf("merging");
+    await expect(handlersOn("LvSnapshot", asked).remove({ ...kept, uuid })).rejects.toThrow(
+      /SNAPSHOT_MERGING.*Wait until the merge has ended/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+});
+
+describe("a thin snapshot", () => {
+  const { size: _, ...rest } = complete;
+  const thin = { ...rest, origin: "thin1", name: "thin1-snap" };
+
+  it("is made without a size", async () => {
+    let made = false;
+    const asked = fakeHost(({ kind }) => {
+      if (kind === "change") made = true;
+      return made
+        ? recordedLvs("thin")
+        : recordedLvs("thin").replaceAll('"lv_name":"thin1-snap"', '"lv_name":"other"');
+    });
+    const { state } = await handlersOn("LvSnapshot", asked).create(thin);
+    expect(asked.changes.map(({ argv }) => argv.slice(0, 2))).toEqual([["lvcreate", "-s"]]);
+    expect(asked.changes[0]?.argv).not.toContain("-L");
+    expect(state).toMatchObject({ sizeBytes: 128 * MiB, originSizeBytes: 128 * MiB, state: "valid" });
+    expect(state).not.toHaveProperty("size");
+  });
+
+  it("is not replaced for a chunk size, which only a COW store has", async () => {
+    const state = { ...(await stateOf("thin")).kept, ...thin, size: undefined };
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+      state,
+      { ...thin, chunkSize: "4K" },
+      none,
+    );
+    expect(changes).toEqual([]);
+  });
+
+  it("is replaced for a size, which makes it a COW one", async () => {
+    const state = { ...(await stateOf("thin")).kept, ...thin, size: undefined };
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+      state,
+      { ...thin, size: "16M" },
+      none,
+    );
+    expect(changes).toEqual([{ property: "size", effect: "replace" }]);
+  });
+});
+
+describe("what cannot be told is never absence", () => {
+  const answers: [string, Answer, RegExp][] = [
+    ["an unparsable report", "not JSON", /OUTPUT_UNREADABLE/],
+    ["a cut report", recordedLvs("valid").slice(0, 700), /OUTPUT_UNREADABLE/],
+    ["no output", "", /OUTPUT_UNREADABLE/],
+    ["a failed lvs", { exitCode: 5, stdout: recordedLvs("empty") }, /COMMAND_FAILED/],
+    ["a crashed lvs", { exitCode: 139, stdout: recordedLvs("empty") }, /COMMAND_FAILED/],
+    ["an unreachable host", new LvmNbdError("HOST_UNREACHABLE", { message: "no route" }), /HOST_UNREACHABLE/],
+    ["a hanging lvs", new LvmNbdError("COMMAND_TIMED_OUT", { message: "60 s" }), /COMMAND_TIMED_OUT/],
+  ];
+  it.each(answers)(
+    "%s fails read, create, update and remove, and changes nothing",
+    async (_what, answer, message) => {
+      const { kept } = await stateOf("valid");
+      const asked = fakeHost(() => answer);
+      const handlers = handlersOn("LvSnapshot", asked);
+      await expect(handlers.read(kept)).rejects.toThrow(message);
+      await expect(handlers.create(complete)).rejects.toThrow(message);
+      await expect(handlers.update(kept, { ...complete, name: "other" })).rejects.toThrow(message);
+      await expect(handlers.remove(kept)).rejects.toThrow(message);
+      expect(asked.changes).toEqual([]);
+    },
+  );
 });
 
 describe("quiesce", () => {
