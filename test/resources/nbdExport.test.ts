@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
-import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
 
 const host = {
@@ -89,6 +89,8 @@ interface World {
   read?: string;
   missing?: string;
   addresses?: string;
+  route?: string;
+  deviceSize?: string | null;
   listeners?: string;
   show?: string;
   applied?: number;
@@ -97,12 +99,12 @@ interface World {
 /** A host with that unit; answers the look, the preflight and the changes of an export. */
 function world(at: World) {
   let taken = false;
-  return fakeHost(({ argv, kind }) => {
+  return fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
     if (kind === "change") {
       if (text.includes("systemctl disable")) taken = true;
       if (text.includes("systemctl restart")) {
-        if (at.applied === undefined) at.unit = renderExportUnit(plan);
+        if (at.applied === undefined) at.unit = stdin ?? "";
         return { exitCode: at.applied ?? 0, stderr: "the log" };
       }
       return "";
@@ -114,8 +116,9 @@ function world(at: World) {
         read: "dd: Input/output error",
         "read.rc": at.read ?? "0",
         addresses: at.addresses ?? "2: eth0 inet 10.0.0.1/24",
+        route: at.route ?? `local ${argv[6]} dev lo src ${argv[6]} uid 0`,
         listeners: at.listeners ?? "",
-        pid: "0",
+        pid: "7",
         end: "",
       });
     }
@@ -124,7 +127,7 @@ function world(at: World) {
       ...(at.unit === undefined || taken ? {} : { unit: at.unit }),
       ...(at.conf === undefined ? {} : { conf: at.conf }),
       show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
-      deviceSize: "1048576",
+      ...(at.deviceSize === null ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
       ...(active === "active"
         ? {
             size: at.size ?? "1048576",
@@ -193,6 +196,52 @@ describe("create finds out first what would make it fail", () => {
   });
 });
 
+describe("adopt", () => {
+  const unmarked = "[Service]\nExecStart=nbdkit file=/dev/x\n";
+
+  it("is needed to take over a unit without a mark, and rewrites it", async () => {
+    const refused = world({ unit: unmarked });
+    await expect(handlersOn("NbdExport", refused).create(complete)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*no owner mark.*adopt: true/s,
+    );
+    expect(refused.changes).toEqual([]);
+    const asked = world({ unit: unmarked });
+    await handlersOn("NbdExport", asked).create({ ...complete, adopt: true });
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderExportUnit(plan)]);
+  });
+
+  it("takes nothing from another owner", async () => {
+    const asked = world({ unit: renderExportUnit({ ...plan, owner: "o/p/s/other" }) });
+    await expect(handlersOn("NbdExport", asked).create({ ...complete, adopt: true })).rejects.toThrow(
+      /FOREIGN_RESOURCE.*o\/p\/s\/other/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+});
+
+describe("the host's own look at its export", () => {
+  it("is let in by the address from which the host reaches a second address of a network", async () => {
+    const asked = world({ route: "local 10.0.0.1 dev lo src 10.0.0.9 uid 0" });
+    const { state: made } = await handlersOn("NbdExport", asked).create(complete);
+    expect(asked.changes[0]?.stdin).toBe(renderExportUnit({ ...plan, ownAddress: "10.0.0.9" }));
+    expect(made).toEqual(state);
+  });
+
+  it("needs no further address on loopback and on all interfaces", async () => {
+    for (const listenAddress of ["127.0.0.1", "0.0.0.0"]) {
+      const asked = world({ route: "local x dev lo src 10.0.0.9 uid 0" });
+      await handlersOn("NbdExport", asked).create({ ...complete, listenAddress });
+      expect(asked.changes[0]?.stdin).toBe(renderExportUnit({ ...plan, listenAddress }));
+    }
+  });
+});
+
+it("an export on all interfaces is reached by the name of its host", async () => {
+  const wanted = { ...declared, listenAddress: "0.0.0.0" };
+  const { inputs } = await handlersOn("NbdExport", untouchedHost()).check(undefined, wanted, none);
+  expect(inputs).toMatchObject({ uri: "nbd://192.0.2.1:10809/vm1" });
+});
+
 describe("refresh", () => {
   const read = async (at: World, kept: object = state) => {
     const handlers = handlersOn("NbdExport", world(at));
@@ -212,6 +261,8 @@ describe("refresh", () => {
     ["serving another size", { size: "512" }, "notServing"],
     ["answering, but unreadable", { reads: "0" }, "notServing"],
     ["writable though declared read-only", { readOnly: "2" }, "notServing"],
+    ["without its device", { deviceSize: null }, "notServing"],
+    ["changed, and not reloaded", { show: "NeedDaemonReload=yes" }, "edited"],
   ])("tells %s, and up puts it right in place", async (_what, at: World, expected) => {
     const { seen, warnings } = await read({ unit: renderExportUnit(plan), ...at });
     expect(seen).toMatchObject({ state: expected });
@@ -223,6 +274,24 @@ describe("refresh", () => {
   it("tells a unit edited by hand", async () => {
     const edited = renderExportUnit(plan).replace("IPAddressAllow=", "IPAddressAllow=any #");
     expect((await read({ unit: edited })).seen).toMatchObject({ state: "edited" });
+  });
+
+  it.each([
+    ["is no JSON", (text: string) => text.replace(/^Plan=.*$/m, "Plan={")],
+    ["lacks a property", (text: string) => text.replace(/^Plan=.*$/m, 'Plan={"owner":"o"}')],
+    ["is gone", (text: string) => text.replace(/^Plan=.*\n/m, "")],
+  ])("takes a unit whose record %s for edited, and up writes it anew", async (_what, spoil) => {
+    const asked = world({ unit: spoil(renderExportUnit(plan)) });
+    const handlers = handlersOn("NbdExport", asked);
+    expect(await handlers.read({ ...state })).toMatchObject({ state: "edited" });
+    await handlers.update({ ...state, state: "edited" }, complete);
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderExportUnit(plan)]);
+  });
+
+  it("leaves a unit alone that another owner has put in its place", async () => {
+    const { seen, warnings } = await read({ unit: renderExportUnit({ ...plan, owner: "o/p/s/other" }) });
+    expect(seen).toBeUndefined();
+    expect(warnings).toEqual([expect.stringMatching(/belongs to o\/p\/s\/other; it is left alone/)]);
   });
 
   it("tells an edited nbd-server configuration", async () => {
@@ -251,23 +320,24 @@ describe("refresh", () => {
     expect((await read({})).seen).toBeUndefined();
   });
 
-  it("a cut or failed look is an error", async () => {
-    const cut = handlersOn(
-      "NbdExport",
-      fakeHost(() => fields({ show: "ActiveState=inactive" })),
-    );
-    await expect(cut.read({ ...state })).rejects.toThrow(/OUTPUT_UNREADABLE/);
-    const failed = handlersOn(
-      "NbdExport",
-      fakeHost(() => ({ exitCode: 1, stderr: "denied" })),
-    );
-    await expect(failed.read({ ...state })).rejects.toThrow(/COMMAND_FAILED/);
-    const blind = handlersOn(
-      "NbdExport",
-      fakeHost(() => ({ exitCode: 127, stderr: "nbdinfo: not found" })),
-    );
-    await expect(blind.read({ ...state })).rejects.toThrow(/PROGRAM_MISSING/);
-  });
+  it.each([
+    ["a cut answer", fields({ show: "ActiveState=inactive" }), /OUTPUT_UNREADABLE/],
+    ["no answer", "", /OUTPUT_UNREADABLE/],
+    ["an answer without the unit's state", fields({ end: "" }), /OUTPUT_UNREADABLE/],
+    ["a failed look", { exitCode: 1, stderr: "denied" }, /COMMAND_FAILED.*denied/s],
+    ["a missing program", { exitCode: 127, stderr: "nbdinfo: not found" }, /PROGRAM_MISSING/],
+  ] as [string, Answer, RegExp][])(
+    "never takes %s for an absence: read, create, update and remove fail and change nothing",
+    async (_what, answer, message) => {
+      const asked = fakeHost(() => answer);
+      const handlers = handlersOn("NbdExport", asked);
+      await expect(handlers.read({ ...state })).rejects.toThrow(message);
+      await expect(handlers.create(complete)).rejects.toThrow(message);
+      await expect(handlers.update({ ...state }, { ...complete, port: 10810 })).rejects.toThrow(message);
+      await expect(handlers.remove({ ...state })).rejects.toThrow(message);
+      expect(asked.changes).toEqual([]);
+    },
+  );
 });
 
 describe("diff", () => {
@@ -306,6 +376,50 @@ describe("diff", () => {
       new Set(["device"]),
     );
     expect(changes).toEqual([{ property: "device", effect: "replace" }]);
+  });
+});
+
+describe("an update", () => {
+  it.each([
+    ["clients", { clients: ["10.0.0.3"] }],
+    ["listenAddress", { listenAddress: "10.0.0.9" }],
+    ["port", { port: 10810 }],
+    ["server", { server: "qemu-nbd" as const }],
+    ["readOnly", { readOnly: false }],
+    ["owner", { owner: "o/p/s/renamed" }],
+  ])("of %s writes the unit anew and restarts it, in one command", async (_property, change) => {
+    const asked = world({ unit: renderExportUnit(plan), readOnly: "readOnly" in change ? "2" : "0" });
+    const made = await handlersOn("NbdExport", asked).update({ ...state }, { ...complete, ...change });
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderExportUnit({ ...plan, ...change })]);
+    expect(made).toMatchObject({ ...change, state: "serving" });
+  });
+
+  it.each([
+    ["a busy port", { listeners: 'LISTEN 0 5 10.0.0.1:10810 0.0.0.0:* users:(("x",pid=9,fd=3))' }],
+    ["a device that is gone", { device: "absent" }],
+  ])("finds %s before it touches what serves", async (_what, at: World) => {
+    const asked = world({ unit: renderExportUnit(plan), ...at });
+    await expect(
+      handlersOn("NbdExport", asked).update({ ...state }, { ...complete, port: 10810 }),
+    ).rejects.toThrow(/PORT_IN_USE|DEVICE_NOT_FOUND/);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("does not take its own server for somebody else's on the port", async () => {
+    const own = 'LISTEN 0 5 10.0.0.1:10809 0.0.0.0:* users:(("nbdkit",pid=7,fd=3))';
+    const asked = world({ unit: renderExportUnit(plan), listeners: own });
+    await handlersOn("NbdExport", asked).update({ ...state }, { ...complete, clients: ["10.0.0.3"] });
+    expect(asked.changes).toHaveLength(1);
+  });
+
+  it("of the connection alone runs nothing", async () => {
+    const asked = untouchedHost();
+    const rotated = { ...complete, host: { ...host, password: "new" } };
+    expect(await handlersOn("NbdExport", asked).update({ ...state }, rotated)).toEqual({
+      ...state,
+      host: rotated.host,
+    });
+    expect(asked.commands).toEqual([]);
   });
 });
 
