@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
-import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
 
 const host = {
@@ -96,6 +96,8 @@ interface World {
   free?: string;
   held?: string;
   applied?: number[];
+  takeDown?: number;
+  device?: string;
 }
 
 function world(at: World) {
@@ -106,6 +108,7 @@ function world(at: World) {
       if (text.includes("systemctl disable")) {
         if (at.held !== undefined)
           return { exitCode: 75, stdout: `mount\t${Buffer.from(at.held).toString("base64")}\n` };
+        if (at.takeDown !== undefined) return { exitCode: at.takeDown, stderr: "the log" };
         taken = true;
         return "";
       }
@@ -133,8 +136,8 @@ function world(at: World) {
       show: `LoadState=loaded\nActiveState=${at.active ?? (there ? "active" : "inactive")}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n`,
       ...(there
         ? {
-            device: "/dev/nbd0",
-            link: at.link ?? "/dev/nbd0",
+            device: at.device ?? "/dev/nbd0",
+            link: at.link ?? at.device ?? "/dev/nbd0",
             size: at.sectors ?? "2048",
             ro: at.ro ?? "1",
             pid: at.pid ?? "7",
@@ -202,6 +205,60 @@ describe("create", () => {
   });
 });
 
+describe("adopt", () => {
+  it("is needed to take over a unit without a mark; another owner's is never taken", async () => {
+    const unmarked = "[Service]\nExecStart=nbd-client\n";
+    const refused = world({ unit: unmarked });
+    await expect(handlersOn("NbdAttachment", refused).create(complete)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*no owner mark.*adopt: true/s,
+    );
+    expect(refused.changes).toEqual([]);
+    const asked = world({ unit: unmarked });
+    await handlersOn("NbdAttachment", asked).create({ ...complete, adopt: true });
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderAttachUnit(plan)]);
+    const other = world({ unit: renderAttachUnit({ ...plan, owner: "o/p/s/other" }) });
+    await expect(handlersOn("NbdAttachment", other).create({ ...complete, adopt: true })).rejects.toThrow(
+      /FOREIGN_RESOURCE/,
+    );
+    expect(other.changes).toEqual([]);
+  });
+});
+
+describe("an export given by server and name", () => {
+  const { uri: _, ...rest } = complete;
+  const apart = { ...rest, server: "10.0.0.1", exportName: "vm1" };
+
+  it("is attached at the default port", async () => {
+    const asked = world({});
+    const { state: made } = await handlersOn("NbdAttachment", asked).create(apart);
+    expect(asked.changes[0]?.stdin).toBe(renderAttachUnit(plan));
+    expect(made).toMatchObject({ server: "10.0.0.1", exportName: "vm1", state: "attached" });
+    expect(made).not.toHaveProperty("uri");
+  });
+
+  it("is told by a refresh to be another one, in the same words", async () => {
+    const asked = world({ unit: renderAttachUnit({ ...plan, port: 10810 }) });
+    const { uri: _uri, ...kept } = { ...state, ...apart };
+    const read = await handlersOn("NbdAttachment", asked).read({ ...kept, uri: undefined });
+    expect(read).toMatchObject({ server: "10.0.0.1", port: 10810, exportName: "vm1" });
+    const { changes } = await handlersOn("NbdAttachment", untouchedHost()).diff({ ...read }, apart, none);
+    expect(changes).toEqual([{ property: "port", effect: "replace" }]);
+  });
+});
+
+it.each([
+  ["1048576", 4096, "1048576"],
+  ["1049088", 4096, "1048576"],
+  ["1048577", 512, "1048576"],
+])(
+  "an export of %s bytes in blocks of %s is expected to be a device of %s",
+  async (size, blockSize, expected) => {
+    const asked = world({ size });
+    await handlersOn("NbdAttachment", asked).create({ ...complete, blockSize });
+    expect(asked.changes[0]?.argv).toContain(expected);
+  },
+);
+
 describe("refresh", () => {
   const read = async (at: World) => {
     const handlers = handlersOn("NbdAttachment", world({ unit: renderAttachUnit(plan), ...at }));
@@ -227,6 +284,53 @@ describe("refresh", () => {
     const { changes } = await handlersOn("NbdAttachment", untouchedHost()).diff(seen ?? {}, complete, none);
     expect(changes).toEqual([{ property: "state", effect: "update" }]);
   });
+
+  it("a unit that runs while its file is gone is not absent, and is removed all the same", async () => {
+    const asked = world({ active: "active" });
+    const handlers = handlersOn("NbdAttachment", asked);
+    expect(await handlers.read({ ...state })).toMatchObject({ state: "detached" });
+    await expect(handlers.remove({ ...state })).rejects.toThrow(/still there/);
+    expect(asked.changes).toHaveLength(1);
+  });
+
+  it("only a missing unit is gone", async () => {
+    const handlers = handlersOn("NbdAttachment", world({}));
+    expect(await handlers.read({ ...state })).toBeUndefined();
+    expect(handlers.warnings).toEqual([expect.stringContaining("is gone")]);
+  });
+
+  it.each([
+    ["is no JSON", (text: string) => text.replace(/^Plan=.*$/m, "Plan={")],
+    ["lacks a property", (text: string) => text.replace(/^Plan=.*$/m, 'Plan={"owner":"o"}')],
+    ["is gone", (text: string) => text.replace(/^Plan=.*\n/m, "")],
+  ])(
+    "takes a unit whose record %s for edited, and up writes it anew on the same device",
+    async (_what, spoil) => {
+      const asked = world({ unit: spoil(renderAttachUnit(plan)) });
+      const handlers = handlersOn("NbdAttachment", asked);
+      expect(await handlers.read({ ...state })).toMatchObject({ state: "edited" });
+      await handlers.update({ ...state, state: "edited" }, complete);
+      expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderAttachUnit(plan)]);
+    },
+  );
+
+  it.each([
+    ["a cut answer", fields({ show: "ActiveState=inactive" }), /OUTPUT_UNREADABLE/],
+    ["no answer", "", /OUTPUT_UNREADABLE/],
+    ["an answer without the unit's state", fields({ end: "" }), /OUTPUT_UNREADABLE/],
+    ["a failed look", { exitCode: 1, stderr: "denied" }, /COMMAND_FAILED.*denied/s],
+  ] as [string, Answer, RegExp][])(
+    "never takes %s for an absence: read, create, update and remove fail and change nothing",
+    async (_what, answer, message) => {
+      const asked = fakeHost(() => answer);
+      const handlers = handlersOn("NbdAttachment", asked);
+      await expect(handlers.read({ ...state })).rejects.toThrow(message);
+      await expect(handlers.create(complete)).rejects.toThrow(message);
+      await expect(handlers.update({ ...state }, { ...complete, connections: 4 })).rejects.toThrow(message);
+      await expect(handlers.remove({ ...state })).rejects.toThrow(message);
+      expect(asked.changes).toEqual([]);
+    },
+  );
 
   it("tells a unit edited by hand, and another export in it", async () => {
     expect(
@@ -279,6 +383,81 @@ describe("diff", () => {
     );
     expect(changes).toEqual([{ property: "uri", effect: "replace" }]);
   });
+});
+
+describe("an update", () => {
+  it.each([
+    ["device", { device: "/dev/nbd5" }],
+    ["readOnly", { readOnly: false }],
+    ["connections", { connections: 4 }],
+    ["timeoutSeconds", { timeoutSeconds: 60 }],
+    ["blockSize", { blockSize: 4096 }],
+    ["owner", { owner: "o/p/s/renamed" }],
+  ])("of %s writes the unit anew and attaches again, in one command", async (_property, change) => {
+    const asked = world({ unit: renderAttachUnit(plan), ro: "readOnly" in change ? "0" : "1" });
+    const made = await handlersOn("NbdAttachment", asked).update({ ...state }, { ...complete, ...change });
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderAttachUnit({ ...plan, ...change })]);
+    expect(made).toMatchObject({ ...change, state: "attached" });
+  });
+
+  it("stays on the device that was chosen", async () => {
+    const asked = world({ unit: renderAttachUnit({ ...plan, device: "/dev/nbd3" }), device: "/dev/nbd3" });
+    await handlersOn("NbdAttachment", asked).update(
+      { ...state, device: "/dev/nbd3" },
+      { ...complete, timeoutSeconds: 60 },
+    );
+    expect(asked.changes[0]?.stdin).toBe(
+      renderAttachUnit({ ...plan, device: "/dev/nbd3", timeoutSeconds: 60 }),
+    );
+  });
+
+  it("takes another device when somebody else's link is behind the old one, and leaves that alone", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), pid: "99", free: "4\n", held: "/mnt" });
+    await handlersOn("NbdAttachment", asked).update({ ...state, state: "replaced" }, complete);
+    expect(asked.changes[0]?.stdin).toBe(renderAttachUnit({ ...plan, device: "/dev/nbd4" }));
+  });
+
+  it("finds an export that does not answer before it touches what is attached", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), size: "" });
+    await expect(
+      handlersOn("NbdAttachment", asked).update({ ...state }, { ...complete, timeoutSeconds: 60 }),
+    ).rejects.toThrow(/EXPORT_UNREACHABLE/);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("of the connection alone runs nothing", async () => {
+    const asked = untouchedHost();
+    const rotated = { ...complete, host: { ...host, password: "new" } };
+    const handlers = handlersOn("NbdAttachment", asked);
+    expect((await handlers.diff({ ...state }, rotated, none)).changes).toEqual([
+      { property: "host", effect: "connection" },
+    ]);
+    expect(await handlers.update({ ...state }, rotated)).toEqual({ ...state, host: rotated.host });
+    expect(asked.commands).toEqual([]);
+  });
+});
+
+it("a replacement that would take the same device removes the old one first", async () => {
+  const { deleteBeforeReplace } = await handlersOn("NbdAttachment", untouchedHost()).diff(
+    { ...state },
+    { ...complete, name: "vm2", device: "/dev/nbd0" },
+    none,
+  );
+  expect(deleteBeforeReplace).toBe(true);
+});
+
+it("a failed removal is an error with the host's words", async () => {
+  const asked = world({ unit: renderAttachUnit(plan), takeDown: 1 });
+  await expect(handlersOn("NbdAttachment", asked).remove({ ...state })).rejects.toThrow(
+    /COMMAND_FAILED.*could not be removed.*the log/s,
+  );
+});
+
+it("does not look for holders of a device behind which somebody else's link is, and cuts nothing", async () => {
+  const asked = world({ unit: renderAttachUnit(plan), pid: "99" });
+  await handlersOn("NbdAttachment", asked).remove({ ...state });
+  expect(asked.changes).toHaveLength(1);
+  expect(asked.changes[0]?.argv).not.toContain("/dev/nbd0");
 });
 
 describe("what is mounted stays", () => {
