@@ -57,6 +57,19 @@ describe("listeners", () => {
     expect(listenersOn(parseListeners(printed), "0.0.0.0")).toHaveLength(4);
   });
 
+  it("are read whatever their address looks like", () => {
+    const listener = (address: string) => parseListeners(`LISTEN 0 5 ${address} 0.0.0.0:*`)[0]?.host;
+    expect(listener("[fe80::1]%eth0:1")).toBe("fe80::1");
+    expect(listener("127.0.0.53%lo:1")).toBe("127.0.0.53");
+    expect(listener("*:1")).toBe("*");
+    expect(listenersOn(parseListeners("LISTEN 0 5 *:1 *:*"), "10.77.0.1")).toHaveLength(1);
+  });
+
+  it("are not said to be none where the output cannot be read", () => {
+    expect(parseListeners("")).toEqual([]);
+    expect(() => parseListeners("Cannot open netlink socket")).toThrow(/unexpected line/);
+  });
+
   it("names the program", () => {
     expect(parseListeners(printed)[0]).toMatchObject({ program: "nbdkit", pids: [412] });
     expect(parseListeners(printed)[1]?.program).toBeUndefined();
