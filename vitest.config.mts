@@ -2,6 +2,8 @@ import { defineConfig } from "vitest/config";
 
 export default defineConfig({
   test: {
+    // Two labs at most at once: each is two guests of one emulated CPU that wait half of the time.
+    maxWorkers: 2,
     coverage: {
       provider: "v8",
       include: ["provider/**/*.ts"],
@@ -18,8 +20,6 @@ export default defineConfig({
           name: "lab",
           include: ["test/lab/**/*.test.ts"],
           globalSetup: ["test/lab/globalSetup.mts"],
-          // One lab for all, and guests of one emulated CPU: one file after the other.
-          fileParallelism: false,
           testTimeout: 240_000,
           hookTimeout: 300_000,
         },

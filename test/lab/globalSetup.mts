@@ -1,24 +1,24 @@
-/** Brings up the two servers for a run of the lab tests, and takes them down at its end. */
-import { rm } from "node:fs/promises";
+/** Makes sure that the lab's image is there before the lab tests begin, and takes down what they leave. */
 import type { TestProject } from "vitest/node";
-import { instanceLock } from "./instance.mts";
 import { labDown, labUp } from "./lab.mts";
 
 declare module "vitest" {
   export interface ProvidedContext {
-    /** The lab of this run; `freshLab` of support.mts gives it to a test file. */
+    /** The beginning of this run's lab names; `freshLab` of support.mts has one lab for each worker. */
     labName: string;
   }
 }
 
+/** The most workers vitest.config.mts allows. */
+const workers = 2;
+
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
-  // Runs may go on beside each other, so each has a lab of its own.
+  // Runs may go on beside each other, so each has labs of its own.
   const name = `test-${process.pid}`;
   await labUp({ name, log: (line) => process.stdout.write(`${line}\n`) });
+  await labDown(name);
   project.provide("labName", name);
   return async () => {
-    await labDown(name);
-    // Nobody else has a lab of this name.
-    await rm(await instanceLock(name), { force: true });
+    for (let worker = 1; worker <= workers; worker++) await labDown(`${name}-${worker}`);
   };
 }

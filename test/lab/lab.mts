@@ -165,12 +165,19 @@ export async function labDown(name: string): Promise<boolean> {
 
 async function sweepOrphans(except: string, log: (line: string) => void): Promise<void> {
   for (const name of await instanceNames()) {
-    if (name === except) continue;
-    const record = await readRecord(instancePlace(name).directory);
-    if (record === undefined || !(await isOrphan(record))) continue;
-    log(`lab: sweeping "${name}", whose process ${record.owner.pid} is gone`);
-    await labDown(name);
+    if (name === except || !(await isOrphaned(name))) continue;
+    await withLock(await instanceLock(name), { timeoutSeconds: LOCK_LIMIT_SECONDS }, async () => {
+      // Somebody may have brought it up anew while we waited for the lock.
+      if (!(await isOrphaned(name))) return;
+      log(`lab: sweeping "${name}", whose process is gone`);
+      await removeInstance(name);
+    });
   }
+}
+
+async function isOrphaned(name: string): Promise<boolean> {
+  const record = await readRecord(instancePlace(name).directory);
+  return record !== undefined && (await isOrphan(record));
 }
 
 interface LabParts {

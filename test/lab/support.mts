@@ -10,11 +10,11 @@ import { type Guest, type Lab, labUp } from "./lab.mts";
 import { waitFor } from "./wait.mts";
 
 /**
- * The run's lab in the clean state. Guests that a test process (re)started end with it; what is not there any
+ * This worker's lab in the clean state. Guests that a test process (re)started end with it; what is not there any
  * more comes up anew here.
  */
 export async function freshLab(): Promise<Lab> {
-  const lab = await labUp({ name: inject("labName") });
+  const lab = await labUp({ name: `${inject("labName")}-${process.env.VITEST_POOL_ID}` });
   const used = await lab.server1.run("test -e /run/lab-used", { allowFailure: true });
   if (used.exitCode === 0) await lab.reset();
   await lab.server1.run("touch /run/lab-used");
