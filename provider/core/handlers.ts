@@ -174,14 +174,7 @@ async function hostProblems(host: HostArgs): Promise<Problem[]> {
 }
 
 async function isSameHost(old: HostArgs, wanted: HostArgs): Promise<boolean> {
-  if (hostName(old) === hostName(wanted)) return true;
-  try {
-    return (await hostAddress(old)) === (await hostAddress(wanted));
-  } catch (error) {
-    // An alias that no longer resolves cannot be told to be the same machine.
-    if (isLvmNbdError(error, "HOST_UNKNOWN", "KEY_UNREADABLE")) return false;
-    throw error;
-  }
+  return hostName(old) === hostName(wanted) || (await hostAddress(old)) === (await hostAddress(wanted));
 }
 
 function label(type: AnyResourceType, values: CommonInputs): string {
@@ -227,12 +220,27 @@ function problemsOf(
     if (path.length > 0 && valueAt(values, path) === undefined) return [{ property, reason: "is required" }];
     if (issue.code === "invalid_union") {
       // Of the alternatives, the one whose type fits tells what is wrong.
-      const fitting = issue.errors.find(
-        (errors) => !errors.some((one) => one.code === "invalid_type" && one.path.length === 0),
-      );
+      const fitting = issue.errors.find(fits);
       if (fitting !== undefined) return problemsOf(fitting, values, path);
+      return [{ property, reason: `must be ${[...new Set(issue.errors.flatMap(typesOf))].join(" or ")}` }];
     }
     return [{ property, reason: issue.message }];
+  });
+}
+
+/** True for the issues of an alternative that has the value's type, whatever is wrong inside. */
+function fits(issues: readonly z.core.$ZodIssue[]): boolean {
+  return issues.every(
+    (issue) =>
+      issue.path.length > 0 ||
+      (issue.code === "invalid_union" ? issue.errors.some(fits) : issue.code !== "invalid_type"),
+  );
+}
+
+function typesOf(issues: readonly z.core.$ZodIssue[]): string[] {
+  return issues.flatMap((issue) => {
+    if (issue.code === "invalid_union") return issue.errors.flatMap(typesOf);
+    return issue.code === "invalid_type" ? [issue.expected] : [];
   });
 }
 

@@ -233,6 +233,36 @@ describe("an operation", () => {
 });
 
 describe("check", () => {
+  it.each([
+    ["a host that is a number", { host: 5 }, "host: must be string or object"],
+    ["a host without an address", { host: {} }, "host.address: is required"],
+    [
+      "a host whose address is a number",
+      { host: { address: 5 } },
+      "host.address: Invalid input: expected string, received number",
+    ],
+    [
+      "a jump without an address",
+      { host: { ...host, proxyJump: [{}] } },
+      "host.proxyJump.0.address: is required",
+    ],
+    [
+      "a jump that is a number",
+      { host: { ...host, proxyJump: 5 } },
+      "host.proxyJump: must be string or object or array",
+    ],
+    ["a size that is a list", { size: [] }, "size: must be string or number"],
+    ["a trigger that is a list", { triggers: [[]] }, "triggers.0: must be string or number or boolean"],
+    [
+      "a flag that is a word",
+      { readOnly: "yes" },
+      "readOnly: Invalid input: expected boolean, received string",
+    ],
+  ])("says where and what would be right of %s", async (_what, change, expected) => {
+    const { problems } = await quiet().check(undefined, { ...wanted, ...change }, none);
+    expect(problems.map(({ property, reason }) => `${property}: ${reason}`)).toEqual([expected]);
+  });
+
   it.each(resourceTypes.map((type) => [type.type]))(
     "of %s names every required property at once",
     async (type) => {
