@@ -17,7 +17,6 @@ export function unknownProperties(bag: Readonly<Record<string, unknown>>): Reado
 
 function holdsUnknown(value: unknown): boolean {
   if (value === unknownValue) return true;
-  if (Array.isArray(value)) return value.some(holdsUnknown);
   return typeof value === "object" && value !== null && Object.values(value).some(holdsUnknown);
 }
 

@@ -215,9 +215,8 @@ function readPlan(unitText: string): AttachPlan | undefined {
   let value: unknown;
   try {
     value = JSON.parse(record);
-  } catch (error) {
-    if (error instanceof SyntaxError) return undefined;
-    throw error;
+  } catch {
+    return undefined;
   }
   const parsed = planShape.safeParse(value);
   return parsed.success ? parsed.data : undefined;
