@@ -52,6 +52,7 @@ describe("bad input is refused before any host is asked", () => {
     ["a size that is none", { size: "big" }, /^size: .*not a size/],
     ["a share of 0 %", { size: "0%ORIGIN" }, /^size: .*at least 1/],
     ["a chunk size that is no power of 2", { chunkSize: 5000 }, /^chunkSize: .*power of 2/],
+    ["a chunk size that is none", { chunkSize: "big" }, /^chunkSize: .*"big".*e\.g\. "64K"/],
     ["a chunk size that is too large", { chunkSize: "1M" }, /^chunkSize: .*512K/],
     ["a tag LVM refuses", { tags: ["a b"] }, /^tags\.0: .*refuses in tags/],
     ["a tag with the provider's own mark", { tags: ["lvm-nbd.owner=me"] }, /^tags: .*mark of this provider/],
@@ -218,6 +219,21 @@ describe("create looks first", () => {
     expect(asked.changes).toEqual([]);
   });
 
+  it("an origin that does not exist among many is told with a few of them", async () => {
+    const asked = fakeHost(() => {
+      const report: { report: { lv: { lv_name: string }[] }[] } = JSON.parse(recordedLvs("valid"));
+      for (const { lv } of report.report)
+        lv.push(
+          ...lv.flatMap((row) => [1, 2, 3, 4, 5].map((n) => ({ ...row, lv_name: `${row.lv_name}-${n}` }))),
+        );
+      return JSON.stringify(report);
+    });
+    await expect(
+      handlersOn("LvSnapshot", asked).create({ ...complete, origin: "vm9", name: "x" }),
+    ).rejects.toThrow(/ORIGIN_NOT_FOUND.*"vm1", "vm1-1", .* and 4 more/s);
+    expect(asked.changes).toEqual([]);
+  });
+
   it("another owner's snapshot of that name is refused with its owner named", async () => {
     const { asked, made } = create("valid", { owner: "o/p/s/other" });
     await expect(made).rejects.toThrow(/FOREIGN_RESOURCE.*belongs to o\/p\/s\/vm1/s);
@@ -369,6 +385,8 @@ describe("diff", () => {
     expect((await diff({ size: "16384k" })).changes).toEqual([]);
     expect((await diff({ size: 16 * MiB })).changes).toEqual([]);
     expect((await diff({ chunkSize: "64K" })).changes).toEqual([]);
+    expect((await diff({ chunkSize: "65536" })).changes).toEqual([]);
+    expect((await diff({ size: "25%ORIGIN" })).changes).toEqual([]);
   });
 
   it("an unknown origin means a replacement, an unknown tag a change in place", async () => {
@@ -633,7 +651,7 @@ describe("quiesce", () => {
           .replaceAll('"thin1"', '"vm1"')
           .replaceAll('"lv_attr":"Vwi-a-tz--"', '"lv_attr":"-wi-a-----"');
       made = exitCode === 91;
-      return { exitCode };
+      return { exitCode, stderr: exitCode === 5 ? "  VgVm has insufficient free space" : "" };
     });
     return { asked, made: handlersOn("LvSnapshot", asked).create({ ...complete, quiesce }) };
   };
@@ -642,6 +660,12 @@ describe("quiesce", () => {
     await expect(run(90).made).rejects.toMatchObject({
       message: expect.stringMatching(/QUIESCE_FAILED.*freeze-it/s),
     });
+  });
+
+  it("a failed snapshot is told by LVM's own words, as without quiesce", async () => {
+    await expect(run(5).made).rejects.toThrow(
+      /NO_SPACE.*no snapshot of VgVm\/vm1 could be taken.*insufficient/s,
+    );
   });
 
   it("a failed thaw is THAW_FAILED, and the snapshot that was taken is kept in the state", async () => {
