@@ -123,7 +123,7 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
         : lv.lv_device_open === "" || lv.lv_device_open === "0"
           ? false
           : undefined,
-    kind: kindOf(type, roles),
+    kind: kindOf(lv.lv_attr, roles),
     invalid: lv.lv_snapshot_invalid === "1" || lv.lv_attr[4] === "I" || overfull(lv.snap_percent),
     merging: lv.lv_merging === "1" || type === "S",
     mergeFailed: lv.lv_merge_failed === "1",
@@ -139,12 +139,15 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
   };
 }
 
-/** A pool's role is "private" too, but it is a volume people know. */
-function kindOf(type: string, roles: readonly string[]): LogicalVolume["kind"] {
-  if (type === "t") return "pool";
+/**
+ * A pool's role is "private" too, but it is a volume people know. A thin volume is told by the target type: with
+ * COW snapshots of its own the volume type is "o", while it is merged "S". Source: lv_attr_dup in lvm2's lv.c.
+ */
+function kindOf(attr: string, roles: readonly string[]): LogicalVolume["kind"] {
+  if (attr[0] === "t") return "pool";
   if (roles.includes("private")) return "internal";
-  if (type === "s" || type === "S") return "cow";
-  return type === "V" ? "thin" : "other";
+  if (attr[6] === "t") return "thin";
+  return attr[0] === "s" || attr[0] === "S" ? "cow" : "other";
 }
 
 /** A percentage above 100 means a broken store (lvm2 issue 164). */

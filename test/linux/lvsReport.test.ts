@@ -52,6 +52,23 @@ describe("the recorded report", () => {
     expect(named("thin", "pool_tdata")).toMatchObject({ kind: "internal" });
   });
 
+  it.each([
+    ["has a COW snapshot of its own", "owi-aotz--"],
+    ["is merged into", "Owi-aotz--"],
+    ["is inactive", "Vwi---tz--"],
+  ])("tells a thin volume that %s from others", (_what, attr) => {
+    const report = recordedLvs("thin").replace('"lv_attr":"Vwi-a-tz--"', `"lv_attr":"${attr}"`);
+    expect(parseLvs(report).find((lv) => lv.name === "thin1")).toMatchObject({ attr, kind: "thin" });
+  });
+
+  it("tells a thin snapshot that is being merged from a COW one", () => {
+    const report = recordedLvs("thin").replace('"lv_attr":"Vri-a-tz--"', '"lv_attr":"Sri-a-tz--"');
+    expect(parseLvs(report).find((lv) => lv.name === "thin1-snap")).toMatchObject({
+      kind: "thin",
+      merging: true,
+    });
+  });
+
   it("tells a full pool by the pool's own row", () => {
     expect(named("poolFull", "pool")).toMatchObject({ health: "out_of_data" });
   });
