@@ -2,6 +2,7 @@
  * NbdExport: a block device offered over NBD by a hardened systemd unit of its own.
  */
 import { isIP } from "node:net";
+import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
@@ -449,10 +450,13 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
     if (unknown.has(property) || wanted[property] !== state[property])
       changes.push({ property, effect: "replace" });
   }
-  for (const property of ["listenAddress", "port", "readOnly", "server", "clients", "owner"] as const) {
-    if (unknown.has(property) || JSON.stringify(wanted[property]) !== JSON.stringify(state[property])) {
+  for (const property of ["listenAddress", "port", "readOnly", "server", "owner"] as const) {
+    if (unknown.has(property) || wanted[property] !== state[property])
       changes.push({ property, effect: "update" });
-    }
+  }
+  // Their order means nothing, and a restart for it would cut them off.
+  if (unknown.has("clients") || !isDeepStrictEqual(new Set(wanted.clients), new Set(state.clients))) {
+    changes.push({ property: "clients", effect: "update" });
   }
   if (state.state !== "serving") changes.push({ property: "state", effect: "update" });
   return changes;

@@ -57,7 +57,11 @@ export function hostName(args: HostArgs): string {
     : `${isIP(args.address) === 6 ? `[${args.address}]` : args.address}:${port}`;
 }
 
-/** `address:port`, to see whether two declarations mean the same machine. Raises HOST_UNKNOWN. */
+/**
+ * `address:port`, to see whether two declarations mean the same machine. Jumps do not count: another way to an
+ * address is far more often a new way than another machine, and taking it for another machine would remove
+ * there what was just made. Raises INVALID_INPUT.
+ */
 export async function hostAddress(args: HostArgs): Promise<string> {
   if (typeof args !== "string") return `${args.address.toLowerCase()}:${args.port ?? 22}`;
   const config = await sshConfig(args);

@@ -368,6 +368,13 @@ describe("diff", () => {
     expect(deleteBeforeReplace).toBe(first);
   });
 
+  it("the same clients in another order are no change", async () => {
+    const handlers = handlersOn("NbdExport", untouchedHost());
+    const before = { ...state, clients: ["10.0.0.2", "10.0.0.3"] };
+    const { changes } = await handlers.diff(before, { ...complete, clients: ["10.0.0.3", "10.0.0.2"] }, none);
+    expect(changes).toEqual([]);
+  });
+
   it("an unknown device means a replacement", async () => {
     const { device: _, ...rest } = complete;
     const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(
