@@ -122,15 +122,16 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     async diff(oldValues, wanted, unknown) {
       const state = parse(oldValues, stateShape);
       const changes = [...type.diff(state, wanted, unknown)];
-      let sameHost = true;
       if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
       else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
-        sameHost = await isSameHost(state.host, wanted.host as HostArgs);
+        const sameHost = await isSameHost(state.host, wanted.host as HostArgs);
         changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
       }
       if (wanted.adopt !== undefined && wanted.adopt !== state.adopt)
         changes.push({ property: "adopt", effect: "connection" });
-      return { changes, deleteBeforeReplace: sameHost && type.collides(state, wanted) };
+      // Also for another host: if it is the same machine under another name, a create first would take over what
+      // is there, and the delete after it would remove just that.
+      return { changes, deleteBeforeReplace: type.collides(state, wanted) };
     },
 
     async create(values) {

@@ -80,7 +80,7 @@ export interface ResourceType<
   toState(declared: Inputs | State, observed: Observed): State;
   /** What differs between the state and the declaration, `host` aside. `unknown` are properties only known later. */
   diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[];
-  /** True if, on one host, old and new cannot exist beside one another, so that the old is removed first. */
+  /** True if, were they on one host, old and new could not exist beside one another, so that the old is removed first. */
   collides(state: State, wanted: Partial<Inputs>): boolean;
   /** Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. */
   create(context: Context, wanted: Inputs): Promise<void>;

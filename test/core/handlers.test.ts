@@ -60,12 +60,15 @@ describe("the host of a resource", () => {
     ["another address", { ...host, address: "192.0.2.2" }],
     ["another port, as of another server behind one address", { ...host, port: 2202 }],
     ["an alias that cannot be resolved", "no-such-host.invalid"],
-  ])("is another one with %s: replaced, both beside one another", async (_what, other) => {
-    expect(await changes(other)).toEqual({
-      changes: [{ property: "host", effect: "replace" }],
-      deleteBeforeReplace: false,
-    });
-  });
+  ])(
+    "is another one with %s: replaced, the old removed first, lest it be the same machine after all",
+    async (_what, other) => {
+      expect(await changes(other)).toEqual({
+        changes: [{ property: "host", effect: "replace" }],
+        deleteBeforeReplace: true,
+      });
+    },
+  );
 
   it("that is only known later may be another one", async () => {
     expect((await changes(undefined, new Set(["host"]))).changes).toEqual([

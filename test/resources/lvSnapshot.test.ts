@@ -374,7 +374,7 @@ describe("diff", () => {
     ["triggers", { triggers: ["tuesday"] }, "triggers", true],
     ["shrinking", { size: "8M" }, "size", true],
     ["a thin snapshot instead of a COW one", { size: undefined }, "size", true],
-    ["host", { host: { ...host, address: "192.0.2.2" } }, "host", false],
+    ["host", { host: { ...host, address: "192.0.2.2" } }, "host", true],
   ])("replacement: %s, the old removed first where names collide", async (_what, change, property, first) => {
     const { changes, deleteBeforeReplace } = await diff(change);
     expect(changes).toEqual([{ property, effect: "replace" }]);

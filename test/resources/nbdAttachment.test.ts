@@ -362,7 +362,7 @@ describe("diff", () => {
   it.each([
     ["uri", { uri: "nbd://10.0.0.1:10809/vm2" }, true],
     ["name", { name: "vm2" }, false],
-    ["host", { host: { ...host, address: "192.0.2.9" } }, false],
+    ["host", { host: { ...host, address: "192.0.2.9" } }, true],
   ])("replacement: %s, the old removed first where names collide", async (property, change, first) => {
     const { changes, deleteBeforeReplace } = await diff(change);
     expect(changes).toEqual([{ property, effect: "replace" }]);

@@ -361,7 +361,7 @@ describe("diff", () => {
   it.each([
     ["device", { device: "/dev/VgVm/other" }, true],
     ["exportName", { exportName: "vm2" }, false],
-    ["host", { host: { ...host, address: "192.0.2.9" } }, false],
+    ["host", { host: { ...host, address: "192.0.2.9" } }, true],
   ])("replacement: %s, the old removed first where names collide", async (property, change, first) => {
     const { changes, deleteBeforeReplace } = await diff(change);
     expect(changes).toEqual([{ property, effect: "replace" }]);
