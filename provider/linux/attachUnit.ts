@@ -95,5 +95,5 @@ export const modulesLoad = { path: "/etc/modules-load.d/lvm-nbd.conf", text: "# 
  */
 export const udevRule = {
   path: "/etc/udev/rules.d/59-lvm-nbd.rules",
-  text: '# Made by lvm-nbd: what lies on an attached disk is the guest\'s, not this host\'s.\nSUBSYSTEM=="block", KERNEL=="nbd*", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{SYSTEMD_READY}="0"\n',
+  text: '# Made by lvm-nbd: what lies on an attached disk is the guest\'s, not this host\'s.\nSUBSYSTEM=="block", KERNEL=="nbd*", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1", ENV{SYSTEMD_READY}="0"\n',
 };

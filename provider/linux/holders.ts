@@ -22,6 +22,15 @@ for name in $names; do
   done
   cat /proc/[0-9]*/mountinfo 2>/dev/null | awk -v n="$numbers" '$3 == n { print $5 }' | sort -u |
     while IFS= read -r where; do say mount "$where"; done
+  # btrfs mounts have a number of their own, and a loop device on a disk is opened by the kernel: both show only here.
+  for held in /sys/fs/btrfs/*/devices/"$name"; do
+    [ -e "$held" ] || continue
+    held=\${held#/sys/fs/btrfs/}; say mount "btrfs \${held%%/*}"
+  done
+  for held in /sys/block/loop*/loop/backing_file; do
+    [ "$(cat "$held" 2>/dev/null)" = "/dev/$name" ] || continue
+    held=\${held#/sys/block/}; say device "\${held%%/*}"
+  done
   awk -v d="/dev/$name" '$1 == d { print $1 }' /proc/swaps | while IFS= read -r swap; do say swap "$swap"; done
 done
 for name in $names; do

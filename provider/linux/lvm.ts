@@ -133,7 +133,7 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
     health: lv.lv_health_status,
     readOnly: lv.lv_attr[1] === "r" || lv.lv_attr[1] === "R",
     tags: lv.lv_tags === "" ? [] : lv.lv_tags.split(","),
-    createdAt: bytes(lv.lv_time, "lv_time"),
+    createdAt: lv.lv_time === "" ? 0 : bytes(lv.lv_time, "lv_time"),
     extentSizeBytes: bytes(lv.vg_extent_size, "vg_extent_size"),
     volumeGroupFreeBytes: bytes(lv.vg_free, "vg_free"),
   };
@@ -188,7 +188,7 @@ export function parseSize(value: string | number): Size {
     if (!Number.isSafeInteger(number) || number < MiB) {
       throw new Error(`${value} would be bytes, too few to be meant: write a unit, e.g. "${value}G"`);
     }
-    return { bytes: number };
+    return { bytes: wholeSectors(number) };
   }
   const share = /^(\d+(?:\.\d+)?)%ORIGIN$/i.exec(value);
   if (share) {
@@ -206,7 +206,12 @@ export function parseSize(value: string | number): Size {
   const number = Math.ceil(Number(match[1]) * unit);
   if (!Number.isSafeInteger(number)) throw new Error(`"${value}" is larger than any volume`);
   if (number < MiB) throw new Error(`"${value}" is less than 1M, too small for a snapshot`);
-  return { bytes: number };
+  return { bytes: wholeSectors(number) };
+}
+
+/** LVM refuses a size in bytes that is no multiple of 512. */
+function wholeSectors(number: number): number {
+  return Math.ceil(number / 512) * 512;
 }
 
 /** The bytes a size means for an origin of that many bytes; `undefined` where the origin's size is not known. */

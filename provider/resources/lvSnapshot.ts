@@ -158,6 +158,7 @@ function generationOf(wanted: Inputs): string {
 }
 
 const observeSeconds = 60;
+/** Also the time between TERM and KILL: an LVM command killed half-way leaves the origin suspended. */
 const changeSeconds = 120;
 
 async function volumes(context: Context): Promise<LogicalVolume[]> {
@@ -196,8 +197,11 @@ function stateOf({ lv, poolFull }: Observed): State["state"] {
 /** LVM locks the volume group for a change; those of one group wait for each other here. */
 function change(context: Context, volumeGroup: string, argv: string[], what: string): Promise<unknown> {
   return serially(context.host, volumeGroup, () =>
-    succeed(context, { argv, kind: "change", deadlineSeconds: changeSeconds }, what, (result) =>
-      lvmFailure(result.stderr),
+    succeed(
+      context,
+      { argv, kind: "change", deadlineSeconds: changeSeconds, graceSeconds: changeSeconds },
+      what,
+      (result) => lvmFailure(result.stderr),
     ),
   );
 }
@@ -305,7 +309,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
     argv: script(quiesceScript, quiesce.freeze, quiesce.thaw, String(quiesce.timeoutSeconds), ...argv),
     kind: "change",
     deadlineSeconds: changeSeconds + 2 * quiesce.timeoutSeconds,
-    graceSeconds: 2 * (quiesce.timeoutSeconds + 10),
+    graceSeconds: changeSeconds + 2 * (quiesce.timeoutSeconds + 10),
   };
   const result = await serially(context.host, wanted.volumeGroup, () =>
     context.host.run(command, context.signal),
@@ -590,7 +594,8 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   isSame: (seen, state) => seen.lv.uuid === state.uuid,
   toState,
   diff,
-  collides: (state, wanted) => state.volumeGroup === wanted.volumeGroup && state.name === wanted.name,
+  // Whatever the group: a renamed one (vgrename) holds the very snapshot that the delete would remove.
+  collides: (state, wanted) => state.name === wanted.name,
   create,
   converge,
   remove: (context, _state, seen) => removeVolume(context, seen),

@@ -239,8 +239,9 @@ function planOf(wanted: Inputs, device: string): AttachPlan {
 function stateOf(seen: Observed): State["state"] {
   const foreign = seen.pid !== undefined && seen.pid !== seen.show.MainPID;
   if (seen.show.ActiveState !== "active" || seen.sizeBytes === 0) return foreign ? "replaced" : "detached";
-  if (seen.edited) return "edited";
-  if (seen.pid !== seen.show.MainPID || seen.readOnly !== seen.plan?.readOnly) return "replaced";
+  if (seen.pid !== seen.show.MainPID) return "replaced";
+  // Our own link with another permission stays ours: it is only cut when nobody holds it.
+  if (seen.edited || seen.readOnly !== seen.plan?.readOnly) return "edited";
   if (!seen.readable) return "dead";
   if (!seen.linked) return "edited";
   return seen.show.UnitFileState === "enabled" ? "attached" : "disabled";
@@ -252,7 +253,10 @@ missing=
 for program in nbd-client nbdinfo systemctl flock udevadm; do command -v "$program" >/dev/null || missing="$missing $program"; done
 emit missing "$missing"
 if [ -d /sys/module/nbd ]; then emit module.rc 0; else emit_output module modprobe -n nbd; fi
-if command -v nbdinfo >/dev/null; then emit_output size timeout 30 nbdinfo --size "$uri"; fi
+if command -v nbdinfo >/dev/null; then
+  emit_output size timeout 30 nbdinfo --size "$uri"
+  emit_output readOnly timeout 30 nbdinfo --is read-only "$uri"
+fi
 emit end ""
 `;
 
@@ -287,6 +291,14 @@ async function preflight(context: Context, wanted: Inputs): Promise<number> {
       stderr: fields.get("size"),
     });
   }
+  if (!wanted.readOnly && fields.get("readOnly.rc") === "0") {
+    throw new LvmNbdError("INVALID_INPUT", {
+      ...where,
+      property: "readOnly",
+      message: `readOnly: ${uri} is exported read-only, so it cannot be attached writable`,
+      advice: "Leave `readOnly` out, or make the export writable (`readOnly: false` on the NbdExport).",
+    });
+  }
   return size;
 }
 
@@ -304,21 +316,31 @@ for sys in /sys/block/nbd*; do
 done | sort -n
 `;
 
-/** Exit code 75: the device is not free any more. 70: the client did not connect. */
+/**
+ * Exit code 75: the device is not free. 76: what is attached now is held (named on stdout). 70: the client did
+ * not connect. Nothing is stopped before both have been looked at under the lock.
+ */
 const applyScript = `${emitFunctions}
 unit=$1 device=$2 path=$3 expected=$4 modules=$5 modules_text=$6 rule=$7 rule_text=$8 wait=$9
+shift 9; current=$1 holders=$2
 file=/etc/systemd/system/$unit
-exec 9>/run/lock/lvm-nbd.lock && flock -w 120 9 || { echo "another attachment is being made for more than 120 s" >&2; exit 1; }
+exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "another attachment is being made for more than 120 s" >&2; exit 1; }
 install_file() {
   [ -f "$1" ] && [ "$(cat "$1"; echo x)" = "$(printf %s "$2"; echo x)" ] && return 0
   mkdir -p "\${1%/*}" && rm -f "$1.new" && printf %s "$2" >"$1.new" && sync "$1.new" && mv -f "$1.new" "$1"
 }
 umask 022
 new=$(cat; echo x); new=\${new%x}
+sys=/sys/block/\${device##*/}
+busy() { [ -e "$sys/pid" ] || [ "$(cat "$sys/size" 2>/dev/null || echo 0)" != 0 ]; }
+if [ "$device" != "$current" ] && busy; then echo "$device is in use" >&2; exit 75; fi
+if [ -b "$current" ]; then
+  held=$(sh -c "$holders" sh "$current" "$unit") || exit 1
+  if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 76; fi
+fi
 # A unit whose file was deleted may run all the same.
 [ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || systemctl stop "$unit" || exit 1
-sys=/sys/block/\${device##*/}
-if [ -e "$sys/pid" ] || [ "$(cat "$sys/size" 2>/dev/null || echo 0)" != 0 ]; then echo "$device is in use" >&2; exit 75; fi
+if busy; then echo "$device is in use" >&2; exit 75; fi
 for other in $(grep -lsx "Device=$device" /etc/systemd/system/lvm-nbd-attach-*.service); do
   [ "$other" = "$file" ] || { echo "$device belongs to $other" >&2; exit 75; }
 done
@@ -334,7 +356,13 @@ timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 |
 exit 0
 `;
 
-async function apply(context: Context, plan: AttachPlan, sizeBytes: number): Promise<"attached" | "taken"> {
+/** `current`: the device that this attachment has now and that must not be held; `undefined` if it has none. */
+async function apply(
+  context: Context,
+  plan: AttachPlan,
+  sizeBytes: number,
+  current: string | undefined,
+): Promise<"attached" | "taken"> {
   // The kernel cuts the device to whole blocks.
   const expected = sizeBytes - (sizeBytes % plan.blockSize);
   const command: RemoteCommand = {
@@ -349,6 +377,8 @@ async function apply(context: Context, plan: AttachPlan, sizeBytes: number): Pro
       udevRule.path,
       udevRule.text,
       String(Math.min(plan.timeoutSeconds, 30)),
+      current ?? "",
+      holdersScript,
     ),
     stdin: renderAttachUnit(plan),
     kind: "change",
@@ -357,6 +387,9 @@ async function apply(context: Context, plan: AttachPlan, sizeBytes: number): Pro
   const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
   if (result.exitCode === 0) return "attached";
   if (result.exitCode === 75) return "taken";
+  if (result.exitCode === 76) {
+    throw heldError(context, current ?? "", parseOutput(context, command, result, parseHolders));
+  }
   const dead = result.exitCode === 70;
   throw failure(
     context,
@@ -369,16 +402,26 @@ async function apply(context: Context, plan: AttachPlan, sizeBytes: number): Pro
   );
 }
 
-async function attach(context: Context, wanted: Inputs, current: string | undefined): Promise<void> {
+async function attach(
+  context: Context,
+  wanted: Inputs,
+  current: string | undefined,
+  isNew: boolean,
+): Promise<void> {
   const sizeBytes = await preflight(context, wanted);
   const fixed = wanted.device ?? current;
   for (const device of fixed === undefined ? await freeDevices(context) : [fixed]) {
     context.progress(`attaching ${nbdUri(endpoint(wanted))} as ${device}`);
     try {
-      if ((await apply(context, planOf(wanted, device), sizeBytes)) === "attached") return;
+      if ((await apply(context, planOf(wanted, device), sizeBytes, current)) === "attached") return;
     } catch (error) {
       // What does not connect is not left behind: it would keep trying on a host nobody looks at.
-      if (error instanceof LvmNbdError && ["ATTACHMENT_DEAD", "COMMAND_FAILED"].includes(error.code)) {
+      // An attachment that was there before stays: its unit goes on trying, and the next up goes on from it.
+      if (
+        isNew &&
+        error instanceof LvmNbdError &&
+        ["ATTACHMENT_DEAD", "COMMAND_FAILED"].includes(error.code)
+      ) {
         await takeDown(context, wanted.name, undefined);
       }
       throw error;
@@ -416,7 +459,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   // Somebody else's link is not ours to cut, whoever holds it: the unit leaves it alone.
   if (seen.device !== undefined && !replaced)
     await refuseHeld(context, seen.device, attachUnitName(wanted.name));
-  await attach(context, wanted, replaced ? undefined : seen.device);
+  await attach(context, wanted, replaced ? undefined : seen.device, false);
 }
 
 async function refuseHeld(context: Context, device: string, unit: string): Promise<void> {
@@ -444,7 +487,7 @@ function heldError(context: Context, device: string, holders: readonly string[])
 /** Looks for holders (exit code 75, named on stdout) and takes the unit down in one go, so that nobody slips in between. */
 const takeDownScript = `
 unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3 device=$4 path=$6
-exec 9>/run/lock/lvm-nbd.lock && flock -w 120 9 || { echo "an attachment is being made for more than 120 s" >&2; exit 1; }
+exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "an attachment is being made for more than 120 s" >&2; exit 1; }
 if [ -b "$device" ]; then
   held=$(sh -c "$5" sh "$device" "$unit") || exit 1
   if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
@@ -572,7 +615,7 @@ export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   diff,
   collides: (state, wanted) =>
     state.name === wanted.name || (wanted.device !== undefined && wanted.device === state.device),
-  create: (context, wanted) => attach(context, wanted, undefined),
+  create: (context, wanted) => attach(context, wanted, undefined, true),
   converge,
   async remove(context, state, seen) {
     const device = seen.plan?.device ?? state.device;

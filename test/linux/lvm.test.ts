@@ -43,6 +43,11 @@ describe("parseSize", () => {
     expect(() => parseSize(written)).toThrow(message);
   });
 
+  it("rounds up to whole sectors, since LVM refuses anything else", () => {
+    expect(parseSize("1.3G")).toEqual({ bytes: 1395864576 });
+    expect(parseSize(1395864371)).toEqual({ bytes: 1395864576 });
+  });
+
   it("turns a share of the origin into bytes only where the origin's size is known", () => {
     expect(sizeInBytes({ percentOfOrigin: 20 }, 10 * GiB)).toBe(2 * GiB);
     expect(sizeInBytes({ percentOfOrigin: 20 }, undefined)).toBeUndefined();

@@ -368,7 +368,7 @@ describe("diff", () => {
   });
 
   it.each([
-    ["volume group", { volumeGroup: "VgOther" }, "volumeGroup", false],
+    ["volume group", { volumeGroup: "VgOther" }, "volumeGroup", true],
     ["origin", { origin: "vm2" }, "origin", true],
     ["chunk size", { chunkSize: "4K" }, "chunkSize", true],
     ["triggers", { triggers: ["tuesday"] }, "triggers", true],

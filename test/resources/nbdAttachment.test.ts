@@ -274,7 +274,7 @@ describe("refresh", () => {
     ["a link cut by hand", { sectors: "0" }, "detached"],
     ["a dead link", { read: "1" }, "dead"],
     ["somebody else's link behind the device", { pid: "99" }, "replaced"],
-    ["a device turned writable", { ro: "0" }, "replaced"],
+    ["a device turned writable", { ro: "0" }, "edited"],
     ["a unit that would not start at boot", { enabled: "disabled" }, "disabled"],
     ["a missing stable path", { link: "" }, "edited"],
   ])("tells %s, and up puts it right in place", async (_what, at: World, expected) => {
@@ -466,6 +466,33 @@ describe("what is mounted stays", () => {
     await expect(handlersOn("NbdAttachment", asked).remove({ ...state })).rejects.toThrow(
       /DEVICE_IN_USE.*mounted at \/mnt/s,
     );
+  });
+
+  it("a device turned writable by hand is not cut beneath a mount", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), ro: "0", held: "/mnt" });
+    await expect(handlersOn("NbdAttachment", asked).update({ ...state }, complete)).rejects.toThrow(
+      /DEVICE_IN_USE.*mounted at \/mnt/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("a failed change of what was there leaves it, with its unit, for the next up", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), applied: [70] });
+    const changed = { ...complete, timeoutSeconds: 60 };
+    await expect(handlersOn("NbdAttachment", asked).update({ ...state }, changed)).rejects.toThrow(
+      /ATTACHMENT_DEAD/,
+    );
+    expect(asked.changes).toHaveLength(1);
+  });
+
+  it("a mount made between the look and the change is seen under the lock", async () => {
+    const asked = world({ unit: renderAttachUnit(plan), applied: [76] });
+    const changed = { ...complete, timeoutSeconds: 60 };
+    await expect(handlersOn("NbdAttachment", asked).update({ ...state }, changed)).rejects.toThrow(
+      /DEVICE_IN_USE/,
+    );
+    expect(asked.changes).toHaveLength(1);
+    expect(asked.changes[0]?.argv).toContain("/dev/nbd0");
   });
 
   it("a change in place is refused and nothing is changed", async () => {
