@@ -67,6 +67,8 @@ async function convergeOnce(
       resource: context.resource,
     });
   }
+  // Another resource of the same name may have made its own in the meantime: its thing is not ours to report.
+  if (after.mark !== undefined) refuseForeign(type, context, after, wanted, old);
   return type.toState(wanted, after);
 }
 

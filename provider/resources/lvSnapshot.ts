@@ -135,6 +135,8 @@ interface Observed {
   readonly lv: LogicalVolume;
   readonly origin: LogicalVolume | undefined;
   readonly poolFull: boolean;
+  /** COW snapshots of this (thin) snapshot itself: lvremove would take them along. */
+  readonly dependents: readonly string[];
 }
 
 function chunkSizeBytes(value: string | number): number | undefined {
@@ -169,13 +171,28 @@ async function volumes(context: Context): Promise<LogicalVolume[]> {
   return parseOutput(context, command, result, parseLvs);
 }
 
+/** A group that has vanished (a disk not there yet) says nothing of its volumes: that is not an absence. */
+async function requireGroup(context: Context, volumeGroup: string): Promise<void> {
+  const argv = ["vgs", "--noheadings", "-o", "vg_name", volumeGroup];
+  await succeed(
+    context,
+    { argv, kind: "read", deadlineSeconds: observeSeconds },
+    `volumeGroup: no volume group "${volumeGroup}" is on the host now`,
+    (failed) => lvmFailure(failed.stderr),
+  );
+}
+
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const all = await volumes(context);
   const uuid = "uuid" in wanted ? wanted.uuid : undefined;
   const lv =
     all.find((candidate) => candidate.uuid === uuid) ??
     all.find((candidate) => candidate.volumeGroup === wanted.volumeGroup && candidate.name === wanted.name);
-  if (lv === undefined) return undefined;
+  if (lv === undefined) {
+    if (!all.some((other) => other.volumeGroup === wanted.volumeGroup))
+      await requireGroup(context, wanted.volumeGroup);
+    return undefined;
+  }
   const inGroup = (name: string | undefined) =>
     all.find((candidate) => candidate.volumeGroup === lv.volumeGroup && candidate.name === name);
   const pool = inGroup(lv.pool);
@@ -183,6 +200,11 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     mark: markAmong(lv.tags),
     lv,
     origin: inGroup(lv.origin),
+    dependents: all
+      .filter(
+        (other) => other.kind === "cow" && other.volumeGroup === lv.volumeGroup && other.origin === lv.name,
+      )
+      .map((other) => other.name),
     poolFull: pool !== undefined && (pool.health !== "" || (pool.usedPercent ?? 0) >= 100),
   };
 }
@@ -409,7 +431,14 @@ function largestUsefulStore(lv: LogicalVolume): number {
 }
 
 async function removeVolume(context: Context, seen: Observed): Promise<void> {
-  const { lv } = seen;
+  const { lv, dependents } = seen;
+  if (dependents.length > 0) {
+    throw new LvmNbdError("VOLUME_IN_USE", {
+      message: `${lv.volumeGroup}/${lv.name} is the origin of ${listed(dependents)}, which would be removed with it`,
+      host: context.host.name,
+      resource: context.resource,
+    });
+  }
   if (lv.open !== false && lv.active) await refuseOpen(context, lv);
   if (stateOf(seen) === "merging") {
     throw new LvmNbdError("SNAPSHOT_MERGING", {

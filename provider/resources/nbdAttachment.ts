@@ -422,7 +422,9 @@ async function attach(
         error instanceof LvmNbdError &&
         ["ATTACHMENT_DEAD", "COMMAND_FAILED"].includes(error.code)
       ) {
-        await takeDown(context, wanted.name, undefined);
+        await takeDown(context, wanted.name, undefined).catch((cleanup: unknown) => {
+          context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
+        });
       }
       throw error;
     }

@@ -233,6 +233,7 @@ emit missing "$missing"
 if [ ! -e "$device" ]; then emit device absent
 elif [ ! -b "$device" ]; then emit device other
 else emit device block
+  emit ro "$(blockdev --getro "$device")"
   emit_output read timeout 20 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
 fi
 emit addresses "$(ip -o addr show to "$address")"
@@ -285,6 +286,15 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
     throw refuse("DEVICE_NOT_FOUND", "device", `${plan.device} does not exist on the host`);
   if (fields.get("device") !== "block")
     throw refuse("DEVICE_NOT_BLOCK", "device", `${plan.device} is not a block device`);
+  if (!plan.readOnly && fields.get("ro")?.trim() === "1") {
+    throw new LvmNbdError("INVALID_INPUT", {
+      message: `readOnly: ${plan.device} is read-only, so it cannot be exported writable`,
+      host: context.host.name,
+      resource: context.resource,
+      property: "readOnly",
+      advice: "Leave `readOnly` out, or make the device writable (`readOnly: false` on the LvSnapshot).",
+    });
+  }
   if (fields.get("read.rc") !== "0") {
     throw refuse("DEVICE_UNREADABLE", "device", `${plan.device} cannot be read: ${fields.get("read") ?? ""}`);
   }
@@ -379,7 +389,9 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
   } catch (error) {
     // What does not serve is not left behind: it would keep restarting on a host nobody looks at.
     if (error instanceof LvmNbdError && ["EXPORT_NOT_SERVING", "COMMAND_FAILED"].includes(error.code)) {
-      await takeDown(context, wanted.exportName);
+      await takeDown(context, wanted.exportName).catch((cleanup: unknown) => {
+        context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
+      });
     }
     throw error;
   }
@@ -494,7 +506,8 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,
   toState,
   diff,
-  collides: (state, wanted) => state.exportName === wanted.exportName,
+  // Two exports cannot listen on one port either.
+  collides: (state, wanted) => state.exportName === wanted.exportName || state.port === wanted.port,
   create,
   converge,
   remove: (context, state) => {

@@ -195,7 +195,8 @@ describe("an operation", () => {
       signal,
     });
     await handlers.read(state);
-    expect(signals).toEqual([signal]);
+    // The look at the volumes, and the one at their group.
+    expect(signals).toEqual([signal, signal]);
   });
 
   it("that failed after it made something tells id and state, without undefined values", async () => {

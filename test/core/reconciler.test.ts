@@ -172,6 +172,19 @@ describe("converge", () => {
     await expect(converge(type, context, wanted, undefined)).rejects.not.toBeInstanceOf(PartialSuccess);
   });
 
+  it("does not report for its own what another resource of the same name made in the meantime", async () => {
+    const { world, type, context } = scene(undefined);
+    const late = {
+      ...type,
+      create: async () => {
+        world.thing = { mark: ownerMark("o/p/s/other"), id: 9, right: true };
+      },
+    };
+    await expect(converge(late, context, wanted, undefined)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*o\/p\/s\/other/s,
+    );
+  });
+
   it("tells when what was made is gone a moment later", async () => {
     const { world, type, context } = scene(undefined);
     const quiet = {

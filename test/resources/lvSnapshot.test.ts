@@ -342,6 +342,16 @@ describe("refresh", () => {
     expect(warnings).toEqual([expect.stringContaining("is gone")]);
   });
 
+  it("does not take a volume group that has vanished for the absence of its snapshots", async () => {
+    const { kept } = await stateOf("valid");
+    const vanished = fakeHost(({ argv }) =>
+      argv[0] === "vgs" ? { exitCode: 5, stderr: '  Volume group "VgVm" not found' } : recordedLvs("empty"),
+    );
+    await expect(handlersOn("LvSnapshot", vanished).read(kept)).rejects.toThrow(/VOLUME_GROUP_NOT_FOUND/);
+    await expect(handlersOn("LvSnapshot", vanished).remove(kept)).rejects.toThrow(/VOLUME_GROUP_NOT_FOUND/);
+    expect(vanished.changes).toEqual([]);
+  });
+
   it("takes what it cannot read for an error", async () => {
     await expect(stateOf("valid", (report) => report.slice(0, 300))).rejects.toThrow(/OUTPUT_UNREADABLE/);
     const failing = fakeHost(() => ({ exitCode: 5, stderr: "  Can't get lock for VgVm" }));
@@ -435,6 +445,17 @@ describe("remove", () => {
     await expect(handlersOn("LvSnapshot", asked).remove(kept)).rejects.toThrow(
       /VOLUME_IN_USE.*mounted at \/mnt/s,
     );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("refuses one that is itself the origin of a snapshot, which LVM would remove with it", async () => {
+    const { kept } = await stateOf("valid");
+    const report: { report: { lv: Record<string, string>[] }[] } = JSON.parse(recordedLvs("valid"));
+    const rows = report.report[0]?.lv ?? [];
+    const snapshot = rows.find((row) => row.lv_name === "vm1-snap");
+    rows.push({ ...snapshot, lv_uuid: "other", lv_name: "overlay", origin: "vm1-snap" });
+    const asked = fakeHost(() => JSON.stringify(report));
+    await expect(handlersOn("LvSnapshot", asked).remove(kept)).rejects.toThrow(/VOLUME_IN_USE.*"overlay"/s);
     expect(asked.changes).toEqual([]);
   });
 

@@ -87,6 +87,7 @@ interface World {
   readOnly?: string;
   device?: string;
   read?: string;
+  ro?: string;
   missing?: string;
   addresses?: string;
   route?: string;
@@ -113,6 +114,7 @@ function world(at: World) {
       return fields({
         missing: at.missing ?? "",
         device: at.device ?? "block",
+        ro: at.ro ?? "0",
         read: "dd: Input/output error",
         "read.rc": at.read ?? "0",
         addresses: at.addresses ?? "2: eth0 inet 10.0.0.1/24",
@@ -146,6 +148,7 @@ describe("create finds out first what would make it fail", () => {
   it.each([
     ["a device that does not exist", { device: "absent" }, /DEVICE_NOT_FOUND.*device: .*does not exist/s],
     ["a device that is not a block device", { device: "other" }, /DEVICE_NOT_BLOCK.*not a block device/s],
+    ["a read-only device to be exported writable", { ro: "1" }, /INVALID_INPUT.*readOnly: .*is read-only/s],
     ["an unreadable device", { read: "1" }, /DEVICE_UNREADABLE.*Input\/output error/s],
     [
       "a missing program",
@@ -160,7 +163,8 @@ describe("create finds out first what would make it fail", () => {
     ],
   ])("%s", async (_what, at: World, message) => {
     const asked = world(at);
-    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(message);
+    const wanted = { ...complete, readOnly: at.ro === undefined };
+    await expect(handlersOn("NbdExport", asked).create(wanted)).rejects.toThrow(message);
     expect(asked.changes).toEqual([]);
   });
 
@@ -360,7 +364,7 @@ describe("diff", () => {
 
   it.each([
     ["device", { device: "/dev/VgVm/other" }, true],
-    ["exportName", { exportName: "vm2" }, false],
+    ["exportName", { exportName: "vm2" }, true],
     ["host", { host: { ...host, address: "192.0.2.9" } }, true],
   ])("replacement: %s, the old removed first where names collide", async (property, change, first) => {
     const { changes, deleteBeforeReplace } = await diff(change);
