@@ -57,6 +57,8 @@ export const errorCodes = {
   ADDRESS_NOT_LOCAL: "The listen address is not an address of the host.",
   EXPORT_NOT_SERVING:
     "The server started but a real NBD handshake did not succeed, or showed another size. Its last log lines are in the message.",
+  CLIENTS_NOT_ENFORCED:
+    "The host's systemd or kernel does not enforce `clients` (no BPF firewall for control groups), so everybody could read the disk. The export was stopped. Use a host with unified control groups, or listen on loopback.",
   EXPORT_UNREACHABLE:
     "The export cannot be reached from the attaching host: not running, blocked, not in `clients`, or another name.",
   DEVICE_IN_USE: "The NBD device is mounted or held; the message names the holder. Nothing was detached.",

@@ -322,9 +322,21 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
   return apart ? { ...plan, ownAddress: own } : plan;
 }
 
-/** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. */
+/** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. 71: its clients are not enforced. */
 const applyScript = `${emitFunctions}
-unit=$1 conf=$2 config=$3 uri=$4 file=/etc/systemd/system/$1
+unit=$1 conf=$2 config=$3 uri=$4 open=$5 file=/etc/systemd/system/$1
+# systemd starts a unit whose address filter it cannot apply: once a boot, a process under the same filter must be
+# seen to be kept out, and one without it to get in.
+prove_clients() {
+  proof=/run/lvm-nbd-clients-enforced
+  [ "$open" = no ] || [ -e "$proof" ] && return
+  if systemd-run -q --wait --pipe timeout 20 nbdinfo --size "$uri" >/dev/null 2>&1 &&
+    ! systemd-run -q --wait --pipe -p IPAddressDeny=any timeout 3 nbdinfo --size "$uri" >/dev/null 2>&1; then
+    : >"$proof"; return
+  fi
+  systemctl disable --quiet --now "$unit"
+  exit 71
+}
 umask 022
 rm -f "$file.new" && cat >"$file.new" && sync "$file.new" || { rm -f "$file.new"; exit 1; }
 if [ -n "$config" ]; then
@@ -341,7 +353,7 @@ end=$(( $(date +%s) + 80 ))
 while :; do
   if answer=$(timeout 75 nbdinfo --size "$uri" 2>&1); then
     bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
-    [ "$bytes" = 512 ] && exit 0
+    [ "$bytes" = 512 ] && { prove_clients; exit 0; }
     answer="the handshake succeeds, but nothing can be read"
     break
   fi
@@ -363,6 +375,7 @@ async function apply(context: Context, plan: ExportPlan): Promise<void> {
       exportConfigPath(plan.exportName),
       exportConfig(plan) ?? "",
       probeUri(plan),
+      isLoopback(plan.listenAddress) ? "no" : "yes",
     ),
     stdin: renderExportUnit(plan),
     kind: "change",
@@ -370,6 +383,15 @@ async function apply(context: Context, plan: ExportPlan): Promise<void> {
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
+  if (result.exitCode === 71) {
+    throw failure(
+      context,
+      command,
+      result,
+      "clients: the host does not enforce them",
+      "CLIENTS_NOT_ENFORCED",
+    );
+  }
   throw failure(
     context,
     command,
@@ -388,7 +410,10 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
     await apply(context, plan);
   } catch (error) {
     // What does not serve is not left behind: it would keep restarting on a host nobody looks at.
-    if (error instanceof LvmNbdError && ["EXPORT_NOT_SERVING", "COMMAND_FAILED"].includes(error.code)) {
+    if (
+      error instanceof LvmNbdError &&
+      ["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "COMMAND_FAILED"].includes(error.code)
+    ) {
       await takeDown(context, wanted.exportName).catch((cleanup: unknown) => {
         context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
       });

@@ -103,11 +103,11 @@ function world(at: World) {
   return fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
     if (kind === "change") {
-      if (text.includes("systemctl disable")) taken = true;
       if (text.includes("systemctl restart")) {
         if (at.applied === undefined) at.unit = stdin ?? "";
         return { exitCode: at.applied ?? 0, stderr: "the log" };
       }
+      if (text.includes("systemctl disable")) taken = true;
       return "";
     }
     if (text.includes("emit missing")) {
@@ -174,6 +174,14 @@ describe("create finds out first what would make it fail", () => {
       /EXPORT_NOT_SERVING.*the log/s,
     );
     expect(asked.changes).toHaveLength(2);
+    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+  });
+
+  it("an export whose clients the host does not enforce is stopped and taken down", async () => {
+    const asked = world({ applied: 71 });
+    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
+      /CLIENTS_NOT_ENFORCED.*everybody/s,
+    );
     expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
   });
 
