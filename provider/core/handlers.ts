@@ -131,7 +131,13 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
         changes.push({ property: "adopt", effect: "connection" });
       // Also for another host: if it is the same machine under another name, a create first would take over what
       // is there, and the delete after it would remove just that.
-      return { changes, deleteBeforeReplace: type.collides(state, wanted) };
+      const deleteBeforeReplace = type.collides(state, wanted);
+      if (deleteBeforeReplace && unknown.size === 0 && changes.some(({ effect }) => effect === "replace")) {
+        // The old is removed before the new is tried: what cannot succeed must fail here.
+        const inputs = parse(wanted, type.inputs);
+        await attempt(inputs, async (opened) => type.suitable?.(opened, inputs));
+      }
+      return { changes, deleteBeforeReplace };
     },
 
     async create(values) {

@@ -82,6 +82,8 @@ export interface ResourceType<
   diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[];
   /** True if, were they on one host, old and new could not exist beside one another, so that the old is removed first. */
   collides(state: State, wanted: Partial<Inputs>): boolean;
+  /** Refuses, by looking only, what `create` would refuse: asked before an old thing is removed for a new one. */
+  suitable?(context: Context, wanted: Inputs): Promise<void>;
   /** Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. */
   create(context: Context, wanted: Inputs): Promise<void>;
   /** Brings an existing thing of ours to its declared form; does nothing to what is right already. */

@@ -172,12 +172,16 @@ async function volumes(context: Context): Promise<LogicalVolume[]> {
 }
 
 /** A group that has vanished (a disk not there yet) says nothing of its volumes: that is not an absence. */
-async function requireGroup(context: Context, volumeGroup: string): Promise<void> {
+async function requireGroup(
+  context: Context,
+  volumeGroup: string,
+  all: readonly LogicalVolume[],
+): Promise<void> {
   const argv = ["vgs", "--noheadings", "-o", "vg_name", volumeGroup];
   await succeed(
     context,
     { argv, kind: "read", deadlineSeconds: observeSeconds },
-    `volumeGroup: no volume group "${volumeGroup}" is on the host now`,
+    `volumeGroup: no volume group "${volumeGroup}" is on the host now; there are: ${listed(all.map((lv) => lv.volumeGroup))}`,
     (failed) => lvmFailure(failed.stderr),
   );
 }
@@ -190,7 +194,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     all.find((candidate) => candidate.volumeGroup === wanted.volumeGroup && candidate.name === wanted.name);
   if (lv === undefined) {
     if (!all.some((other) => other.volumeGroup === wanted.volumeGroup))
-      await requireGroup(context, wanted.volumeGroup);
+      await requireGroup(context, wanted.volumeGroup, all);
     return undefined;
   }
   const inGroup = (name: string | undefined) =>
@@ -625,6 +629,9 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   diff,
   // Whatever the group: a renamed one (vgrename) holds the very snapshot that the delete would remove.
   collides: (state, wanted) => state.name === wanted.name,
+  async suitable(context, wanted) {
+    await suitableOrigin(context, wanted);
+  },
   create,
   converge,
   remove: (context, _state, seen) => removeVolume(context, seen),

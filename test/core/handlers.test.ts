@@ -5,7 +5,7 @@ import { ownerMark } from "../../provider/core/owner.js";
 import { resourceType, resourceTypes } from "../../provider/core/registry.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
-import { recordedLvs } from "../support/recorded.js";
+import { recordedLvs, suitableOrigins } from "../support/recorded.js";
 
 const host = {
   address: "192.0.2.1",
@@ -40,11 +40,16 @@ const state = {
 };
 const none: ReadonlySet<string> = new Set();
 const quiet = () => handlersOn("LvSnapshot", untouchedHost());
+const suitable = () =>
+  handlersOn(
+    "LvSnapshot",
+    fakeHost(() => suitableOrigins()),
+  );
 
 describe("the host of a resource", () => {
   const changes = async (host: unknown, unknown: ReadonlySet<string> = none) => {
     const { host: _, ...rest } = wanted;
-    return quiet().diff(state, host === undefined ? rest : { ...rest, host }, unknown);
+    return suitable().diff(state, host === undefined ? rest : { ...rest, host }, unknown);
   };
 
   it.each([

@@ -2,7 +2,7 @@ import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { generationMark, ownerMark } from "../../provider/core/owner.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
-import { recordedLvs } from "../support/recorded.js";
+import { recordedLvs, suitableOrigins } from "../support/recorded.js";
 
 const MiB = 1024 ** 2;
 const host = {
@@ -300,7 +300,7 @@ describe("refresh", () => {
     const { read, warnings } = await stateOf(recorded);
     expect(read).toMatchObject({ state });
     expect(warnings).toContainEqual(expect.stringContaining(`is now ${state}`));
-    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+    const { changes } = await handlersOn("LvSnapshot", recordedHost(recorded)).diff(
       { ...read },
       { ...complete, tags: read?.tags },
       none,
@@ -365,7 +365,20 @@ describe("refresh", () => {
 describe("diff", () => {
   const state = async () => ({ ...(await stateOf("valid")).read });
   const diff = async (change: object, unknown: ReadonlySet<string> = none) =>
-    handlersOn("LvSnapshot", untouchedHost()).diff(await state(), { ...complete, ...change }, unknown);
+    handlersOn(
+      "LvSnapshot",
+      fakeHost(() => suitableOrigins()),
+    ).diff(await state(), { ...complete, ...change }, unknown);
+
+  it("refuses a replacement that cannot succeed, before the old snapshot is removed for it", async () => {
+    const refused = (change: object) =>
+      state().then((old) =>
+        handlersOn("LvSnapshot", recordedHost("valid")).diff(old, { ...complete, ...change }, none),
+      );
+    await expect(refused({ origin: "vm9" })).rejects.toThrow(/ORIGIN_NOT_FOUND/);
+    await expect(refused({ origin: "vm1-snap" })).rejects.toThrow(/ORIGIN_UNSUITABLE/);
+    await expect(refused({ size: undefined })).rejects.toThrow(/needs a size/);
+  });
 
   it.each([
     ["growing", { size: "32M" }, "size"],
@@ -628,7 +641,7 @@ describe("a thin snapshot", () => {
 
   it("is replaced for a size, which makes it a COW one", async () => {
     const state = { ...(await stateOf("thin")).kept, ...thin, size: undefined };
-    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+    const { changes } = await handlersOn("LvSnapshot", recordedHost("thin")).diff(
       state,
       { ...thin, size: "16M" },
       none,

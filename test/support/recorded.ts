@@ -8,3 +8,11 @@ export function recordedLvs(
 ): string {
   return readFileSync(join(process.cwd(), "test", "recorded", `${state}.json`), "utf8");
 }
+
+/** The recorded origin as thin volumes of several names and groups: every replacement finds a suitable one. */
+export function suitableOrigins(): string {
+  const report: { report: { lv: Record<string, string>[] }[] } = JSON.parse(recordedLvs("valid"));
+  const origin = report.report[0]?.lv.find((row) => row.lv_name === "vm1");
+  const as = (vg_name: string, lv_name: string) => ({ ...origin, vg_name, lv_name, lv_attr: "Vwi-a-tz--" });
+  return JSON.stringify({ report: [{ lv: [as("VgVm", "vm1"), as("VgVm", "vm2"), as("VgOther", "vm1")] }] });
+}
