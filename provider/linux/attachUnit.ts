@@ -36,10 +36,10 @@ export function attachPath(name: string): string {
 const free = `modprobe nbd || exit 1; k=\${0##*/}; s=/sys/block/$k; [ -e $s ] || exit 0
 [ ! -e $s/pid ] && [ "$(cat $s/size)" = 0 ] || { echo "$0 is in use"; exit 1; }
 for h in $s/holders/* $s/$k*/holders/*; do [ ! -e "$h" ] || { echo "$0 is held by \${h##*/}"; exit 1; }; done
-! grep -qs " $(cat $s/dev) " /proc/[0-9]*/mountinfo || { echo "$0 is still mounted"; exit 1; }`.replaceAll(
-  "\n",
-  "; ",
-);
+for d in $s/dev $s/$k*/dev; do [ -e $d ] || continue
+grep -qs " $(cat $d) " /proc/[0-9]*/mountinfo && { echo "$0 is still mounted"; exit 1; }; done; exit 0`
+  .replaceAll("continue\n", "continue; ")
+  .replaceAll("\n", "; ");
 
 const link = `k=\${0##*/}; i=0; while [ "$(cat /sys/block/$k/size 2>/dev/null || echo 0)" = 0 ]; do
 i=$((i+1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done
@@ -47,8 +47,15 @@ mkdir -p /dev/lvm-nbd && ln -sfn "$0" "$1"`
   .replaceAll("do\n", "do ")
   .replaceAll("\n", "; ");
 
-/** Cuts the link only if it is this unit's own: somebody else's behind the device is left alone. */
-const cut = `[ "$(cat /sys/block/\${0##*/}/pid)" != "$1" ] || exec nbd-client -d "$0"`;
+/**
+ * Cuts the link only if it is this unit's own: somebody else's behind the device is left alone. At shutdown
+ * systemd stops services beside mounts: what is mounted gets 40 s to be unmounted first.
+ */
+const cut = `k=\${0##*/}; s=/sys/block/$k; [ "$(cat $s/pid)" = "$1" ] || exit 0; i=0; while [ $i -lt 200 ]; do
+m=; for d in $s/dev $s/$k*/dev; do [ ! -e $d ] || ! grep -qs " $(cat $d) " /proc/1/mountinfo || m=y; done
+[ "$m" ] || break; i=$((i+1)); sleep 0.2; done; exec nbd-client -d "$0"`
+  .replaceAll("do\n", "do ")
+  .replaceAll("\n", "; ");
 
 /** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */
 export function renderAttachUnit(plan: AttachPlan): string {
@@ -57,7 +64,9 @@ export function renderAttachUnit(plan: AttachPlan): string {
     Unit: [
       ["Description", literal(`lvm-nbd: ${nbdUri(plan)} attached as ${path}`)],
       ["After", "network-online.target"],
-      ["Wants", "network-online.target"],
+      // Network file systems on it are mounted after and unmounted before.
+      ["Before", "remote-fs-pre.target"],
+      ["Wants", "network-online.target remote-fs-pre.target"],
       ["StartLimitIntervalSec", "0"],
     ],
     Service: [
@@ -70,7 +79,7 @@ export function renderAttachUnit(plan: AttachPlan): string {
       ["Restart", "always"],
       ["RestartSec", "2"],
       ["TimeoutStartSec", "60"],
-      ["TimeoutStopSec", "30"],
+      ["TimeoutStopSec", "60"],
       ["NoNewPrivileges", "yes"],
       ["ProtectSystem", "yes"],
       ["ProtectHome", "yes"],

@@ -409,7 +409,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
       `the permission of ${lv.name} could not be changed`,
     );
   }
-  if (!lv.active)
+  if (!lv.active && lv.kind === "thin")
     await change(context, lv.volumeGroup, activateCommand(lv), `${lv.name} could not be activated`);
   if (wanted.size !== undefined && isSmaller(lv, wanted.size)) {
     context.progress(`growing ${lv.name} to ${wanted.size}`);
@@ -535,7 +535,8 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   if (!isDeepStrictEqual(wanted.quiesce, state.quiesce))
     changes.push({ property: "quiesce", effect: "connection" });
   if (state.state === "overflowed") replace("state");
-  if (state.state === "inactive") update("state");
+  // A COW snapshot is inactive with its origin: activating it would activate the VM's volume, maybe on a second host.
+  if (state.state === "inactive" && thin) update("state");
   return changes;
 }
 

@@ -55,13 +55,13 @@ describe("the service", () => {
 
   it("cuts only a link that its own process made", () => {
     const [stop] = unit().get("Service.ExecStop") ?? [];
-    expect(stop).toMatch(/\/pid\)\\" != .*nbd-client -d .*\/dev\/nbd0 \$MAINPID$/);
+    expect(stop).toMatch(/\/pid\)\\" = \\"\$\$1\\" \] \|\| exit 0; .*nbd-client -d .*\/dev\/nbd0 \$MAINPID$/);
   });
 
   it("bounds its waits and its rights", () => {
     const text = unit();
     expect(text.get("Service.TimeoutStartSec")).toEqual(["60"]);
-    expect(text.get("Service.TimeoutStopSec")).toEqual(["30"]);
+    expect(text.get("Service.TimeoutStopSec")).toEqual(["60"]);
     expect(text.get("Service.NoNewPrivileges")).toEqual(["yes"]);
     expect(text.get("Service.ProtectSystem")).toEqual(["yes"]);
     expect(text.get("Service.ProtectHome")).toEqual(["yes"]);

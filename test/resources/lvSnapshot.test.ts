@@ -254,7 +254,6 @@ describe("create looks first", () => {
     await adopted.made;
     expect(adopted.asked.changes.map(({ argv }) => argv.join(" "))).toEqual([
       expect.stringContaining(`--addtag ${ownerMark("o/p/s/vm1")}`),
-      expect.stringContaining("-ay"),
     ]);
   });
 
@@ -295,7 +294,7 @@ describe("refresh", () => {
 
   it.each([
     ["overflowed", "overflowed", "replace"],
-    ["inactive", "inactive", "update"],
+    ["inactive", "inactive", undefined],
   ] as const)("tells %s and what up will do", async (recorded, state, effect) => {
     const { read, warnings } = await stateOf(recorded);
     expect(read).toMatchObject({ state });
@@ -305,7 +304,8 @@ describe("refresh", () => {
       { ...complete, tags: read?.tags },
       none,
     );
-    expect(changes).toEqual([{ property: "state", effect }]);
+    // An inactive COW snapshot is inactive with its origin, and activating the VM's volume is not ours to do.
+    expect(changes).toEqual(effect === undefined ? [] : [{ property: "state", effect }]);
   });
 
   it("tells a merge", async () => {
