@@ -255,7 +255,8 @@ emit missing "$missing"
 if [ -d /sys/module/nbd ]; then emit module.rc 0; else emit_output module modprobe -n nbd; fi
 if command -v nbdinfo >/dev/null; then
   emit_output size timeout 30 nbdinfo --size "$uri"
-  emit_output readOnly timeout 30 nbdinfo --is read-only "$uri"
+  # Refused packets are dropped: asking twice would wait twice.
+  if [ "$emit_rc" = 0 ]; then emit_output readOnly timeout 20 nbdinfo --is read-only "$uri"; fi
 fi
 emit end ""
 `;
@@ -263,7 +264,7 @@ emit end ""
 /** Finds out before anything is changed what would make the attachment fail. Returns the export's size in bytes. */
 async function preflight(context: Context, wanted: Inputs): Promise<number> {
   const uri = nbdUri(endpoint(wanted));
-  const command: RemoteCommand = { argv: script(preflightScript, uri), kind: "read", deadlineSeconds: 60 };
+  const command: RemoteCommand = { argv: script(preflightScript, uri), kind: "read", deadlineSeconds: 90 };
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
   const where = { host: context.host.name, resource: context.resource };

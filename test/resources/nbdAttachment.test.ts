@@ -93,6 +93,7 @@ interface World {
   missing?: string;
   module?: string;
   size?: string;
+  exportReadOnly?: string;
   free?: string;
   held?: string;
   applied?: number[];
@@ -123,6 +124,7 @@ function world(at: World) {
         "module.rc": at.module ?? "0",
         size: at.size ?? "1048576",
         "size.rc": at.size === "" ? "1" : "0",
+        "readOnly.rc": at.exportReadOnly ?? "2",
         end: "",
       });
     }
@@ -172,6 +174,14 @@ describe("create", () => {
   ])("%s is refused and nothing is changed", async (_what, at: World, message) => {
     const asked = world(at);
     await expect(handlersOn("NbdAttachment", asked).create(complete)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("a read-only export is not attached writable", async () => {
+    const asked = world({ exportReadOnly: "0" });
+    await expect(handlersOn("NbdAttachment", asked).create({ ...complete, readOnly: false })).rejects.toThrow(
+      /INVALID_INPUT.*readOnly: .*exported read-only/s,
+    );
     expect(asked.changes).toEqual([]);
   });
 
