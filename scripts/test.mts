@@ -7,7 +7,7 @@
  *   npm test -- lab [FILTER] lab tests only
  */
 import { spawnSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { z } from "zod";
@@ -53,6 +53,11 @@ function tests(what: string, args: readonly string[]): void {
       `--outputFile.json=${json}`,
       ...args,
     ]);
+    if (!existsSync(json)) {
+      process.stdout.write(`== ${what}: ended before its report was written\n`);
+      failed++;
+      return;
+    }
     const counts = report.parse(JSON.parse(readFileSync(json, "utf8")));
     passed += counts.numPassedTests;
     // A run can also fail without a failed test: an unhandled error, or a file that does not load.

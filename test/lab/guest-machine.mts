@@ -26,6 +26,7 @@ export interface SavedState {
 
 const MEMORY_MIB = 512;
 const DATA_SIZE = "8G";
+const SHUTDOWN_LIMIT_SECONDS = 120;
 const QUIT_LIMIT_SECONDS = 15;
 const LOAD_LIMIT_SECONDS = 60;
 const SAVE_LIMIT_SECONDS = 120;
@@ -137,6 +138,24 @@ export class GuestMachine {
     }
   }
 
+  /**
+   * Waits until the guest has shut down for a reboot. QEMU ends then and is started anew by `start()`: a machine
+   * that resets itself under TCG now and then never comes to its first instruction again.
+   */
+  async waitForReset(): Promise<void> {
+    const done = async (): Promise<true | undefined> => {
+      if ((await this.pid()) === undefined) return true;
+      return (await this.lastWords()).includes("reboot: Restarting system") ? true : undefined;
+    };
+    await waitFor(done, {
+      timeoutSeconds: SHUTDOWN_LIMIT_SECONDS,
+      what: `${this.name} to go down`,
+      detail: () => this.lastWords(),
+    });
+    // Its file systems are unmounted by now: if the reset itself hangs, the power may go.
+    await this.powerOff();
+  }
+
   /** Stops or lets run the guest's processors: a host that is there and does not answer. */
   async setFrozen(frozen: boolean): Promise<void> {
     await qmp(this.#qmpSocket, frozen ? "stop" : "cont");
@@ -208,15 +227,11 @@ export class GuestMachine {
     ].join(" ");
     return [
       ...["-name", this.#label, "-pidfile", `${this.name}.pid`],
-      ...["-M", "pc", ...accelerator.args, "-m", String(MEMORY_MIB), "-smp", "2"],
+      ...["-no-reboot", "-M", "pc", ...accelerator.args, "-m", String(MEMORY_MIB), "-smp", "2"],
       ...["-nodefaults", "-no-user-config", "-display", "none"],
       ...["-kernel", image.kernel, "-initrd", image.initramfs, "-append", kernelCommandLine],
-      ...[
-        "-chardev",
-        `file,id=console,path=${this.name}.console.log,append=on`,
-        "-serial",
-        "chardev:console",
-      ],
+      // Begun anew at each start: what it holds is of this boot.
+      ...["-chardev", `file,id=console,path=${this.name}.console.log`, "-serial", "chardev:console"],
       ...[
         "-chardev",
         `socket,id=qmp,path=${this.#qmpSocket},server=on,wait=off`,

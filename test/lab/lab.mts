@@ -100,7 +100,6 @@ export interface LabOptions {
 }
 
 const BOOT_LIMIT_SECONDS = 240;
-const SHUTDOWN_LIMIT_SECONDS = 90;
 const ANSWER_LIMIT_SECONDS = 30;
 const LOCK_LIMIT_SECONDS = 1800;
 
@@ -295,12 +294,8 @@ class RunningGuest implements Guest {
     // In the background, so that the command has ended before the connection does.
     await this.run("systemctl --no-block reboot");
     await this.#ssh.disconnect(this.name);
-    // A connection made while it goes down would hang.
-    await waitFor(async () => ((await sshGreets(this.port, 500)) ? undefined : true), {
-      timeoutSeconds: SHUTDOWN_LIMIT_SECONDS,
-      what: `${this.name} to go down`,
-      detail: () => this.#machine.lastWords(),
-    });
+    await this.#machine.waitForReset();
+    await this.#machine.start({ port: this.port, endWithParent: this.#endWithParent });
     await this.#waitForBoot(before, options.timeoutSeconds);
   }
 

@@ -48,6 +48,8 @@ export async function ensurePulumi(log: (line: string) => void): Promise<{ env: 
       PULUMI_SKIP_UPDATE_CHECK: "true",
       PULUMI_AUTOMATION_API_SKIP_VERSION_CHECK: "true",
       PULUMI_DISABLE_AUTOMATIC_PLUGIN_ACQUISITION: "true",
+      // Every run of the CLI starts Node twice, and loads the SDK each time.
+      NODE_COMPILE_CACHE: join(cacheDirectory(), "node-compile-cache"),
     },
   };
 }
