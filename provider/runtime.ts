@@ -5,6 +5,7 @@
 import type * as pulumi from "@pulumi/pulumi";
 import { createHandlers, type Environment, type Handlers } from "./core/handlers.js";
 import { resourceType } from "./core/registry.js";
+import { cancelSignal } from "./pulumi/cancellation.js";
 import { toDynamicProvider } from "./pulumi/dynamicProvider.js";
 import { connectEngineLog } from "./pulumi/engine.js";
 import { createHostPool } from "./ssh/pool.js";
@@ -25,12 +26,21 @@ export function handlers(type: string): pulumi.dynamic.ResourceProvider {
 }
 
 function createEnvironment(): Environment {
+  endWithPulumi();
   const pool = createHostPool();
   const log = connectEngineLog(process.argv.at(-1));
   return {
     openHost: (host) => pool.get(host),
     progress: log.progress,
     warn: log.warn,
-    signal: new AbortController().signal,
+    signal: cancelSignal(),
   };
+}
+
+/**
+ * Pulumi's engine reads this process's stderr. Where that is gone (Pulumi was killed alone), the SDK prints the
+ * failure to print, for ever, on a full CPU: end instead. What runs on a host is found by the next `up`.
+ */
+function endWithPulumi(): void {
+  process.stderr.on("error", () => process.exit(1));
 }

@@ -23,6 +23,7 @@ export function failure(
   result: CommandResult,
   what: string,
   code: ErrorCode,
+  advice?: string,
 ): LvmNbdError {
   return new LvmNbdError(code, {
     message: what,
@@ -31,6 +32,7 @@ export function failure(
     command: displayCommand(command),
     exitCode: result.exitCode,
     stderr: result.stderr,
+    advice,
   });
 }
 

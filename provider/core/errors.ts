@@ -5,7 +5,7 @@
 
 /** What each code means and, in general, what to do about it. */
 export const errorCodes = {
-  INVALID_INPUT: "An argument cannot be right; the message names the property and what would be.",
+  INVALID_INPUT: "An argument cannot be right; the message names the property and what would be. Correct it.",
   HOST_UNKNOWN:
     "The host alias is in no SSH configuration and is not a resolvable name. Correct it, or add it to ~/.ssh/config.",
   HOST_UNREACHABLE:
@@ -14,57 +14,83 @@ export const errorCodes = {
     "The host's key is neither pinned nor in known_hosts. Compare the printed fingerprint with the host's own, then pin it with `hostKey` or add it to known_hosts.",
   HOST_KEY_MISMATCH:
     "The host shows another key than the pinned or known one: it was reinstalled, or somebody is in between. Find out which before you change the pin.",
-  AUTH_FAILED: "The host accepts none of the offered keys or passwords for this user.",
+  AUTH_FAILED:
+    "The host accepts none of the offered keys or passwords for this user. Add a key to its authorized_keys, or name another by `privateKeyPath`.",
   KEY_UNREADABLE:
-    "A private key file is missing, unreadable, encrypted without a passphrase, or not a private key.",
+    "A private key file is missing, unreadable, encrypted without a passphrase, or not a private key. Name another, or give `passphrase`.",
   SUDO_DENIED:
     "The user may not run commands as root with `sudo -n`. Give it passwordless sudo, or connect as root.",
   LINK_LOST:
     "The SSH connection broke while a command was running; whether it took effect is unknown. The next `pulumi up` looks and goes on from there.",
-  COMMAND_FAILED: "A command on the host failed; its exit code and stderr are in the message.",
+  COMMAND_FAILED:
+    "A command on the host failed; its exit code and stderr are in the message. Put right what it names and run again: what is done already is left alone.",
   COMMAND_TIMED_OUT:
-    "A command passed its deadline and was stopped on the host. A hanging LVM or NBD command points to a dead device or a held lock.",
+    "A command passed its deadline and was stopped on the host. A hanging LVM or NBD command points to a dead device or a held lock: find it on the host, end it, run again.",
   OUTPUT_UNREADABLE:
-    "A command printed what the provider cannot read. It concludes nothing from that; the state was kept.",
-  OUTPUT_TOO_LARGE: "A command printed more than can be right and was stopped.",
+    "A command printed what the provider cannot read. It concludes nothing from that; the state was kept. Run the command by hand on the host, mend what disturbs it, run again.",
+  OUTPUT_TOO_LARGE:
+    "A command printed more than can be right and was stopped. Run it by hand on the host to see why.",
   CANCELLED:
     "The operation was cancelled; the remote command was stopped. The next `pulumi up` goes on from there.",
   LVM_LOCKED: "Another LVM command holds the volume group's lock. Run again when it has finished.",
   PROGRAM_MISSING:
-    "A program the operation needs is not installed on the host; the message names its package.",
-  MODULE_MISSING: "The host's kernel has no nbd module.",
-  VOLUME_GROUP_NOT_FOUND: "The volume group does not exist on the host.",
-  ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host.",
+    "A program the operation needs is not installed on the host; the message names its package. Install it and run again.",
+  MODULE_MISSING:
+    "The host's kernel has no nbd module. Install the package of the kernel's modules that holds it, or attach on another host.",
+  VOLUME_GROUP_NOT_FOUND:
+    "The volume group does not exist on the host, or its disks are not there. Correct `volumeGroup`, or bring the disks back; nothing is taken for gone meanwhile.",
+  ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host. Correct `origin`.",
   ORIGIN_UNSUITABLE:
-    "The origin cannot be snapshotted as declared: it is itself a COW snapshot or an internal volume, is being merged, or needs a `size`.",
-  NO_SPACE: "The volume group or thin pool has too little free space.",
+    "The origin cannot be snapshotted as declared: it is itself a COW snapshot or an internal volume, is being merged, or needs a `size`. Choose another origin, or give what is missing.",
+  NO_SPACE:
+    "The volume group, the thin pool, or the disk of an image has too little free space. Remove what is not needed, extend it (vgextend, lvextend), or choose a smaller `size` or another `file`.",
   SNAPSHOT_OVERFLOWED:
     "The snapshot's store ran full, its content is lost. `pulumi up` replaces it by a new one of now; give it a larger `size`.",
-  SNAPSHOT_MERGING: "The snapshot is being merged into its origin and cannot be changed.",
-  QUIESCE_FAILED: "The `freeze` command failed; no snapshot was taken and `thaw` was run.",
+  SNAPSHOT_MERGING:
+    "The snapshot is being merged into its origin and cannot be changed. Run again when that has ended.",
+  QUIESCE_FAILED:
+    "The `freeze` command failed; no snapshot was taken and `thaw` was run. Put right what its stderr names and run again.",
   THAW_FAILED:
     "The snapshot was taken but `thaw` failed: the VM may still stand still. Thaw it by hand NOW, then run `pulumi up` again.",
-  VOLUME_IN_USE: "The volume is open; the message names who holds it. Nothing was removed.",
+  VOLUME_SUSPENDED:
+    "A volume is suspended: an LVM command was killed half-way, and the VM that uses the volume stands still. Run `lvchange --refresh VG/LV` on the host NOW.",
+  VOLUME_IN_USE:
+    "The volume is open; the message names who holds it. Nothing was removed. End what holds it and run again.",
   FOREIGN_RESOURCE:
     "Something of that name exists and does not carry this resource's mark; the message names its owner. Choose another name, or set `adopt: true` to take over an unmarked one.",
   IDENTITY_MISMATCH:
     "What now bears the name is not the thing this resource made. Nothing was touched. Run `pulumi refresh`.",
-  DEVICE_NOT_FOUND: "The device does not exist on the host.",
-  DEVICE_NOT_BLOCK: "The path is not a block device.",
+  DEVICE_NOT_FOUND: "The device does not exist on the host. Correct `device`, or activate the volume.",
+  DEVICE_NOT_BLOCK: "The path is not a block device. Name one, e.g. `/dev/VG/LV`.",
   DEVICE_UNREADABLE:
-    "The device exists but cannot be read, e.g. an overflowed snapshot; dd's words are in the message.",
-  PORT_IN_USE: "Another program listens on that address and port.",
-  ADDRESS_NOT_LOCAL: "The listen address is not an address of the host.",
+    "The device exists but cannot be read, e.g. an overflowed snapshot; dd's words are in the message. Run `pulumi up --refresh`, which takes an overflowed one anew.",
+  PORT_IN_USE: "Another program listens on that address and port. Choose another `port`, or stop it.",
+  ADDRESS_NOT_LOCAL: "The listen address is not an address of the host. Choose one that `ip address` lists.",
   EXPORT_NOT_SERVING:
-    "The server started but a real NBD handshake did not succeed, or showed another size. Its last log lines are in the message.",
+    "The server started but a real NBD handshake did not succeed, or showed another size. Its last log lines are in the message. Put right what they name and run again.",
   CLIENTS_NOT_ENFORCED:
     "The host's systemd or kernel does not enforce `clients` (no BPF firewall for control groups), so everybody could read the disk. The export was stopped. Use a host with unified control groups, or listen on loopback.",
   EXPORT_UNREACHABLE:
-    "The export cannot be reached from the attaching host: not running, blocked, not in `clients`, or another name.",
-  DEVICE_IN_USE: "The NBD device is mounted or held; the message names the holder. Nothing was detached.",
-  NO_FREE_DEVICE: "No NBD device is free on the host.",
-  ATTACHMENT_DEAD: "The attachment is there, but a read through it fails or takes too long.",
-  UNIT_FAILED: "systemd could not start the unit; its last log lines are in the message.",
+    "The export cannot be reached from the attaching host: not running, blocked, not in `clients`, or another name. Look at the export and at the network between the hosts, then run again.",
+  DEVICE_IN_USE:
+    "The NBD device is mounted or held; the message names the holder. Nothing was detached. End what holds it and run again.",
+  NO_FREE_DEVICE: "No NBD device is free on the host. Detach what is not needed.",
+  DIRECTORY_NOT_FOUND:
+    "The folder of `file` does not exist on the host, or cannot be written. Create it, mount what belongs there, or correct `file`.",
+  ANOTHER_FILE_SYSTEM:
+    "The copy is not there, and its folder is on another file system than when it was made: the disk of the backups is probably not mounted. Nothing is taken for gone. Mount it and run again.",
+  FILE_IN_USE:
+    "The file is open; the message names who holds it. Nothing was replaced or removed. End what holds it and run again.",
+  COPY_FAILED:
+    "The copy broke off; what had been copied was removed, and an earlier copy of that name is untouched. The last lines of the job are in the message. Put right what they name and run again.",
+  COPY_MISMATCH:
+    "The image does not read back as what the source serves. It was removed, and an earlier copy of that name is untouched. Check the destination's disk and memory, and that the source is a snapshot and nothing that is written meanwhile; run again.",
+  COPY_STALLED:
+    "The copy made no progress for minutes; it was stopped and removed. Look at the export, at the network and at the destination's disk, then run again.",
+  COPY_UNCERTIFIED:
+    "The snapshot was removed, or is being merged, before the copy was certified: whether all that was read is its moment cannot be told, so the image was removed. Run `pulumi up --refresh`, which takes the snapshot anew.",
+  ATTACHMENT_DEAD:
+    "The attachment is there, but a read through it fails or takes too long. Look at the export and at the network, then run `pulumi up --refresh`.",
 } as const;
 
 /** A stable name for a kind of failure, to be matched by programs and looked up by people. */

@@ -70,6 +70,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       // A message may hold what a host wrote, e.g. the owner named in a tag.
       progress: (message) => environment.progress(printable(`${resource} on ${host.name}: ${message}`)),
       warn: (message) => environment.warn(printable(`${resource} on ${host.name}: ${message}`)),
+      open: (other) => openHost(other, resource),
     };
   };
 
@@ -132,10 +133,12 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       // Also for another host: if it is the same machine under another name, a create first would take over what
       // is there, and the delete after it would remove just that.
       const deleteBeforeReplace = type.collides(state, wanted);
-      if (deleteBeforeReplace && unknown.size === 0 && changes.some(({ effect }) => effect === "replace")) {
+      const { suitable } = type;
+      const removesFirst = deleteBeforeReplace && changes.some(({ effect }) => effect === "replace");
+      if (suitable !== undefined && removesFirst && unknown.size === 0) {
         // The old is removed before the new is tried: what cannot succeed must fail here.
         const inputs = parse(wanted, type.inputs);
-        await attempt(inputs, async (opened) => type.suitable?.(opened, inputs));
+        await attempt(inputs, (opened) => suitable(opened, inputs));
       }
       return { changes, deleteBeforeReplace };
     },

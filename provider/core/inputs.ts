@@ -1,6 +1,28 @@
 /** Inputs that all resources share, as zod objects: types, checks and documentation come from here. */
 import { z } from "zod";
 
+/** A refinement by a rule that says what is wrong with a value, and nothing of a good one. */
+export function refusing<T>(
+  problem: (value: T) => string | undefined,
+): (value: T, refinement: z.RefinementCtx) => void {
+  return (value, refinement) => {
+    const message = problem(value);
+    if (message !== undefined) refinement.addIssue({ code: "custom", message });
+  };
+}
+
+/** A refinement by a parser, whose error says what would be right. */
+export function readableBy<T>(parse: (value: T) => unknown): (value: T, refinement: z.RefinementCtx) => void {
+  return refusing((value) => {
+    try {
+      parse(value);
+      return undefined;
+    } catch (error) {
+      return error instanceof Error ? error.message : String(error);
+    }
+  });
+}
+
 const secretNote = "Stored encrypted in the state.";
 
 /** How to reach a host in detail; see `HostConnection`. */

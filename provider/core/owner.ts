@@ -30,6 +30,12 @@ export function ownerMark(owner: string): string {
   );
 }
 
+/**
+ * Marks a snapshot while it is being taken. lvcreate makes a plain volume first and its snapshot from that: a
+ * plain volume with this mark is one that was cut off there, any other is somebody's own.
+ */
+export const makingMark = `${tagPrefix}making`;
+
 /** The owner mark among a volume's tags; `undefined` for something without any mark. */
 export function markAmong(tags: readonly string[]): string | undefined {
   return tags.find((tag) => tag.startsWith(ownerTag));

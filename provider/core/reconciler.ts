@@ -7,10 +7,18 @@
  */
 import { isLvmNbdError, LvmNbdError } from "./errors.js";
 import { ownerMark, ownerOfMark } from "./owner.js";
-import type { AnyResourceType, CommonInputs, CommonObservation, Context } from "./resource.js";
+import {
+  type AnyResourceType,
+  ChangedMeanwhile,
+  type CommonInputs,
+  type CommonObservation,
+  type Context,
+} from "./resource.js";
 
-/** How often a change goes on after the link was lost in the middle of it. */
-const linkLossesBorne = 3;
+/** How often a change goes on after it was interrupted: by a lost link, or by somebody who came in between. */
+const interruptionsBorne = 3;
+/** For the look at what a failed or cancelled operation left. */
+const lookAfterwardsSeconds = 60;
 
 /** A create or update that made something but did not succeed: Pulumi keeps it and goes on at the next `up`. */
 export class PartialSuccess extends Error {
@@ -30,37 +38,66 @@ export async function converge(
   wanted: CommonInputs,
   old: CommonInputs | undefined,
 ): Promise<CommonInputs> {
-  let losses = 0;
-  for (;;) {
+  let seen = false;
+  try {
+    return await lookingAgain(context, async () => {
+      seen = false;
+      const before = await type.observe(context, found(wanted, old));
+      seen = true;
+      return convergeFrom(before, type, context, wanted, old);
+    });
+  } catch (error) {
+    // A host that could not be looked at would only be waited for a second time.
+    if (!seen && !isLvmNbdError(error, "CANCELLED")) throw error;
+    // Also after a cancel: what is there now must be known.
+    const looking = { ...context, signal: AbortSignal.timeout(lookAfterwardsSeconds * 1000) };
+    const left = await leftBehind(type, looking, wanted, old, error);
+    if (left === undefined) throw error;
+    throw new PartialSuccess(left, error);
+  }
+}
+
+function afterCancel(isThere: boolean): string {
+  return isThere
+    ? "was cancelled; it is on the host, perhaps not all as declared, and is kept in the state: the next `pulumi up` goes on from there"
+    : "was cancelled; nothing of it that can be used is on the host: the next `pulumi up` makes it";
+}
+
+/** Does the work, which begins by looking, again after an interruption. */
+async function lookingAgain<T>(context: Context, work: () => Promise<T>): Promise<T> {
+  let linkLost: unknown;
+  for (let interruptions = 1; ; interruptions++) {
     try {
-      return await convergeOnce(type, context, wanted, old);
+      return await work();
     } catch (error) {
-      if (isLvmNbdError(error, "LINK_LOST") && ++losses <= linkLossesBorne) {
-        context.progress("the link was lost in the middle; looking at what is there and going on");
-        continue;
-      }
-      const left = await leftBehind(type, context, wanted, old, error);
-      if (left === undefined) throw error;
-      throw new PartialSuccess(left, error);
+      // That nothing was changed is not known after a lost link.
+      if (linkLost !== undefined && isLvmNbdError(error, "HOST_UNREACHABLE")) throw linkLost;
+      const lost = isLvmNbdError(error, "LINK_LOST");
+      if (lost) linkLost = error;
+      if (!lost && !(error instanceof ChangedMeanwhile)) throw error;
+      if (interruptions > interruptionsBorne) throw error instanceof ChangedMeanwhile ? error.failure : error;
+      context.progress(
+        `${lost ? "the link was lost in the middle" : "somebody else changed it in the meantime"}; looking at what is there and going on`,
+      );
     }
   }
 }
 
-async function convergeOnce(
+async function convergeFrom(
+  before: CommonObservation | undefined,
   type: AnyResourceType,
   context: Context,
   wanted: CommonInputs,
   old: CommonInputs | undefined,
 ): Promise<CommonInputs> {
-  const before = await type.observe(context, found(wanted, old));
   if (before === undefined) {
     await type.create(context, wanted);
   } else {
     refuseForeign(type, context, before, wanted, old);
-    await type.converge(context, wanted, before);
+    await type.converge(context, wanted, before, old);
   }
   const after = await type.observe(context, wanted);
-  if (after === undefined) {
+  if (after === undefined || after.halfMade) {
     throw new LvmNbdError("IDENTITY_MISMATCH", {
       message: "it was made, but a moment later it was gone again: somebody else removes it",
       host: context.host.name,
@@ -88,8 +125,11 @@ async function leftBehind(
   if (isLvmNbdError(failure, "FOREIGN_RESOURCE", "IDENTITY_MISMATCH", "INVALID_INPUT")) return undefined;
   try {
     const seen = (await type.observe(context, found(wanted, old))) ?? (await type.observe(context, wanted));
-    if (seen === undefined || !isOurs(type, seen, wanted, old)) return undefined;
-    return type.toState(old ?? wanted, seen);
+    const ours = seen !== undefined && !seen.halfMade && isOurs(type, seen, wanted, old);
+    if (isLvmNbdError(failure, "CANCELLED")) context.warn(afterCancel(ours));
+    // Kept as what was just declared, an earlier one would pass for it. Its mark lets the next `up` find it.
+    if (ours && old === undefined && type.isStale?.(seen, wanted)) return undefined;
+    return ours ? type.toState(old ?? wanted, seen) : undefined;
   } catch (error) {
     // The first failure is what the person must see. The owner mark lets the next `up` find what was made.
     context.warn(`what the failed operation left could not be looked at: ${firstLine(error)}`);
@@ -103,8 +143,9 @@ export async function refresh(
   context: Context,
   state: CommonInputs,
 ): Promise<CommonInputs | undefined> {
-  const seen = await type.observe(context, state);
-  if (seen === undefined) {
+  const observed = await type.observe(context, state);
+  const seen = observed && type.inspect ? await type.inspect(context, state, observed) : observed;
+  if (seen === undefined || (seen.halfMade && isOurs(type, seen, state, state))) {
     context.warn("is gone from the host; `pulumi up` will make it again");
     return undefined;
   }
@@ -118,32 +159,36 @@ export async function refresh(
 
 /** Removes the thing of the state, if it is there and still the one we made. */
 export async function remove(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
-  for (let losses = 0; ; ) {
-    try {
-      const seen = await type.observe(context, state);
-      if (seen === undefined) return;
-      if (!isOurs(type, seen, state, state)) {
-        context.warn(
-          `what now bears its name is not what was made here ${ownerPhrase(seen)}; it is left alone`,
-        );
-        return;
-      }
-      await type.remove(context, state, seen);
-      const left = await type.observe(context, state);
-      if (left === undefined || !isOurs(type, left, state, state)) return;
-      throw new LvmNbdError("COMMAND_FAILED", {
-        message: "it was removed without an error and is still there",
-        host: context.host.name,
-        resource: context.resource,
-      });
-    } catch (error) {
-      if (isLvmNbdError(error, "LINK_LOST") && ++losses <= linkLossesBorne) {
-        context.progress("the link was lost in the middle; looking at what is there and going on");
-        continue;
-      }
-      throw error;
-    }
+  try {
+    await lookingAgain(context, () => removeOnce(type, context, state));
+  } catch (error) {
+    if (isLvmNbdError(error, "CANCELLED"))
+      context.warn(
+        "was cancelled; what is left of it is kept in the state: the next run goes on removing it",
+      );
+    throw error;
   }
+}
+
+async function removeOnce(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
+  const seen = await type.observe(context, state);
+  if (seen === undefined) return;
+  if (!isOurs(type, seen, state, state)) {
+    context.warn(`what now bears its name is not what was made here ${ownerPhrase(seen)}; it is left alone`);
+    return;
+  }
+  if (type.isSuperseded?.(seen, state)) {
+    context.warn("is another resource's by now; it is left alone");
+    return;
+  }
+  await type.remove(context, state, seen);
+  const left = await type.observe(context, state);
+  if (left === undefined || !isOurs(type, left, state, state)) return;
+  throw new LvmNbdError("COMMAND_FAILED", {
+    message: "it was removed without an error and is still there",
+    host: context.host.name,
+    resource: context.resource,
+  });
 }
 
 function isOurs(

@@ -4,6 +4,7 @@
  */
 import type { z } from "zod";
 import type { Host, HostArgs } from "../ssh/types.js";
+import type { LvmNbdError } from "./errors.js";
 
 /** What every resource declares beside its own properties. */
 export interface CommonInputs {
@@ -17,6 +18,8 @@ export interface CommonInputs {
 export interface CommonObservation {
   /** The owner mark on the thing (`ownerMark`); `undefined` if it carries none. */
   readonly mark: string | undefined;
+  /** True for what an interrupted create of ours left that is not yet the thing: it counts as not there. */
+  readonly halfMade?: boolean;
 }
 
 /** Where an operation runs and how it reports. */
@@ -29,6 +32,8 @@ export interface Context {
   progress(message: string): void;
   /** Something a person should know though nothing failed. */
   warn(message: string): void;
+  /** Another host that the resource names beside its own. */
+  open(host: HostArgs): Promise<Host>;
 }
 
 /** One property that is not as declared, and what `pulumi up` will do about it. */
@@ -45,6 +50,17 @@ export interface Problem {
   readonly reason: string;
 }
 
+/**
+ * The host was no longer as it had been seen: somebody came in between. Raised by a resource that has changed
+ * nothing; the reconciler looks again and goes on from there. `failure` is told when that does not help.
+ */
+export class ChangedMeanwhile extends Error {
+  constructor(readonly failure: LvmNbdError) {
+    super(failure.message);
+    this.name = "ChangedMeanwhile";
+  }
+}
+
 /** What a resource consists of. `Inputs` are as declared with defaults filled in, `State` is what Pulumi keeps. */
 export interface ResourceType<
   Inputs extends CommonInputs = CommonInputs,
@@ -59,8 +75,8 @@ export interface ResourceType<
   readonly inputs: z.ZodObject;
   /** What is added to them in the state. */
   readonly outputs: z.ZodObject;
-  /** The input that takes the resource's name when it is not given. */
-  readonly nameInput: keyof Inputs & string;
+  /** The input that takes the resource's name when it is not given, if there is one. */
+  readonly nameInput?: keyof Inputs & string;
 
   /** Checks across properties. Properties that are not known yet (preview) are missing from `inputs`. */
   validate(
@@ -86,8 +102,17 @@ export interface ResourceType<
   suitable?(context: Context, wanted: Inputs): Promise<void>;
   /** Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. */
   create(context: Context, wanted: Inputs): Promise<void>;
-  /** Brings an existing thing of ours to its declared form; does nothing to what is right already. */
-  converge(context: Context, wanted: Inputs, observed: Observed): Promise<void>;
+  /** For a refresh, what `observe` is too quick to see. Looks only. */
+  inspect?(context: Context, state: State, observed: Observed): Promise<Observed>;
+  /**
+   * Brings an existing thing of ours to its declared form; does nothing to what is right already. `old`: the state, if
+   * there is one.
+   */
+  converge(context: Context, wanted: Inputs, observed: Observed, old?: State): Promise<void>;
+  /** True if the thing was made for another declaration than this one, and is to be made anew for it. */
+  isStale?(observed: Observed, wanted: Inputs): boolean;
+  /** True if the thing has become another resource's since the state was saved: it is not removed with this one. */
+  isSuperseded?(observed: Observed, state: State): boolean;
   /** Removes the thing, which was just observed and found ours. Refuses while it is in use. */
   remove(context: Context, state: State, observed: Observed): Promise<void>;
   /** In words, what a refresh found changed behind our back; for the log. */

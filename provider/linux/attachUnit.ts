@@ -41,8 +41,9 @@ grep -qs " $(cat $d) " /proc/[0-9]*/mountinfo && { echo "$0 is still mounted"; e
   .replaceAll("continue\n", "continue; ")
   .replaceAll("\n", "; ");
 
+/** systemd waits for this even when the client has ended already: then it ends at once, and the next try is soon. */
 const link = `k=\${0##*/}; i=0; while [ "$(cat /sys/block/$k/size 2>/dev/null || echo 0)" = 0 ]; do
-i=$((i+1)); [ $i -lt 300 ] || exit 1; sleep 0.1; done
+i=$((i+1)); [ $i -lt 300 ] && [ -e /proc/$2/status ] || exit 1; sleep 0.1; done
 mkdir -p /dev/lvm-nbd && ln -sfn "$0" "$1"`
   .replaceAll("do\n", "do ")
   .replaceAll("\n", "; ");
@@ -51,11 +52,12 @@ mkdir -p /dev/lvm-nbd && ln -sfn "$0" "$1"`
  * Cuts the link only if it is this unit's own: somebody else's behind the device is left alone. At shutdown
  * systemd stops services beside mounts: what is mounted gets 40 s to be unmounted first.
  */
-const cut = `k=\${0##*/}; s=/sys/block/$k; [ "$(cat $s/pid)" = "$1" ] || exit 0; i=0; while [ $i -lt 200 ]; do
+const cut =
+  `k=\${0##*/}; s=/sys/block/$k; [ "$1" ] && [ "$(cat $s/pid)" = "$1" ] || exit 0; i=0; while [ $i -lt 200 ]; do
 m=; for d in $s/dev $s/$k*/dev; do [ ! -e $d ] || ! grep -qs " $(cat $d) " /proc/1/mountinfo || m=y; done
 [ "$m" ] || break; i=$((i+1)); sleep 0.2; done; exec nbd-client -d "$0"`
-  .replaceAll("do\n", "do ")
-  .replaceAll("\n", "; ");
+    .replaceAll("do\n", "do ")
+    .replaceAll("\n", "; ");
 
 /** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */
 export function renderAttachUnit(plan: AttachPlan): string {
@@ -73,7 +75,7 @@ export function renderAttachUnit(plan: AttachPlan): string {
       ["Type", "exec"],
       ["ExecStartPre", execLine(["/bin/sh", "-c", free, plan.device])],
       ["ExecStart", execLine([...attachCommand(plan), "-nofork", "-nonetlink"])],
-      ["ExecStartPost", execLine(["/bin/sh", "-c", link, plan.device, path])],
+      ["ExecStartPost", `${execLine(["/bin/sh", "-c", link, plan.device, path])} $MAINPID`],
       ["ExecStop", `${execLine(["/bin/sh", "-c", cut, plan.device])} $MAINPID`],
       ["ExecStopPost", execLine(["/bin/rm", "-f", path])],
       ["Restart", "always"],
@@ -98,11 +100,30 @@ export function renderAttachUnit(plan: AttachPlan): string {
 export const modulesLoad = { path: "/etc/modules-load.d/lvm-nbd.conf", text: "# Made by lvm-nbd.\nnbd\n" };
 
 /**
- * Keeps udev's LVM, md and by-uuid rules off NBD devices: a guest's volume groups on an attached disk must
- * not be activated here, nor its file systems take the place of the host's own by UUID. Must come before
- * 60-persistent-storage.rules and 69-lvm.rules.
+ * Keeps udev's LVM, md and by-uuid rules off the NBD devices that a unit of ours names, and off no other: a guest's
+ * volume groups on an attached disk must not be activated here, nor its file systems take the place of the host's
+ * own by UUID. Must come before 60-persistent-storage.rules and 69-lvm.rules. Source: udev(7).
  */
 export const udevRule = {
   path: "/etc/udev/rules.d/59-lvm-nbd.rules",
-  text: '# Made by lvm-nbd: what lies on an attached disk is the guest\'s, not this host\'s.\nSUBSYSTEM=="block", KERNEL=="nbd*", ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1", ENV{SYSTEMD_READY}="0"\n',
+  text:
+    "# Made by lvm-nbd: what lies on an attached disk is the guest's, not this host's.\n" +
+    'SUBSYSTEM!="block", GOTO="lvm_nbd_end"\nKERNEL!="nbd*", GOTO="lvm_nbd_end"\n' +
+    // Not connected: nothing to keep off.
+    'ENV{DEVTYPE}=="disk", TEST!="pid", GOTO="lvm_nbd_end"\n' +
+    `PROGRAM=="/bin/sh -c 'k=%k; grep -qsx Device=/dev/$\${k%%%%p*} /etc/systemd/system/lvm-nbd-attach-*.service'", ` +
+    'ENV{DM_UDEV_DISABLE_OTHER_RULES_FLAG}="1", ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}="1"\n' +
+    'LABEL="lvm_nbd_end"\n',
 };
+
+/** Shell function `tidy FILE`: removes what all attachments share if FILE is the last unit of one. */
+export const tidyFunction = `
+tidy() {
+  for tidy_unit in /etc/systemd/system/lvm-nbd-attach-*.service; do
+    [ "$tidy_unit" = "$1" ] || [ ! -e "$tidy_unit" ] || return 0
+  done
+  rm -f ${udevRule.path} ${modulesLoad.path} || return 1
+  rmdir /dev/lvm-nbd 2>/dev/null
+  return 0
+}
+`;

@@ -114,7 +114,8 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["SystemCallErrorNumber", "EPERM"],
       ["UMask", "0077"],
     ],
-    Install: [["WantedBy", "multi-user.target"]],
+    // Also by the device: one that appears later than systemd waits for it at boot starts the export then.
+    Install: [["WantedBy", `multi-user.target ${literal(device)}`]],
     [ownSection]: [
       ["Mark", ownerMark(plan.owner)],
       ["Device", plan.device],

@@ -9,6 +9,8 @@ export const holdersScript = `
 device=$(readlink -f "$1") || exit 1
 [ -b "$device" ] || { echo "$1 is not a block device" >&2; exit 1; }
 kernel=\${device##*/}
+# After a change udev itself has it open for a moment.
+udevadm settle --timeout=10
 say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
 names=$kernel
 for part in /sys/class/block/"$kernel"/"$kernel"*; do
@@ -37,7 +39,10 @@ for name in $names; do
   find /proc/[0-9]*/fd -lname "/dev/$name" 2>/dev/null
 done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
   if [ -n "$2" ] && grep -Fqs "/$2" /proc/"$pid"/cgroup; then continue; fi
-  say process "$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//') (pid $pid)"
+  held=$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
+  # Neither a command line nor a program: it is ending, as a probe does that was killed at a dead link.
+  [ -n "$held" ] || readlink /proc/"$pid"/exe >/dev/null 2>&1 || continue
+  say process "$held (pid $pid)"
 done
 exit 0
 `;

@@ -69,6 +69,8 @@ export interface LogicalVolume {
   readonly originSizeBytes: number | undefined;
   readonly attr: string;
   readonly active: boolean;
+  /** Its users stand still: an LVM command that was killed half-way leaves that. */
+  readonly suspended: boolean;
   /** `undefined` when LVM cannot tell (inactive). */
   readonly open: boolean | undefined;
   readonly kind: "cow" | "thin" | "pool" | "internal" | "other";
@@ -117,6 +119,7 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
     originSizeBytes: lv.origin_size === "" ? undefined : bytes(lv.origin_size, "origin_size"),
     attr: lv.lv_attr,
     active: lv.lv_active !== "" && lv.lv_active !== "0" && lv.lv_attr[4] !== "-",
+    suspended: lv.lv_attr[4] === "s" || lv.lv_attr[4] === "S",
     open:
       lv.lv_device_open === "open" || lv.lv_device_open === "1"
         ? true
@@ -362,6 +365,13 @@ export function tagCommand(
     ...select(lv.uuid),
     `${lv.volumeGroup}/${lv.name}`,
   ];
+}
+
+/** What to look at when LVM fails without a reason, as it does where it cannot write its archive to the end. */
+export function lvmSilence(stderr: string): string | undefined {
+  return /^\s*Command failed with status code \d+\.$/m.test(stderr)
+    ? "LVM gives no reason; a full disk is the usual one, since LVM archives its metadata below /etc/lvm: look at `df /etc/lvm`, make room and run again."
+    : undefined;
 }
 
 /** What a failed LVM command's stderr says, where it can be told apart. */

@@ -5,16 +5,6 @@ import { isIP } from "node:net";
 export const nbdServers = ["nbdkit", "nbd-server", "qemu-nbd"] as const;
 export type NbdServer = (typeof nbdServers)[number];
 
-/** Debian's package of each program; RPM distributions mostly name them alike. */
-export const packageOf: Readonly<Record<string, string>> = {
-  nbdkit: "nbdkit",
-  "nbd-server": "nbd-server (Debian) or nbd (RPM distributions)",
-  "nbd-client": "nbd-client (Debian) or nbd (RPM distributions)",
-  "qemu-nbd": "qemu-utils (Debian) or qemu-img (RPM distributions)",
-  nbdinfo: "libnbd-bin (Debian) or libnbd (RPM distributions)",
-  nbdcopy: "libnbd-bin (Debian) or libnbd (RPM distributions)",
-};
-
 /** Where an export is reached. */
 export interface NbdEndpoint {
   readonly server: string;
@@ -83,7 +73,7 @@ export function serverCommand(server: NbdServer, serve: ServeOptions, configPath
       // Not -d: that serves a single client and ends. It forks; its unit is of that type.
       return ["nbd-server", "-C", configPath];
     case "qemu-nbd":
-      // -e 0: any number of clients; the default of 1 lets a second one hang.
+      // -e 0: as many clients as come; the default of 1 lets a second one hang.
       return [
         "qemu-nbd",
         "-t",

@@ -5,6 +5,7 @@
  * success.
  */
 import type * as pulumi from "@pulumi/pulumi";
+import { isLvmNbdError } from "../core/errors.js";
 import { type Handlers, PartialFailure } from "../core/handlers.js";
 import { unknownProperties, withoutProperties } from "./unknowns.js";
 
@@ -17,7 +18,7 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
     async check(olds: Bag, news: Bag) {
       const unknown = unknownProperties(news);
       const old = Object.keys(olds).length === 0 ? undefined : known(olds, unknown);
-      const { inputs, problems } = await handlers.check(old, known(news, unknown), unknown);
+      const { inputs, problems } = await plainly(handlers.check(old, known(news, unknown), unknown));
       const later = Object.fromEntries(Object.entries(news).filter(([key]) => unknown.has(key)));
       return {
         inputs: { ...inputs, ...later, [providerKey]: news[providerKey] },
@@ -27,10 +28,8 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
 
     async diff(_id: string, olds: Bag, news: Bag) {
       const unknown = unknownProperties(news);
-      const { changes, deleteBeforeReplace } = await handlers.diff(
-        known(olds, new Set()),
-        known(news, unknown),
-        unknown,
+      const { changes, deleteBeforeReplace } = await plainly(
+        handlers.diff(known(olds, new Set()), known(news, unknown), unknown),
       );
       const replaces = changes.filter(({ effect }) => effect === "replace").map(({ property }) => property);
       return {
@@ -51,7 +50,7 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
 
     async read(id: string, props?: Bag) {
       const bag = props ?? {};
-      const state = await handlers.read(known(bag, new Set()));
+      const state = await plainly(handlers.read(known(bag, new Set())));
       return state === undefined
         ? { id: "", props: {} }
         : { id, props: { ...state, [providerKey]: bag[providerKey] } };
@@ -75,12 +74,22 @@ function known(bag: Bag, unknown: ReadonlySet<string>): Bag {
   return withoutProperties(bag, new Set([...unknown, providerKey]));
 }
 
-/** The engine saves `properties` as the resource's whole state: without the inputs, `__provider` would be lost. */
+/** What check, diff and read throw is printed with its stack, which tells a person nothing that the message does not. */
+async function plainly<T>(work: Promise<T>): Promise<T> {
+  try {
+    return await work;
+  } catch (error) {
+    if (isLvmNbdError(error)) error.stack = "";
+    throw error;
+  }
+}
+
+/** The engine saves `properties` as the resource's whole state: what is declared and was not reached has no place in it. */
 function partial(error: unknown, inputs: Bag): unknown {
   if (!(error instanceof PartialFailure)) return error;
   return Object.assign(new Error(error.message, { cause: error.cause }), {
     id: error.id,
-    properties: { ...inputs, ...error.state },
+    properties: { ...error.state, [providerKey]: inputs[providerKey] },
     reasons: [error.message],
   });
 }

@@ -4,17 +4,24 @@
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
-import { LvmNbdError } from "../core/errors.js";
-import { commonInputs } from "../core/inputs.js";
+import { type ErrorCode, LvmNbdError } from "../core/errors.js";
+import { commonInputs, readableBy, refusing } from "../core/inputs.js";
 import {
   generationMark,
   isOfAnotherGeneration,
+  makingMark,
   markAmong,
   ownerMark,
   tagPrefix,
   userTags,
 } from "../core/owner.js";
-import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import {
+  type Change,
+  ChangedMeanwhile,
+  type Context,
+  type Problem,
+  type ResourceType,
+} from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import { holdersScript, parseHolders } from "../linux/holders.js";
 import {
@@ -25,8 +32,7 @@ import {
   type LogicalVolume,
   logicalVolumeNameProblem,
   lvmFailure,
-  lvsCommand,
-  parseLvs,
+  lvmSilence,
   parseSize,
   permissionCommand,
   removeCommand,
@@ -36,34 +42,25 @@ import {
   tagProblem,
   volumeGroupNameProblem,
 } from "../linux/lvm.js";
+import { changedMeanwhile } from "../linux/unitScript.js";
 import { hostName } from "../ssh/config.js";
-import type { RemoteCommand } from "../ssh/types.js";
+import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { observeSeconds, volumes } from "./volumes.js";
 
 const KiB = 1024;
 
-const name = (problem: (value: string) => string | undefined) =>
-  z.string().superRefine((value, refinement) => {
-    const message = problem(value);
-    if (message !== undefined) refinement.addIssue({ code: "custom", message });
-  });
+const name = (problem: (value: string) => string | undefined) => z.string().superRefine(refusing(problem));
 
-const size = z.union([z.string(), z.number()]).superRefine((value, refinement) => {
-  try {
-    parseSize(value);
-  } catch (error) {
-    refinement.addIssue({ code: "custom", message: error instanceof Error ? error.message : String(error) });
-  }
-});
+const size = z.union([z.string(), z.number()]).superRefine(readableBy(parseSize));
 
-const chunkSize = z.union([z.string(), z.number()]).superRefine((value, refinement) => {
-  const bytes = chunkSizeBytes(value);
-  if (bytes === undefined || bytes < 4 * KiB || bytes > 512 * KiB || !Number.isInteger(Math.log2(bytes))) {
-    refinement.addIssue({
-      code: "custom",
-      message: `"${value}" is not a chunk size: a power of 2 from 4K to 512K, e.g. "64K" or 65536`,
-    });
-  }
-});
+const chunkSize = z.union([z.string(), z.number()]).superRefine(
+  refusing((value) => {
+    const bytes = chunkSizeBytes(value);
+    return bytes === undefined || bytes < 4 * KiB || bytes > 512 * KiB || !Number.isInteger(Math.log2(bytes))
+      ? `"${value}" is not a chunk size: a power of 2 from 4K to 512K, e.g. "64K" or 65536`
+      : undefined;
+  }),
+);
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -102,7 +99,9 @@ const inputs = z.strictObject({
         .describe("Seconds after which either command is stopped."),
     })
     .optional()
-    .describe("Commands run around the taking of the snapshot, as root."),
+    .describe(
+      "Commands run around the taking of the snapshot, as root. They are shown in errors: let them name no secret.",
+    ),
   triggers: z
     .array(z.union([z.string(), z.number(), z.boolean()]))
     .default([])
@@ -135,6 +134,8 @@ interface Observed {
   readonly lv: LogicalVolume;
   readonly origin: LogicalVolume | undefined;
   readonly poolFull: boolean;
+  /** lvcreate makes a plain volume first, and leaves that when it is killed or cut by a reboot. */
+  readonly halfMade: boolean;
   /** COW snapshots of this (thin) snapshot itself: lvremove would take them along. */
   readonly dependents: readonly string[];
 }
@@ -159,17 +160,11 @@ function generationOf(wanted: Inputs): string {
   ]);
 }
 
-const observeSeconds = 60;
 /** Also the time between TERM and KILL: an LVM command killed half-way leaves the origin suspended. */
 const changeSeconds = 120;
-
-async function volumes(context: Context): Promise<LogicalVolume[]> {
-  const command: RemoteCommand = { argv: lvsCommand(), kind: "read", deadlineSeconds: observeSeconds };
-  const result = await succeed(context, command, "the logical volumes could not be listed", (failed) =>
-    lvmFailure(failed.stderr),
-  );
-  return parseOutput(context, command, result, parseLvs);
-}
+const changing = { kind: "change", deadlineSeconds: changeSeconds, graceSeconds: changeSeconds } as const;
+/** How often a VM is frozen when somebody else takes LVM's lock just then. */
+const quiesceTries = 3;
 
 /** A group that has vanished (a disk not there yet) says nothing of its volumes: that is not an absence. */
 async function requireGroup(
@@ -200,8 +195,28 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const inGroup = (name: string | undefined) =>
     all.find((candidate) => candidate.volumeGroup === lv.volumeGroup && candidate.name === name);
   const pool = inGroup(lv.pool);
+  const still = [lv, inGroup(lv.origin)].find((volume) => volume?.suspended);
+  if (still !== undefined) {
+    const path = `${still.volumeGroup}/${still.name}`;
+    throw new LvmNbdError("VOLUME_SUSPENDED", {
+      message: `${path} is suspended, so whoever uses it stands still`,
+      host: context.host.name,
+      resource: context.resource,
+      advice: `An LVM command was killed half-way. Run \`lvchange --refresh ${path}\` on the host NOW, then \`pulumi up\` again.`,
+    });
+  }
+  const mark = markAmong(lv.tags);
+  if (lv.kind === "other" && lv.uuid === uuid) {
+    throw new LvmNbdError("IDENTITY_MISMATCH", {
+      message: `${lv.volumeGroup}/${lv.name} is no snapshot any more: it was split off`,
+      host: context.host.name,
+      resource: context.resource,
+      advice: `Nothing was touched. Make it a snapshot again with \`lvconvert -s ${wanted.volumeGroup}/${wanted.origin} ${lv.volumeGroup}/${lv.name}\`, or remove it, and run again.`,
+    });
+  }
   return {
-    mark: markAmong(lv.tags),
+    mark,
+    halfMade: lv.kind === "other" && mark === ownerMark(wanted.owner) && lv.tags.includes(makingMark),
     lv,
     origin: inGroup(lv.origin),
     dependents: all
@@ -223,12 +238,7 @@ function stateOf({ lv, poolFull }: Observed): State["state"] {
 /** LVM locks the volume group for a change; those of one group wait for each other here. */
 function change(context: Context, volumeGroup: string, argv: string[], what: string): Promise<unknown> {
   return serially(context.host, volumeGroup, () =>
-    succeed(
-      context,
-      { argv, kind: "change", deadlineSeconds: changeSeconds, graceSeconds: changeSeconds },
-      what,
-      (result) => lvmFailure(result.stderr),
-    ),
+    succeed(context, { ...changing, argv }, what, (result) => lvmFailure(result.stderr)),
   );
 }
 
@@ -289,69 +299,145 @@ function listed(names: readonly string[]): string {
   return shown.length === 0 ? "none" : shown.join(", ");
 }
 
+/** Says that what lvcreate made is a snapshot by now. */
+const madeCommand = `lvchange -y --deltag ${makingMark} "$group/$name" </dev/null`;
+
+const takeScript = `
+group=$1 name=$2; shift 2
+"$@" </dev/null && ${madeCommand}
+`;
+
 /**
- * Freezes, runs the command, thaws. The thaw is a trap of the script on the host, so it is run whatever
- * happens to the command, to the link or to Pulumi. Exit code 90: freeze failed; 91: only thaw failed.
+ * Freezes, runs the command, thaws. The thaw is a trap of the script on the host, so it is run whatever happens to
+ * the command, to the link or to Pulumi. One of them at a time for an origin: a script whose link was lost goes on,
+ * and a second freeze beside it would thaw beneath its snapshot. LVM's lock is waited for before the freeze and
+ * never for more than two seconds during it. Exit code 90: freeze failed; 91: thaw failed; 92: it failed and no
+ * snapshot was taken; 77: the snapshot is there already.
  */
 const quiesceScript = `
-freeze=$1 thaw=$2 limit=$3; shift 3
+freeze=$1 thaw=$2 limit=$3 group=$4 name=$5 lock=$6; shift 6
 trap '' PIPE
-thawed=no thaw_rc=0
+thawed=yes thaw_rc=0
 thaw() {
   [ "$thawed" = no ] || return 0
   thawed=yes
-  timeout -k 5 "$limit" sh -c "$thaw" </dev/null >&2 || thaw_rc=$?
+  timeout -k 5 "$limit" sh -c "$thaw" </dev/null >&2 9>&- || thaw_rc=$?
 }
 trap 'thaw' EXIT
 trap 'exit 143' HUP INT TERM
-timeout -k 5 "$limit" sh -c "$freeze" </dev/null >&2 || exit 90
-"$@" </dev/null
-rc=$?
-thaw
+exec 9>"$lock" && flock -w 120 9 || { echo "another snapshot of the origin is being taken for more than 120 s" >&2; exit 1; }
+lvs "$group/$name" >/dev/null 2>&1 9>&- && exit ${changedMeanwhile}
+tries=0
+while :; do
+  vgs "$group" >/dev/null 9>&- || exit 1
+  thawed=no
+  timeout -k 5 "$limit" sh -c "$freeze" </dev/null >&2 9>&- || exit 90
+  # Whoever only looks has the lock for a moment: that is worth a second or two of standing still.
+  short=0
+  while :; do
+    said=$("$@" --config 'global{wait_for_locks=0}' 2>&1 </dev/null 9>&-)
+    rc=$?
+    case $said in *"Can't get lock for"*) locked=yes;; *) locked=no;; esac
+    short=$((short+1))
+    [ "$locked" = yes ] && [ "$short" -lt 8 ] || break
+    sleep 0.2
+  done
+  thaw
+  printf '%s\\n' "$said" >&2
+  tries=$((tries+1))
+  [ "$locked" = yes ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
+done
+[ "$thaw_rc" = 0 ] || { [ "$rc" = 0 ] && exit 91; exit 92; }
 [ "$rc" = 0 ] || exit "$rc"
-[ "$thaw_rc" = 0 ] || exit 91
+exec 9>&-
+${madeCommand}
 `;
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
   await suitableOrigin(context, wanted);
+  await take(context, wanted);
+}
+
+/** Of an origin that was found suitable. */
+async function take(context: Context, wanted: Inputs): Promise<void> {
+  const { volumeGroup, origin, name, quiesce } = wanted;
+  context.progress(
+    quiesce === undefined
+      ? `taking the snapshot ${volumeGroup}/${name} of ${origin}`
+      : `freezing, taking the snapshot ${volumeGroup}/${name}, thawing`,
+  );
+  const command = takeCommand(wanted);
+  const result = await serially(context.host, volumeGroup, () => context.host.run(command, context.signal));
+  if (result.exitCode !== 0) throw takeFailure(context, wanted, command, result);
+}
+
+function takeCommand(wanted: Inputs): RemoteCommand {
+  const { volumeGroup, origin, name, quiesce } = wanted;
   const argv = createSnapshotCommand({
-    volumeGroup: wanted.volumeGroup,
-    origin: wanted.origin,
-    name: wanted.name,
+    volumeGroup,
+    origin,
+    name,
     size: wanted.size === undefined ? undefined : parseSize(wanted.size),
     readOnly: wanted.readOnly,
     chunkSize: chunkSizeBytes(wanted.chunkSize) ?? 64 * KiB,
-    tags: [...marks(wanted), ...wanted.tags],
+    tags: [...marks(wanted), makingMark, ...wanted.tags],
   });
-  const what = `no snapshot of ${wanted.volumeGroup}/${wanted.origin} could be taken`;
-  const { quiesce } = wanted;
-  if (quiesce === undefined) {
-    context.progress(`taking the snapshot ${wanted.volumeGroup}/${wanted.name} of ${wanted.origin}`);
-    await change(context, wanted.volumeGroup, argv, what);
-    return;
-  }
-  context.progress(`freezing, taking the snapshot ${wanted.volumeGroup}/${wanted.name}, thawing`);
-  const command: RemoteCommand = {
-    argv: script(quiesceScript, quiesce.freeze, quiesce.thaw, String(quiesce.timeoutSeconds), ...argv),
+  if (quiesce === undefined) return { ...changing, argv: script(takeScript, volumeGroup, name, ...argv) };
+  const { freeze, thaw, timeoutSeconds } = quiesce;
+  const lock = `/run/lvm-nbd-quiesce.${volumeGroup}.${origin}`;
+  return {
     kind: "change",
-    deadlineSeconds: changeSeconds + 2 * quiesce.timeoutSeconds,
-    graceSeconds: changeSeconds + 2 * (quiesce.timeoutSeconds + 10),
+    argv: script(quiesceScript, freeze, thaw, String(timeoutSeconds), volumeGroup, name, lock, ...argv),
+    deadlineSeconds: 2 * changeSeconds + quiesceTries * 2 * timeoutSeconds,
+    graceSeconds: changeSeconds + 2 * (timeoutSeconds + 10),
   };
-  const result = await serially(context.host, wanted.volumeGroup, () =>
-    context.host.run(command, context.signal),
+}
+
+/** A snapshot that is there already is another one's, or that of a command which ended after its link was lost. */
+function takeFailure(
+  context: Context,
+  { volumeGroup, origin, quiesce }: Inputs,
+  command: RemoteCommand,
+  result: CommandResult,
+): LvmNbdError | ChangedMeanwhile {
+  const { exitCode, stderr } = result;
+  const quiesceFailure = (what: string, code: ErrorCode) => failure(context, command, result, what, code);
+  if (quiesce !== undefined) {
+    if (exitCode === 90) return quiesceFailure(`freeze failed: ${quiesce.freeze}`, "QUIESCE_FAILED");
+    if (exitCode === 91) return quiesceFailure(`thaw failed: ${quiesce.thaw}`, "THAW_FAILED");
+    if (exitCode === 92)
+      return quiesceFailure(`no snapshot was taken, and thaw failed: ${quiesce.thaw}`, "THAW_FAILED");
+  }
+  const error = failure(
+    context,
+    command,
+    result,
+    `no snapshot of ${volumeGroup}/${origin} could be taken`,
+    lvmFailure(stderr) ?? "COMMAND_FAILED",
+    lvmSilence(stderr),
   );
-  if (result.exitCode === 0) return;
-  if (result.exitCode === 90)
-    throw failure(context, command, result, `freeze failed: ${quiesce.freeze}`, "QUIESCE_FAILED");
-  if (result.exitCode === 91)
-    throw failure(context, command, result, `thaw failed: ${quiesce.thaw}`, "THAW_FAILED");
-  throw failure(context, command, result, what, lvmFailure(result.stderr) ?? "COMMAND_FAILED");
+  const exists = exitCode === changedMeanwhile || /already exists in volume group/.test(stderr);
+  return exists ? new ChangedMeanwhile(error) : error;
+}
+
+function isStale({ lv }: Observed, wanted: Inputs): boolean {
+  return isOfAnotherGeneration(lv.tags, generationOf(wanted));
 }
 
 /** Takes the snapshot anew where an interrupted run left one of an earlier declaration; else mends it in place. */
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
   let { lv } = seen;
-  if (lv.kind !== "cow" && !(lv.kind === "thin" && lv.origin !== undefined)) {
+  if (seen.halfMade) {
+    context.progress(`${lv.name} was left half made by an interrupted run: taking it anew`);
+    await removeVolume(context, seen);
+    await create(context, wanted);
+    return;
+  }
+  const own = seen.mark === ownerMark(wanted.owner);
+  // A thin snapshot outlives its origin, and is then the only thing that holds its data.
+  const originGone = lv.kind === "thin" && lv.origin === undefined && own;
+  if (originGone) context.warn(originGonePhrase(wanted.origin));
+  if (lv.kind !== "cow" && !(lv.kind === "thin" && lv.origin !== undefined) && !originGone) {
     throw new LvmNbdError("FOREIGN_RESOURCE", {
       message: `${lv.volumeGroup}/${lv.name} exists and is not a snapshot`,
       host: context.host.name,
@@ -359,7 +445,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
       advice: "Choose another name: a volume that is not a snapshot is never taken over.",
     });
   }
-  if (lv.origin !== wanted.origin) {
+  if (lv.origin !== wanted.origin && !originGone) {
     throw new LvmNbdError("IDENTITY_MISMATCH", {
       message: `${lv.volumeGroup}/${lv.name} is a snapshot of "${lv.origin}", not of "${wanted.origin}"`,
       host: context.host.name,
@@ -373,11 +459,25 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
       resource: context.resource,
     });
   }
-  const stale = seen.mark === ownerMark(wanted.owner) && isOfAnotherGeneration(lv.tags, generationOf(wanted));
+  const stale = own && isStale(seen, wanted);
+  if (!stale && (lv.kind === "thin") !== (wanted.size === undefined)) {
+    throw new LvmNbdError("IDENTITY_MISMATCH", {
+      message: `size: ${lv.volumeGroup}/${lv.name} is a ${lv.kind === "thin" ? "thin snapshot, which has no" : "COW snapshot, which has a"} size of its own`,
+      host: context.host.name,
+      resource: context.resource,
+      property: "size",
+      advice:
+        lv.kind === "thin"
+          ? "Leave `size` out to keep it, or choose another name."
+          : `Declare \`size: ${lv.sizeBytes}\` to keep it, or choose another name.`,
+    });
+  }
   if (stale || stateOf(seen) === "overflowed") {
+    // What cannot be taken anew is not given up.
+    await suitableOrigin(context, wanted);
     context.progress(`${lv.name} is ${stale ? "of an earlier declaration" : "overflowed"}: taking it anew`);
     await removeVolume(context, seen);
-    await create(context, wanted);
+    await take(context, wanted);
     return;
   }
   if (lv.name !== wanted.name) {
@@ -420,6 +520,10 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
       `${lv.name} could not be grown`,
     );
   }
+}
+
+function originGonePhrase(origin: string): string {
+  return `its origin ${origin} was removed or replaced; it still holds the old one's data and is left as it is: change \`triggers\` to give that up and take a snapshot of now`;
 }
 
 /** True if the store is smaller than declared by at least one extent and can still grow. */
@@ -469,7 +573,9 @@ async function refuseOpen(context: Context, lv: LogicalVolume): Promise<void> {
   };
   const result = await succeed(context, command, `who holds ${lv.path} could not be found out`);
   const holders = parseOutput(context, command, result, parseHolders);
-  if (lv.open !== true && holders.length === 0) return;
+  // udev itself has a device open for a moment after each change.
+  const now = (await volumes(context)).find(({ uuid }) => uuid === lv.uuid);
+  if (now?.open !== true && holders.length === 0) return;
   throw new LvmNbdError("VOLUME_IN_USE", {
     message: `${lv.volumeGroup}/${lv.name} is open: ${holders.join(", ") || "by a program that has just closed it or is in another namespace"}`,
     host: context.host.name,
@@ -527,6 +633,20 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
     if (order > 0) update("size");
     if (order < 0) replace("size");
   }
+  const shrinks = changes.length === 1 && changes[0]?.effect === "replace" && changes[0].property === "size";
+  if (
+    shrinks &&
+    !thin &&
+    wanted.size !== undefined &&
+    state.state !== "overflowed" &&
+    sameHost(state, wanted)
+  ) {
+    throw new LvmNbdError("INVALID_INPUT", {
+      message: shrinkingReason(state.size, wanted.size),
+      property: "size",
+      advice: `This snapshot's origin has ${state.originSizeBytes} bytes. Nothing was changed.`,
+    });
+  }
   for (const property of ["name", "readOnly"] as const) {
     if (unknown.has(property) || wanted[property] !== state[property]) update(property);
   }
@@ -538,6 +658,10 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   // A COW snapshot is inactive with its origin: activating it would activate the VM's volume, maybe on a second host.
   if (state.state === "inactive" && thin) update("state");
   return changes;
+}
+
+function sameHost(state: State, wanted: Partial<Inputs>): boolean {
+  return wanted.host !== undefined && hostName(wanted.host) === hostName(state.host);
 }
 
 function differentChunks(a: string | number, b: string | number | undefined): boolean {
@@ -607,10 +731,14 @@ function shrinking(
       : "percentOfOrigin" in before &&
         "percentOfOrigin" in after &&
         after.percentOfOrigin < before.percentOfOrigin;
-  return smaller
-    ? `a COW snapshot cannot shrink from ${old.size} to ${wanted.size}: keep at least ${old.size}, or change ` +
-        "`triggers` as well to have this moment given up and a new, smaller snapshot taken"
-    : undefined;
+  return smaller ? shrinkingReason(old.size, wanted.size) : undefined;
+}
+
+function shrinkingReason(old: string | number | undefined, wanted: string | number): string {
+  return (
+    `a COW snapshot cannot shrink from ${old} to ${wanted}: keep at least ${old}, or change ` +
+    "`triggers` as well to have this moment given up and a new, smaller snapshot taken"
+  );
 }
 
 /** The resource as the reconciler sees it. */
@@ -635,14 +763,19 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   },
   create,
   converge,
+  isStale,
   remove: (context, _state, seen) => removeVolume(context, seen),
   drift(state, seen) {
     const now = toState(state, seen);
     const lines: string[] = [];
+    if (now.volumeGroup !== state.volumeGroup) lines.push(`its volume group is now ${now.volumeGroup}`);
     if (now.name !== state.name) lines.push(`was renamed to ${now.name}; \`pulumi up\` will rename it back`);
     if (now.readOnly !== state.readOnly) lines.push(`was made ${now.readOnly ? "read-only" : "writable"}`);
     if (!sameMembers(now.tags, state.tags))
       lines.push(`has tags [${now.tags.join(", ")}], declared are [${state.tags.join(", ")}]`);
+    if (seen.lv.kind === "thin" && seen.lv.origin === undefined) {
+      lines.push(originGonePhrase(state.origin));
+    }
     if (now.size !== state.size) lines.push(`its store has ${now.sizeBytes} bytes, less than declared`);
     if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
     return lines;

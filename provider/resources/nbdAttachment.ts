@@ -4,7 +4,7 @@
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
-import { commonInputs, plainName } from "../core/inputs.js";
+import { commonInputs, plainName, readableBy, refusing } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -14,38 +14,30 @@ import {
   attachUnitName,
   modulesLoad,
   renderAttachUnit,
+  tidyFunction,
   udevRule,
 } from "../linux/attachUnit.js";
 import { unitMark } from "../linux/exportUnit.js";
 import { emitFunctions, parseFields } from "../linux/fields.js";
 import { holdersScript, parseHolders } from "../linux/holders.js";
-import { defaultPort, nbdUri, packageOf, parseNbdUri } from "../linux/nbd.js";
-import { ownDirective, parseShow, type UnitProperties } from "../linux/systemd.js";
+import { defaultPort, nbdUri, parseNbdUri } from "../linux/nbd.js";
+import { missingFunction, missingPrograms } from "../linux/programs.js";
+import { parseShow, type UnitProperties } from "../linux/systemd.js";
 import { unitNameProblem } from "../linux/unitName.js";
+import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
   name: z
     .string()
     .regex(plainName, "must begin with a letter or digit and hold only letters, digits and _ . : + -")
-    .superRefine((value, refinement) => {
-      const message = unitNameProblem("attach", value);
-      if (message !== undefined) refinement.addIssue({ code: "custom", message });
-    })
+    .superRefine(refusing((value) => unitNameProblem("attach", value)))
     .describe("Name of the attachment; `/dev/lvm-nbd/NAME` leads to it. Default: the resource's name."),
   uri: z
     .string()
-    .superRefine((value, refinement) => {
-      try {
-        parseNbdUri(value);
-      } catch (error) {
-        refinement.addIssue({
-          code: "custom",
-          message: error instanceof Error ? error.message : String(error),
-        });
-      }
-    })
+    .superRefine(readableBy(parseNbdUri))
     .optional()
     .describe("The export, e.g. the `uri` of an NbdExport. Or give `server`, `port` and `exportName`."),
   server: z
@@ -126,7 +118,7 @@ interface Observed {
   readonly linked: boolean;
 }
 
-const observeScript = `${emitFunctions}
+const observeScript = `${emitFunctions}${unitFunctions}
 unit=$1 path=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
@@ -139,7 +131,7 @@ done
 emit show "$show"
 link=$(readlink "$path")
 device=
-if [ -e "$file" ]; then device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file"); fi
+if [ -e "$file" ]; then device=$(own Device "$file"); fi
 [ -n "$device" ] || device=$link
 emit link "$link"
 emit device "$device"
@@ -174,7 +166,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
   const text = fields.get("unit");
   const running = !["inactive", "failed"].includes(show.ActiveState ?? "");
   if (text === undefined && !running) return undefined;
-  const plan = text === undefined ? undefined : readPlan(text);
+  const plan = text === undefined ? undefined : readPlan(text, planShape);
   return {
     mark: text === undefined ? undefined : unitMark(text),
     plan,
@@ -208,20 +200,6 @@ const planShape = z.strictObject({
   blockSize: z.number(),
 });
 
-/** The record in a unit of ours. One that was spoiled by hand counts as edited, and is written anew. */
-function readPlan(unitText: string): AttachPlan | undefined {
-  const record = ownDirective(unitText, "Plan");
-  if (record === undefined) return undefined;
-  let value: unknown;
-  try {
-    value = JSON.parse(record);
-  } catch {
-    return undefined;
-  }
-  const parsed = planShape.safeParse(value);
-  return parsed.success ? parsed.data : undefined;
-}
-
 function endpoint(wanted: Pick<Inputs, "uri" | "server" | "port" | "exportName">) {
   if (wanted.uri !== undefined) return parseNbdUri(wanted.uri);
   return {
@@ -247,11 +225,9 @@ function stateOf(seen: Observed): State["state"] {
   return seen.show.UnitFileState === "enabled" ? "attached" : "disabled";
 }
 
-const preflightScript = `${emitFunctions}
+const preflightScript = `${emitFunctions}${missingFunction}
 uri=$1
-missing=
-for program in nbd-client nbdinfo systemctl flock udevadm; do command -v "$program" >/dev/null || missing="$missing $program"; done
-emit missing "$missing"
+emit_missing nbd-client nbdinfo systemctl flock udevadm
 if [ -d /sys/module/nbd ]; then emit module.rc 0; else emit_output module modprobe -n nbd; fi
 if command -v nbdinfo >/dev/null; then
   emit_output size timeout 30 nbdinfo --size "$uri"
@@ -268,16 +244,8 @@ async function preflight(context: Context, wanted: Inputs): Promise<number> {
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
   const where = { host: context.host.name, resource: context.resource };
-  const missing = (fields.get("missing") ?? "")
-    .trim()
-    .split(" ")
-    .filter((program) => program !== "");
-  if (missing.length > 0) {
-    throw new LvmNbdError("PROGRAM_MISSING", {
-      ...where,
-      message: `not installed on the host: ${missing.map((program) => `${program}, from package ${packageOf[program] ?? program}`).join("; ")}`,
-    });
-  }
+  const missing = missingPrograms(fields);
+  if (missing !== undefined) throw new LvmNbdError("PROGRAM_MISSING", { ...where, message: missing });
   if (fields.get("module.rc") !== "0") {
     throw new LvmNbdError("MODULE_MISSING", {
       ...where,
@@ -303,13 +271,12 @@ async function preflight(context: Context, wanted: Inputs): Promise<number> {
   return size;
 }
 
+/** Before the module is loaded there are none: it makes 16, unless somebody has configured more. */
 const candidatesScript = `
-modprobe nbd || exit 1
-last=-1
+if [ ! -d /sys/module/nbd ]; then seq 0 15; exit; fi
 for sys in /sys/block/nbd*; do
   [ -e "$sys" ] || continue
   n=\${sys##*/nbd}
-  [ "$n" -gt "$last" ] && last=$n
   [ ! -e "$sys/pid" ] && [ "$(cat "$sys/size")" = 0 ] || continue
   set -- "$sys"/holders/*; [ -e "$1" ] && continue
   grep -qsx "Device=/dev/nbd$n" /etc/systemd/system/lvm-nbd-attach-*.service && continue
@@ -321,11 +288,11 @@ done | sort -n
  * Exit code 75: the device is not free. 76: what is attached now is held (named on stdout). 70: the client did
  * not connect. Nothing is stopped before both have been looked at under the lock.
  */
-const applyScript = `${emitFunctions}
-unit=$1 device=$2 path=$3 expected=$4 modules=$5 modules_text=$6 rule=$7 rule_text=$8 wait=$9
-shift 9; current=$1 holders=$2
+const applyScript = `${unitFunctions}
+unit=$1 device=$2 expected=$3 wait=$4 current=$5 holders=$6 mark=$7 seen=$8; shift 8
 file=/etc/systemd/system/$unit
-exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "another attachment is being made for more than 120 s" >&2; exit 1; }
+lock
+guard "$file" "$mark" "$seen"
 install_file() {
   [ -f "$1" ] && [ "$(cat "$1"; echo x)" = "$(printf %s "$2"; echo x)" ] && return 0
   mkdir -p "\${1%/*}" && rm -f "$1.new" && printf %s "$2" >"$1.new" && sync "$1.new" && mv -f "$1.new" "$1"
@@ -339,15 +306,16 @@ if [ -b "$current" ]; then
   held=$(sh -c "$holders" sh "$current" "$unit") || exit 1
   if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 76; fi
 fi
-# A unit whose file was deleted may run all the same.
-[ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || systemctl stop "$unit" || exit 1
-if busy; then echo "$device is in use" >&2; exit 75; fi
 for other in $(grep -lsx "Device=$device" /etc/systemd/system/lvm-nbd-attach-*.service); do
   [ "$other" = "$file" ] || { echo "$device belongs to $other" >&2; exit 75; }
 done
-install_file "$modules" "$modules_text" && install_file "$rule" "$rule_text" && udevadm control --reload || exit 1
-modprobe nbd || exit 1
+# A unit whose file was deleted may run all the same.
+[ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || systemctl stop "$unit" || exit 1
+if busy; then echo "$device is in use" >&2; exit 75; fi
+while [ $# -gt 0 ]; do install_file "$1" "$2" || exit 1; shift 2; done
+udevadm control --reload || exit 1
 install_file "$file" "$new" && rm -rf "$file.d" || exit 1
+modprobe nbd || exit 1
 fail() { echo "$1" >&2; journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
 # enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" && systemctl start "$unit" || fail "the unit did not start"
@@ -357,13 +325,18 @@ timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 |
 exit 0
 `;
 
-/** `current`: the device that this attachment has now and that must not be held; `undefined` if it has none. */
+/**
+ * `current`: the device that this attachment has now and that must not be held; `undefined` if it has none.
+ * `seen`: what was there when it was looked at.
+ */
 async function apply(
   context: Context,
   plan: AttachPlan,
   sizeBytes: number,
   current: string | undefined,
+  seen: Observed | undefined,
 ): Promise<"attached" | "taken"> {
+  const mark = ownerMark(plan.owner);
   // The kernel cuts the device to whole blocks.
   const expected = sizeBytes - (sizeBytes % plan.blockSize);
   const command: RemoteCommand = {
@@ -371,15 +344,12 @@ async function apply(
       applyScript,
       attachUnitName(plan.name),
       plan.device,
-      attachPath(plan.name),
       String(expected),
-      modulesLoad.path,
-      modulesLoad.text,
-      udevRule.path,
-      udevRule.text,
       String(Math.min(plan.timeoutSeconds, 30)),
       current ?? "",
       holdersScript,
+      ...expectedMarks(mark, seen),
+      ...[modulesLoad, udevRule].flatMap(({ path, text }) => [path, text]),
     ),
     stdin: renderAttachUnit(plan),
     kind: "change",
@@ -388,6 +358,7 @@ async function apply(
   const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
   if (result.exitCode === 0) return "attached";
   if (result.exitCode === 75) return "taken";
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode === 76) {
     throw heldError(context, current ?? "", parseOutput(context, command, result, parseHolders));
   }
@@ -403,27 +374,29 @@ async function apply(
   );
 }
 
+/** `seen`: the attachment that is there already. */
 async function attach(
   context: Context,
   wanted: Inputs,
   current: string | undefined,
-  isNew: boolean,
+  seen: Observed | undefined,
 ): Promise<void> {
   const sizeBytes = await preflight(context, wanted);
   const fixed = wanted.device ?? current;
   for (const device of fixed === undefined ? await freeDevices(context) : [fixed]) {
     context.progress(`attaching ${nbdUri(endpoint(wanted))} as ${device}`);
     try {
-      if ((await apply(context, planOf(wanted, device), sizeBytes, current)) === "attached") return;
+      const outcome = await apply(context, planOf(wanted, device), sizeBytes, current, seen);
+      if (outcome === "attached") return;
     } catch (error) {
       // What does not connect is not left behind: it would keep trying on a host nobody looks at.
       // An attachment that was there before stays: its unit goes on trying, and the next up goes on from it.
       if (
-        isNew &&
+        seen === undefined &&
         error instanceof LvmNbdError &&
         ["ATTACHMENT_DEAD", "COMMAND_FAILED"].includes(error.code)
       ) {
-        await takeDown(context, wanted.name, undefined).catch((cleanup: unknown) => {
+        await takeDown(context, wanted.name, device, ownerMark(wanted.owner)).catch((cleanup: unknown) => {
           context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
         });
       }
@@ -436,7 +409,8 @@ async function attach(
     host: context.host.name,
     resource: context.resource,
     advice:
-      "Detach what is not needed, or give another `device`: `lsblk` and `nbd-client -c /dev/nbdN` show what is in use.",
+      "Detach what is not needed, or give another `device`: `lsblk` and `nbd-client -c /dev/nbdN` show what is in use. " +
+      "For more than there are: `options nbd nbds_max=64` in /etc/modprobe.d, then `modprobe -r nbd; modprobe nbd`.",
   });
 }
 
@@ -457,12 +431,15 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     seen.plan !== undefined &&
     device !== undefined &&
     renderAttachUnit(seen.plan) === renderAttachUnit(planOf(wanted, device));
-  if (asDeclared && stateOf(seen) === "attached") return;
-  const replaced = stateOf(seen) === "replaced";
+  const state = stateOf(seen);
+  if (asDeclared && state === "attached") return;
+  if (asDeclared && state === "disabled")
+    return enable(context, attachUnitName(wanted.name), ownerMark(wanted.owner));
+  const replaced = state === "replaced";
   // Somebody else's link is not ours to cut, whoever holds it: the unit leaves it alone.
   if (seen.device !== undefined && !replaced)
     await refuseHeld(context, seen.device, attachUnitName(wanted.name));
-  await attach(context, wanted, replaced ? undefined : seen.device, false);
+  await attach(context, wanted, replaced ? undefined : seen.device, seen);
 }
 
 async function refuseHeld(context: Context, device: string, unit: string): Promise<void> {
@@ -488,41 +465,41 @@ function heldError(context: Context, device: string, holders: readonly string[])
 }
 
 /** Looks for holders (exit code 75, named on stdout) and takes the unit down in one go, so that nobody slips in between. */
-const takeDownScript = `
-unit=$1 file=/etc/systemd/system/$1 modules=$2 rule=$3 device=$4 path=$6
-exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "an attachment is being made for more than 120 s" >&2; exit 1; }
+const takeDownScript = `${unitFunctions}${tidyFunction}
+unit=$1 file=/etc/systemd/system/$1 seen=$2 device=$3 path=$5
+lock
+guard "$file" "$seen"
 if [ -b "$device" ]; then
-  held=$(sh -c "$5" sh "$device" "$unit") || exit 1
+  held=$(sh -c "$4" sh "$device" "$unit") || exit 1
   if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
 fi
 if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
-rm -f "$file" "$file.new" "$path" && rm -rf "$file.d" || exit 1
-systemctl daemon-reload || exit 1
+rm -f "$path" && rm -rf "$file.d" && tidy "$file" && rm -f "$file.new" "$file" || exit 1
+udevadm control --reload && systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
-set -- /etc/systemd/system/lvm-nbd-attach-*.service
-if [ ! -e "$1" ]; then rm -f "$modules" "$rule" && udevadm control --reload; rmdir /dev/lvm-nbd 2>/dev/null; fi
 exit 0
 `;
 
-/** `device`: what must not be held; `undefined` for what was never attached or is not ours. */
-async function takeDown(context: Context, name: string, device: string | undefined): Promise<void> {
+/**
+ * `device`: what must not be held; `undefined` for what was never attached or is not ours. `mark`: what the unit's
+ * file carries, "" for none.
+ */
+async function takeDown(
+  context: Context,
+  name: string,
+  device: string | undefined,
+  mark: string,
+): Promise<void> {
   const unit = attachUnitName(name);
   const command: RemoteCommand = {
-    argv: script(
-      takeDownScript,
-      unit,
-      modulesLoad.path,
-      udevRule.path,
-      device ?? "",
-      holdersScript,
-      attachPath(name),
-    ),
+    argv: script(takeDownScript, unit, mark, device ?? "", holdersScript, attachPath(name)),
     kind: "change",
     deadlineSeconds: 240,
   };
   const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
   if (result.exitCode === 75)
     throw heldError(context, device ?? "", parseOutput(context, command, result, parseHolders));
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode !== 0)
     throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
 }
@@ -618,29 +595,20 @@ export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   diff,
   collides: (state, wanted) =>
     state.name === wanted.name || (wanted.device !== undefined && wanted.device === state.device),
-  create: (context, wanted) => attach(context, wanted, undefined, true),
+  create: (context, wanted) => attach(context, wanted, undefined, undefined),
   converge,
   async remove(context, state, seen) {
     const device = seen.plan?.device ?? state.device;
     context.progress(`detaching ${device}`);
     // Somebody else's link behind the device is not ours to look at or to cut; the unit leaves it alone.
-    await takeDown(context, state.name, stateOf(seen) === "replaced" ? undefined : device);
+    await takeDown(context, state.name, stateOf(seen) === "replaced" ? undefined : device, seen.mark ?? "");
   },
-  drift(state, seen) {
-    const now = toState(state, seen);
-    const lines: string[] = [];
-    for (const property of [
-      "uri",
-      "device",
-      "readOnly",
-      "connections",
-      "timeoutSeconds",
-      "blockSize",
-    ] as const) {
-      const [before, after] = [JSON.stringify(state[property]), JSON.stringify(now[property])];
-      if (before !== after) lines.push(`${property} is ${after}, declared is ${before}`);
-    }
-    if (now.state !== "attached") lines.push(`is ${now.state}; \`pulumi up\` will attach it as declared`);
-    return lines;
-  },
+  drift: (state, seen) =>
+    unitDrift(
+      state,
+      toState(state, seen),
+      ["uri", "device", "readOnly", "connections", "timeoutSeconds", "blockSize"],
+      "attached",
+      "attach it as declared",
+    ),
 };

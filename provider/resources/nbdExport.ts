@@ -6,7 +6,7 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
-import { commonInputs } from "../core/inputs.js";
+import { commonInputs, refusing } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { clientProblem, isAnyAddress, isLoopback } from "../linux/addresses.js";
@@ -21,10 +21,13 @@ import {
 } from "../linux/exportUnit.js";
 import { emitFunctions, parseFields } from "../linux/fields.js";
 import { listenersOn, parseListeners } from "../linux/listeners.js";
-import { defaultPort, nbdServers, nbdUri, packageOf } from "../linux/nbd.js";
-import { ownDirective, parseShow, type UnitProperties } from "../linux/systemd.js";
+import { defaultPort, nbdServers, nbdUri } from "../linux/nbd.js";
+import { missingFunction, missingPrograms } from "../linux/programs.js";
+import { parseShow, type UnitProperties } from "../linux/systemd.js";
 import { unitNameProblem } from "../linux/unitName.js";
+import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -37,10 +40,7 @@ const inputs = z.strictObject({
     .string()
     .min(1)
     .regex(/^[^\p{Cc}[\]/]+$/u, "must not hold control characters, brackets or slashes")
-    .superRefine((value, refinement) => {
-      const message = unitNameProblem("export", value);
-      if (message !== undefined) refinement.addIssue({ code: "custom", message });
-    })
+    .superRefine(refusing((value) => unitNameProblem("export", value)))
     .describe("NBD export name; unique on the host. Default: the resource's name."),
   listenAddress: z
     .string()
@@ -55,12 +55,7 @@ const inputs = z.strictObject({
     .describe("TCP port."),
   readOnly: z.boolean().default(true).describe("Whether clients may only read."),
   clients: z
-    .array(
-      z.string().superRefine((value, refinement) => {
-        const message = clientProblem(value);
-        if (message !== undefined) refinement.addIssue({ code: "custom", message });
-      }),
-    )
+    .array(z.string().superRefine(refusing(clientProblem)))
     .default([])
     .describe(
       "Addresses or networks that may connect; enforced by the host's kernel. Required unless `listenAddress` is loopback. " +
@@ -97,10 +92,12 @@ interface Observed {
   readonly fileGone: boolean;
   readonly show: UnitProperties;
   readonly deviceSizeBytes: number | undefined;
+  /** False if a boot would not start it whenever its device appears. */
+  readonly wanted: boolean;
   readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
 }
 
-const observeScript = `${emitFunctions}
+const observeScript = `${emitFunctions}${unitFunctions}
 unit=$1 conf=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
@@ -108,14 +105,21 @@ if [ -e "$conf" ]; then emit_file conf "$conf"; fi
 show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
 emit show "$show"
 if [ -e "$file" ]; then
-  device=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")
-  uri=$(sed -n '/^\\[X-LvmNbd\\]/,$s/^ProbeUri=//p' "$file")
+  # Enabling makes several links, and may have been cut between them.
+  for target in $(sed -n 's/^WantedBy=//p' "$file"); do
+    [ -L "/etc/systemd/system/$target.wants/$unit" ] || emit unwanted "$target"
+  done
+  device=$(own Device "$file")
+  uri=$(own ProbeUri "$file")
   if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
   case $show in *ActiveState=active*)
     command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
     emit_output size timeout 15 nbdinfo --size "$uri"
-    emit_output readOnly timeout 15 nbdinfo --is read-only "$uri"
-    emit bytes "$(timeout 15 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)";;
+    # A server that does not answer is asked once: each question waits as long.
+    if [ "$emit_rc" = 0 ]; then
+      emit_output readOnly timeout 15 nbdinfo --is read-only "$uri"
+      emit bytes "$(timeout 15 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)"
+    fi;;
   esac
 fi
 emit end ""
@@ -147,12 +151,13 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
           edited: true,
           fileGone: true,
           show,
+          wanted: false,
           deviceSizeBytes: undefined,
           probe: undefined,
         }
       : undefined;
   }
-  const plan = readPlan(text);
+  const plan = readPlan(text, planShape);
   const config = plan === undefined ? undefined : exportConfig(plan);
   // A handshake alone can succeed where every read hangs: the proof is a sector.
   const served = fields.get("size.rc") === "0" && fields.get("bytes")?.trim() === "512";
@@ -169,6 +174,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
       (show.DropInPaths ?? "") !== "",
     fileGone: false,
     show,
+    wanted: !fields.has("unwanted"),
     deviceSizeBytes: deviceSize === undefined ? undefined : Number(deviceSize),
     probe: Number.isSafeInteger(size)
       ? { sizeBytes: size, readOnly: fields.get("readOnly.rc") === "0" }
@@ -196,20 +202,6 @@ const planShape = inputs
   .extend({ ownAddress: z.string().optional() })
   .strict();
 
-/** The record in a unit of ours. One that was spoiled by hand counts as edited, and is written anew. */
-function readPlan(unitText: string): ExportPlan | undefined {
-  const record = ownDirective(unitText, "Plan");
-  if (record === undefined) return undefined;
-  let value: unknown;
-  try {
-    value = JSON.parse(record);
-  } catch {
-    return undefined;
-  }
-  const parsed = planShape.safeParse(value);
-  return parsed.success ? parsed.data : undefined;
-}
-
 function planOf(wanted: Inputs): ExportPlan {
   const { owner, device, exportName, listenAddress, port, readOnly, clients, server } = wanted;
   return { owner, device, exportName, listenAddress, port, readOnly, clients, server };
@@ -222,14 +214,12 @@ function stateOf(seen: Observed): State["state"] {
   if (seen.edited) return "edited";
   if (seen.probe === undefined || seen.probe.sizeBytes !== seen.deviceSizeBytes) return "notServing";
   if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
-  return file === "enabled" ? "serving" : "disabled";
+  return file === "enabled" && seen.wanted ? "serving" : "disabled";
 }
 
-const preflightScript = `${emitFunctions}
+const preflightScript = `${emitFunctions}${missingFunction}
 server=$1 device=$2 address=$3 port=$4 unit=$5
-missing=
-for program in "$server" nbdinfo nbdcopy systemctl ss ip; do command -v "$program" >/dev/null || missing="$missing $program"; done
-emit missing "$missing"
+emit_missing "$server" nbdinfo nbdcopy systemctl ss ip
 if [ ! -e "$device" ]; then emit device absent
 elif [ ! -b "$device" ]; then emit device other
 else emit device block
@@ -271,17 +261,8 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
       property,
     });
 
-  const missing = (fields.get("missing") ?? "")
-    .trim()
-    .split(" ")
-    .filter((program) => program !== "");
-  if (missing.length > 0) {
-    throw refuse(
-      "PROGRAM_MISSING",
-      "server",
-      `not installed on the host: ${missing.map((program) => `${program}, from package ${packageOf[program] ?? program}`).join("; ")}`,
-    );
-  }
+  const missing = missingPrograms(fields);
+  if (missing !== undefined) throw refuse("PROGRAM_MISSING", "server", missing);
   if (fields.get("device") === "absent")
     throw refuse("DEVICE_NOT_FOUND", "device", `${plan.device} does not exist on the host`);
   if (fields.get("device") !== "block")
@@ -323,8 +304,8 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
 }
 
 /** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. 71: its clients are not enforced. */
-const applyScript = `${emitFunctions}
-unit=$1 conf=$2 config=$3 uri=$4 open=$5 file=/etc/systemd/system/$1
+const applyScript = `${unitFunctions}
+unit=$1 conf=$2 config=$3 uri=$4 open=$5 mark=$6 seen=$7 file=/etc/systemd/system/$1
 # systemd starts a unit whose address filter it cannot apply: once a boot, a process under the same filter must be
 # seen to be kept out, and one without it to get in.
 prove_clients() {
@@ -337,6 +318,8 @@ prove_clients() {
   systemctl disable --quiet --now "$unit"
   exit 71
 }
+lock
+guard "$file" "$mark" "$seen"
 umask 022
 rm -f "$file.new" && cat >"$file.new" && sync "$file.new" || { rm -f "$file.new"; exit 1; }
 if [ -n "$config" ]; then
@@ -345,6 +328,7 @@ fi
 mv -f "$file.new" "$file" || exit 1
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
+exec 9>&-
 # enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
   journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
@@ -367,7 +351,9 @@ journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2
 exit 70
 `;
 
-async function apply(context: Context, plan: ExportPlan): Promise<void> {
+/** `seen`: what was there when it was looked at. */
+async function apply(context: Context, plan: ExportPlan, seen: Observed | undefined): Promise<void> {
+  const mark = ownerMark(plan.owner);
   const command: RemoteCommand = {
     argv: script(
       applyScript,
@@ -376,13 +362,16 @@ async function apply(context: Context, plan: ExportPlan): Promise<void> {
       exportConfig(plan) ?? "",
       probeUri(plan),
       isLoopback(plan.listenAddress) ? "no" : "yes",
+      ...expectedMarks(mark, seen),
     ),
     stdin: renderExportUnit(plan),
     kind: "change",
-    deadlineSeconds: 180,
+    // The lock 120 s, the start and the first answer of a slow server as long again, the proof of its clients 25 s.
+    deadlineSeconds: 400,
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode === 71) {
     throw failure(
       context,
@@ -407,14 +396,14 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
   const plan = await preflight(context, planOf(wanted));
   context.progress(`starting ${plan.server} for ${plan.device} on ${plan.listenAddress}:${plan.port}`);
   try {
-    await apply(context, plan);
+    await apply(context, plan, undefined);
   } catch (error) {
     // What does not serve is not left behind: it would keep restarting on a host nobody looks at.
     if (
       error instanceof LvmNbdError &&
       ["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "COMMAND_FAILED"].includes(error.code)
     ) {
-      await takeDown(context, wanted.exportName).catch((cleanup: unknown) => {
+      await takeDown(context, plan, ownerMark(plan.owner)).catch((cleanup: unknown) => {
         context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
       });
     }
@@ -425,33 +414,49 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
   const declared = { ...planOf(wanted), ownAddress: seen.plan?.ownAddress };
   const asDeclared = seen.plan !== undefined && renderExportUnit(seen.plan) === renderExportUnit(declared);
-  if (asDeclared && stateOf(seen) === "serving") return;
+  const state = stateOf(seen);
+  if (asDeclared && state === "serving") return;
+  if (asDeclared && state === "disabled")
+    return enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner));
   const plan = await preflight(context, planOf(wanted));
   context.progress(
-    stateOf(seen) === "serving"
+    state === "serving"
       ? `restarting the export ${plan.exportName}; connected clients are cut off and attachments reconnect`
-      : `starting the export ${plan.exportName} again (it was ${stateOf(seen)})`,
+      : `starting the export ${plan.exportName} again (it was ${state})`,
   );
-  await apply(context, plan);
+  await apply(context, plan, seen);
 }
 
-const takeDownScript = `
-unit=$1 conf=$2 file=/etc/systemd/system/$1
+/** The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. */
+const takeDownScript = `${unitFunctions}
+unit=$1 conf=$2 seen=$3 file=/etc/systemd/system/$1
+lock
+guard "$file" "$seen"
 if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
-rm -f "$file" "$file.new" "$conf" "$conf.new" && rm -rf "$file.d" || exit 1
+rm -f "$conf" "$conf.new" && rm -rf "$file.d" && rm -f "$file.new" "$file" || exit 1
+exec 9>&-
 rmdir /etc/lvm-nbd 2>/dev/null
 systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
 `;
 
-async function takeDown(context: Context, exportName: string): Promise<void> {
+/** `mark`: what the unit's file carries, "" for none. */
+async function takeDown(
+  context: Context,
+  { exportName }: Pick<ExportPlan, "exportName">,
+  mark: string,
+): Promise<void> {
   const unit = exportUnitName(exportName);
-  await succeed(
-    context,
-    { argv: script(takeDownScript, unit, exportConfigPath(exportName)), kind: "change", deadlineSeconds: 60 },
-    `the unit ${unit} could not be removed`,
-  );
+  const command: RemoteCommand = {
+    argv: script(takeDownScript, unit, exportConfigPath(exportName), mark),
+    kind: "change",
+    deadlineSeconds: 180,
+  };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0) return;
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
+  throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
 }
 
 /** On all interfaces the host is reached by the name under which SSH reaches it. */
@@ -500,7 +505,11 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
 }
 
 function validate(wanted: Partial<Inputs>): Problem[] {
-  const { listenAddress, clients } = wanted;
+  const { listenAddress, clients, server, exportName } = wanted;
+  if (server === "nbd-server" && exportName === "generic") {
+    const reason = '"generic" is the name of nbd-server\'s own section: choose another, or another `server`';
+    return [{ property: "exportName", reason }];
+  }
   if (listenAddress === undefined || clients === undefined) return [];
   if (clients.length > 0 || isLoopback(listenAddress)) return [];
   return [
@@ -535,18 +544,16 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   collides: (state, wanted) => state.exportName === wanted.exportName || state.port === wanted.port,
   create,
   converge,
-  remove: (context, state) => {
+  remove: (context, state, seen) => {
     context.progress(`stopping the export ${state.exportName}`);
-    return takeDown(context, state.exportName);
+    return takeDown(context, state, seen.mark ?? "");
   },
-  drift(state, seen) {
-    const now = toState(state, seen);
-    const lines: string[] = [];
-    for (const property of ["device", "listenAddress", "port", "readOnly", "server", "clients"] as const) {
-      const [before, after] = [JSON.stringify(state[property]), JSON.stringify(now[property])];
-      if (before !== after) lines.push(`${property} is ${after}, declared is ${before}`);
-    }
-    if (now.state !== "serving") lines.push(`is ${now.state}; \`pulumi up\` will start it as declared`);
-    return lines;
-  },
+  drift: (state, seen) =>
+    unitDrift(
+      state,
+      toState(state, seen),
+      ["device", "listenAddress", "port", "readOnly", "server", "clients"],
+      "serving",
+      "start it as declared",
+    ),
 };

@@ -59,3 +59,9 @@ it("learns where it happened without losing what it knew", () => {
   expect(isLvmNbdError(error, "CANCELLED")).toBe(false);
   expect(isLvmNbdError(new Error("x"))).toBe(false);
 });
+
+it.each(Object.entries(errorCodes))("%s says what to do, not only what is wrong", (_, explanation) => {
+  expect(explanation).toMatch(
+    /\b(add|bring|check|choose|compare|correct|detach|end|find|give|install|look at|mend|name (another|one)|put|remove|run|thaw|use)\b|the next `pulumi up`/i,
+  );
+});

@@ -277,7 +277,9 @@ describe("check", () => {
     async (type) => {
       const { problems } = await handlersOn(type, untouchedHost()).check(undefined, {}, none);
       const required = problems.map(({ property }) => property);
-      expect(required).toEqual(expect.arrayContaining(["host", "owner", resourceType(type).nameInput]));
+      expect(required).toEqual(
+        expect.arrayContaining(["host", "owner", resourceType(type).nameInput ?? "uri"]),
+      );
       for (const { reason } of problems) expect(reason).toBe("is required");
     },
   );

@@ -3,7 +3,12 @@ import { z } from "zod";
 import { type ErrorCode, LvmNbdError } from "../../provider/core/errors.js";
 import { ownerMark } from "../../provider/core/owner.js";
 import { converge, PartialSuccess, refresh, remove } from "../../provider/core/reconciler.js";
-import type { CommonInputs, Context, ResourceType } from "../../provider/core/resource.js";
+import {
+  ChangedMeanwhile,
+  type CommonInputs,
+  type Context,
+  type ResourceType,
+} from "../../provider/core/resource.js";
 
 interface Thing {
   mark: string | undefined;
@@ -74,6 +79,7 @@ function scene(
     resource: "Thing vm1",
     signal: new AbortController().signal,
     progress: () => undefined,
+    open: () => Promise.reject(new Error("no other host is named")),
     warn: (message) => world.warnings.push(message),
   };
   return { world, type, context };
@@ -81,6 +87,71 @@ function scene(
 
 const lost = () => new LvmNbdError("LINK_LOST", { message: "lost" });
 const fail = (code: ErrorCode) => new LvmNbdError(code, { message: "failed" });
+
+const changed = () => new ChangedMeanwhile(fail("FOREIGN_RESOURCE"));
+
+describe("a cancelled converge", () => {
+  it("keeps what was made already, and says that the next up goes on from there", async () => {
+    const { world, type, context } = scene(undefined, { create: [fail("CANCELLED")] });
+    const failure = await converge(type, context, wanted, undefined).catch((error: unknown) => error);
+    expect(failure).toBeInstanceOf(PartialSuccess);
+    expect(world.warnings).toEqual([
+      expect.stringMatching(/cancelled; it is on the host.*next `pulumi up` goes on/),
+    ]);
+  });
+
+  it("that had made nothing says so", async () => {
+    const { world, type, context } = scene(undefined);
+    type.create = async () => {
+      throw fail("CANCELLED");
+    };
+    await expect(converge(type, context, wanted, undefined)).rejects.toThrow(/CANCELLED/);
+    expect(world.warnings).toEqual([expect.stringMatching(/cancelled; nothing of it/)]);
+  });
+
+  it("whose host does not answer any more says nothing about what is there", async () => {
+    const { world, type, context } = scene(undefined, {
+      observe: [undefined, fail("HOST_UNREACHABLE")],
+      create: [fail("CANCELLED")],
+    });
+    await expect(converge(type, context, wanted, undefined)).rejects.toThrow(/CANCELLED/);
+    expect(world.warnings).toEqual([expect.stringMatching(/could not be looked at/)]);
+  });
+
+  it("looks at what is left although its signal is aborted", async () => {
+    const { type, context } = scene(undefined, { create: [fail("CANCELLED")] });
+    const signals: boolean[] = [];
+    const { observe } = type;
+    type.observe = async (own, declared) => {
+      signals.push(own.signal.aborted);
+      return observe(own, declared);
+    };
+    const failure = await converge(
+      type,
+      { ...context, signal: AbortSignal.abort() },
+      wanted,
+      undefined,
+    ).catch((error: unknown) => error);
+    expect(failure).toBeInstanceOf(PartialSuccess);
+    expect(signals).toEqual([true, false]);
+  });
+});
+
+describe("somebody who comes in between", () => {
+  it("is looked at again, and the work goes on from what is there", async () => {
+    const { world, type, context } = scene(undefined, { create: [changed()] });
+    await converge(type, context, wanted, undefined);
+    expect(world.log).toEqual(["observe", "create", "observe", "converge", "observe"]);
+  });
+
+  it("again and again is an error in the end, that of the refusal", async () => {
+    const { type, context } = scene(
+      { mark: mine, id: 1, right: false },
+      { converge: Array.from({ length: 9 }, changed) },
+    );
+    await expect(converge(type, context, wanted, undefined)).rejects.toThrow(/FOREIGN_RESOURCE/);
+  });
+});
 
 describe("converge", () => {
   it("makes what is absent and returns what is then there", async () => {
@@ -165,6 +236,31 @@ describe("converge", () => {
       code: "COMMAND_FAILED",
     });
     expect(world.warnings).toEqual([expect.stringContaining("HOST_UNREACHABLE")]);
+  });
+
+  it("does not wait a second time for a host that could not be looked at", async () => {
+    for (const old of [undefined, { ...wanted, id: 7 }]) {
+      const { world, type, context } = scene(
+        { mark: mine, id: 7, right: false },
+        { observe: [fail("HOST_UNREACHABLE")] },
+      );
+      await expect(converge(type, context, wanted, old)).rejects.toMatchObject({ code: "HOST_UNREACHABLE" });
+      expect(world.log).toEqual(["observe"]);
+      expect(world.warnings).toEqual([]);
+    }
+  });
+
+  it("does not say that nothing was changed when the host is gone after a lost link", async () => {
+    const gone = () => ({ observe: [undefined, fail("HOST_UNREACHABLE")] });
+    const made = scene(undefined, { ...gone(), create: [lost()] });
+    await expect(converge(made.type, made.context, wanted, undefined)).rejects.toMatchObject({
+      code: "LINK_LOST",
+    });
+    expect(made.world.log).toEqual(["observe", "create", "observe"]);
+    const removed = scene({ mark: mine, id: 7, right: true }, { ...gone(), remove: [lost()] });
+    await expect(remove(removed.type, removed.context, { ...wanted, id: 7 } as State)).rejects.toMatchObject({
+      code: "LINK_LOST",
+    });
   });
 
   it("does not put a foreign thing into the state after a refusal", async () => {

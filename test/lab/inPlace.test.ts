@@ -1,6 +1,7 @@
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { Lab } from "./lab.mts";
 import {
+  allowedInto,
   checksum,
   checksumSoon,
   freshLab,
@@ -126,8 +127,7 @@ describe("an export", () => {
       "clients",
       exported({ clients: [lab.server2.privateAddress, "10.9.0.0/16"] }),
     );
-    const { stdout } = await lab.server1.run("systemctl show -p IPAddressAllow lvm-nbd-export-vm1.service");
-    expect(stdout).toContain("10.9.0.0/16");
+    expect(await allowedInto(lab.server1, "lvm-nbd-export-vm1.service")).toContain("10.9.0.0/16");
     await attachmentIsBack();
     await change("NbdExport", "vm1", "clients", exported());
     await attachmentIsBack();

@@ -172,10 +172,10 @@ export async function spoil(server: Guest, device: string): Promise<void> {
   await server.run(`dd if=/dev/urandom of=${device} bs=1M count=2 oflag=direct status=none`);
 }
 
-/** SHA-256 of a device's whole content, read past every cache. */
+/** SHA-256 of a device's whole content, read past every cache. A detached NBD device, of no size, has none. */
 export async function checksum(server: Guest, device: string): Promise<string> {
   const { stdout } = await server.run(
-    `blockdev --flushbufs ${device} && set -o pipefail && dd if=${device} bs=1M iflag=direct status=none | sha256sum`,
+    `[ "$(blockdev --getsize64 ${device})" != 0 ] && blockdev --flushbufs ${device} && set -o pipefail && dd if=${device} bs=1M iflag=direct status=none | sha256sum`,
   );
   return stdout.split(" ")[0] ?? "";
 }
@@ -203,4 +203,18 @@ export async function leftovers(server: Guest): Promise<string> {
     pgrep -a 'nbdkit|nbd-server|qemu-nbd|nbd-client'
     true`);
   return stdout.trim();
+}
+
+/** The process of a unit, which stays the same while nobody restarts it. */
+export function mainPid(guest: Guest, unit: string): Promise<string> {
+  return shown(guest, unit, "MainPID");
+}
+
+/** The addresses that the kernel lets into a unit, sorted: systemd lists them in an order that each boot shuffles. */
+export async function allowedInto(guest: Guest, unit: string): Promise<string[]> {
+  return (await shown(guest, unit, "IPAddressAllow")).split(" ").sort();
+}
+
+async function shown(guest: Guest, unit: string, property: string): Promise<string> {
+  return (await guest.run(`systemctl show -p ${property} --value '${unit}'`)).stdout.trim();
 }

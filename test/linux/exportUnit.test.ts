@@ -90,7 +90,7 @@ describe("hardening", () => {
 describe("the service", () => {
   it.each(servers)("of %s comes back after a reboot, after its device, and for ever", (server) => {
     const text = unit({ server });
-    expect(text.get("Install.WantedBy")).toEqual(["multi-user.target"]);
+    expect(text.get("Install.WantedBy")).toEqual(["multi-user.target dev-VgVm-LV\\x2dVM1Snapshot.device"]);
     expect(text.get("Unit.Requires")).toEqual(["dev-VgVm-LV\\x2dVM1Snapshot.device"]);
     expect(text.get("Unit.After")).toEqual(["network-online.target dev-VgVm-LV\\x2dVM1Snapshot.device"]);
     expect(text.get("Service.Restart")).toEqual(["always"]);

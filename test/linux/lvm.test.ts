@@ -4,6 +4,7 @@ import {
   deviceMapperNameProblem,
   logicalVolumeNameProblem,
   lvmFailure,
+  lvmSilence,
   parseSize,
   removeCommand,
   sizeInBytes,
@@ -136,4 +137,11 @@ describe("lvmFailure", () => {
   ])("tells %j apart", (stderr, code) => {
     expect(lvmFailure(stderr)).toBe(code);
   });
+});
+
+it("a failure of which LVM names no reason gets the usual one, and no other does", () => {
+  const silent =
+    "  WARNING: Sum of all thin volume sizes exceeds it.\n  Command failed with status code 5.\n";
+  expect(lvmSilence(silent)).toMatch(/full disk.*df \/etc\/lvm/);
+  expect(lvmSilence('  Failed to find logical volume "VgVm/x"\n')).toBeUndefined();
 });

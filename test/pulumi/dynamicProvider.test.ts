@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
 import { type Handlers, PartialFailure } from "../../provider/core/handlers.js";
 import { toDynamicProvider } from "../../provider/pulumi/dynamicProvider.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
@@ -135,7 +136,7 @@ describe("state", () => {
   });
 
   it.each(["create", "update"] as const)(
-    "a partial %s keeps id, inputs and Pulumi's own property",
+    "a partial %s keeps id, what is there and Pulumi's own property, not what was declared and not reached",
     async (name) => {
       const fail = () =>
         Promise.reject(
@@ -146,17 +147,34 @@ describe("state", () => {
         name === "create"
           ? method("create")({ ...bag, size: "1G" })
           : method("update")("id", bag, { ...bag, size: "1G" });
-      await expect(run).rejects.toMatchObject({
-        message: "thaw failed",
-        id: "server1/x",
-        properties: { ...bag, size: "1G", uuid: "u" },
-        reasons: ["thaw failed"],
-      });
+      const failure = await run.catch((error: unknown) => error);
+      expect(failure).toMatchObject({ message: "thaw failed", id: "server1/x", reasons: ["thaw failed"] });
+      expect(failure).toHaveProperty("properties", { ...bag, uuid: "u" });
     },
   );
 
   it("a whole failure stays as it is", async () => {
     const { method } = recorder({ create: () => Promise.reject(new Error("refused")) });
     await expect(method("create")(bag)).rejects.not.toHaveProperty("id");
+  });
+});
+
+describe("what Pulumi prints of a failure", () => {
+  it("is its message, without the stack, but for what nobody has foreseen", async () => {
+    const told = new LvmNbdError("HOST_UNREACHABLE", { host: "server1", message: "no answer" });
+    const bug = new TypeError("x is undefined");
+    for (const [failure, stack] of [
+      [told, ""],
+      [bug, bug.stack],
+    ] as const) {
+      const fail = () => Promise.reject(failure);
+      const { method } = recorder({ check: fail, diff: fail, read: fail });
+      for (const work of [
+        method("check")({}, bag),
+        method("diff")("id", bag, bag),
+        method("read")("id", bag),
+      ])
+        await expect(work).rejects.toMatchObject({ message: failure.message, stack });
+    }
   });
 });

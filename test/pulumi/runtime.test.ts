@@ -1,4 +1,6 @@
 /** The way of a call out of the state: the thin closure, the installed package's runtime, the handlers. */
+import { spawn } from "node:child_process";
+import { once } from "node:events";
 import type * as pulumi from "@pulumi/pulumi";
 import { describe, expect, it } from "vitest";
 import { thinProvider } from "../../provider/pulumi/thinProvider.js";
@@ -40,6 +42,23 @@ describe("the runtime", () => {
     await expect(methods(handlers("LvSnapshot")).read("id", state)).rejects.toThrow(
       /HOST_UNREACHABLE: LvSnapshot vm1 on host 127\.0\.0\.1:1/,
     );
+  });
+});
+
+describe("a provider that Pulumi has left behind", () => {
+  it("ends, instead of spinning on the failure to print its failures", async () => {
+    // As the SDK's provider process does it: every uncaught error is printed, also that nobody reads stderr.
+    const program = `
+      process.on("uncaughtException", (error) => console.error(error));
+      require("pulumi-lvm-nbd/runtime").handlers("LvSnapshot");
+      process.stdout.write("ready");
+      setInterval(() => console.error("still here"), 10);`;
+    const child = spawn(process.execPath, ["-e", program], { stdio: ["ignore", "pipe", "pipe"] });
+    child.stdout.once("data", () => child.stderr.destroy());
+    const deadline = setTimeout(() => child.kill("SIGKILL"), 20_000);
+    const [code] = await once(child, "exit");
+    clearTimeout(deadline);
+    expect(code).toBe(1);
   });
 });
 

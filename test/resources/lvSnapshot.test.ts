@@ -1,6 +1,8 @@
 import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
+import { PartialFailure } from "../../provider/core/handlers.js";
 import { generationMark, ownerMark } from "../../provider/core/owner.js";
+import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { recordedLvs, suitableOrigins } from "../support/recorded.js";
 
@@ -271,15 +273,97 @@ describe("create looks first", () => {
     expect(state).toMatchObject({ state: "valid", sizeBytes: 16 * MiB, tags: ["mine"] });
   });
 
+  it("its own that lvcreate left half made, a plain volume, is taken anew", async () => {
+    const asked = recordedHost("valid", (report) => asPlain(report, ",mine,lvm-nbd.making"));
+    await expect(handlersOn("LvSnapshot", asked).create(complete)).rejects.toThrow(/it was made, but/);
+    expect(asked.changes.map(programOf).slice(0, 2)).toEqual(["lvremove", "lvcreate"]);
+  });
+
+  it("a plain volume that carries its marks, as of a snapshot that was split off, is left alone", async () => {
+    const marks = `,mine,${generationMark(["vm1", 65536, []])}`;
+    const asked = recordedHost("valid", (report) => asPlain(report, marks));
+    await expect(handlersOn("LvSnapshot", asked).create(complete)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*not a snapshot/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("its own of other triggers stays when a new one could not be taken", async () => {
+    const stale = generationMark(["vm1", 65536, ["yesterday"]]);
+    const asked = recordedHost("valid", (report) =>
+      // A merge into the origin is running.
+      report.replace(',mine"', `,mine,${stale}"`).replace('"owi-a-s---"', '"Owi-a-s---"'),
+    );
+    await expect(handlersOn("LvSnapshot", asked).create(complete)).rejects.toThrow(/ORIGIN_UNSUITABLE/);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it.each([
+    ["the origin", '"owi-a-s---"', '"owi-s-s---"', "VgVm/vm1"],
+    ["the snapshot", '"sri-a-s---"', '"sri-s-s---"', "VgVm/vm1-snap"],
+  ])(
+    "%s that stands still, since an LVM command was killed, is an error that says how to go on",
+    async (_, from, to, path) => {
+      const asked = recordedHost("valid", (report) => report.replace(from, to));
+      await expect(handlersOn("LvSnapshot", asked).create(complete)).rejects.toThrow(
+        new RegExp(`VOLUME_SUSPENDED.*lvchange --refresh ${path}\\b.* NOW`, "s"),
+      );
+      expect(asked.changes).toEqual([]);
+    },
+  );
+
   it("its own of other triggers is taken anew", async () => {
     const stale = generationMark(["vm1", 65536, ["yesterday"]]);
     const asked = recordedHost("valid", (report) => report.replace(',mine"', `,mine,${stale}"`));
     await handlersOn("LvSnapshot", asked).create(complete);
-    expect(asked.changes.map(({ argv }) => argv[0])).toEqual(["lvremove", "lvcreate"]);
+    expect(asked.changes.map(programOf)).toEqual(["lvremove", "lvcreate"]);
+  });
+
+  it("its own of other triggers that cannot be taken anew is never kept as what was just declared", async () => {
+    const stale = generationMark(["vm1", 65536, ["yesterday"]]);
+    const seen = recordedHost("valid", (report) => report.replace(',mine"', `,mine,${stale}"`));
+    const run: typeof seen.run = async (command, signal) =>
+      programOf(command) === "lvremove"
+        ? { exitCode: 5, stdout: "", stderr: "Logical volume VgVm/vm1-snap in use." }
+        : seen.run(command, signal);
+    const failure = await handlersOn("LvSnapshot", { ...seen, run })
+      .create(complete)
+      .catch((error: unknown) => error);
+    expect(failure).not.toBeInstanceOf(PartialFailure);
+    expect(String(failure)).toMatch(/VOLUME_IN_USE/);
   });
 });
 
+/** The program that a command is about: a script that takes a snapshot runs lvcreate. */
+function programOf({ argv }: RemoteCommand): string | undefined {
+  return argv.find((argument) => /^lv[a-z]+$/.test(argument));
+}
+
+/** The recorded snapshot as a plain volume, with these tags beside its owner's. */
+function asPlain(report: string, tags: string): string {
+  const parsed: { report: { lv: Record<string, string>[] }[] } = JSON.parse(
+    report.replace(',mine"', `${tags}"`),
+  );
+  const row = parsed.report[0]?.lv.find(({ lv_name }) => lv_name === "vm1-snap");
+  Object.assign(row ?? {}, {
+    lv_attr: "-wi-a-----",
+    origin: "",
+    origin_uuid: "",
+    origin_size: "",
+    lv_role: "public",
+  });
+  return JSON.stringify(parsed);
+}
+
 describe("refresh", () => {
+  it("a snapshot that was split off is an error, and not gone", async () => {
+    const { kept } = await stateOf("valid");
+    const asked = recordedHost("valid", (report) => asPlain(report, ",mine"));
+    await expect(handlersOn("LvSnapshot", asked).read(kept)).rejects.toThrow(
+      /IDENTITY_MISMATCH.*split off.*lvconvert -s/s,
+    );
+  });
+
   it("finds no drift in a fill level", async () => {
     const { read, kept, warnings } = await stateOf("valid");
     expect(warnings).toEqual([]);
@@ -317,6 +401,14 @@ describe("refresh", () => {
     const { read } = await stateOf("poolFull");
     expect(uuid).toBeDefined();
     expect(read).toMatchObject({ state: "poolFull", uuid });
+  });
+
+  it("tells a renamed volume group, in which it is found by its UUID", async () => {
+    const { read, warnings } = await stateOf("valid", (report) =>
+      report.replaceAll('"vg_name":"VgVm"', '"vg_name":"VgElse"'),
+    );
+    expect(read).toMatchObject({ volumeGroup: "VgElse" });
+    expect(warnings).toEqual([expect.stringContaining("its volume group is now VgElse")]);
   });
 
   it("tells renamed, re-tagged and made writable, each by name", async () => {
@@ -395,13 +487,24 @@ describe("diff", () => {
     ["origin", { origin: "vm2" }, "origin", true],
     ["chunk size", { chunkSize: "4K" }, "chunkSize", true],
     ["triggers", { triggers: ["tuesday"] }, "triggers", true],
-    ["shrinking", { size: "8M" }, "size", true],
     ["a thin snapshot instead of a COW one", { size: undefined }, "size", true],
     ["host", { host: { ...host, address: "192.0.2.2" } }, "host", true],
   ])("replacement: %s, the old removed first where names collide", async (_what, change, property, first) => {
     const { changes, deleteBeforeReplace } = await diff(change);
     expect(changes).toEqual([{ property, effect: "replace" }]);
     expect(deleteBeforeReplace).toBe(first);
+  });
+
+  it("replacement: shrinking, asked for by other triggers as well", async () => {
+    const { changes } = await diff({ size: "8M", triggers: ["smaller"] });
+    expect(changes).toEqual([
+      { property: "triggers", effect: "replace" },
+      { property: "size", effect: "replace" },
+    ]);
+  });
+
+  it.each(["8M", "12%ORIGIN"])("shrinking alone to %s, in whatever units, is refused", async (size) => {
+    await expect(diff({ size })).rejects.toThrow(/cannot shrink from 16M.*triggers/);
   });
 
   it("the same size written otherwise is no change", async () => {
@@ -576,7 +679,7 @@ describe("what is there already", () => {
   it("and overflowed is taken anew", async () => {
     const asked = recordedHost("overflowed");
     await handlersOn("LvSnapshot", asked).create(complete);
-    expect(asked.changes.map(({ argv }) => argv[0])).toEqual(["lvremove", "lvcreate"]);
+    expect(asked.changes.map(programOf)).toEqual(["lvremove", "lvcreate"]);
   });
 
   it("and overflowed, but still open, is not removed", async () => {
@@ -623,7 +726,7 @@ describe("a thin snapshot", () => {
         : recordedLvs("thin").replaceAll('"lv_name":"thin1-snap"', '"lv_name":"other"');
     });
     const { state } = await handlersOn("LvSnapshot", asked).create(thin);
-    expect(asked.changes.map(({ argv }) => argv.slice(0, 2))).toEqual([["lvcreate", "-s"]]);
+    expect(asked.changes.map(programOf)).toEqual(["lvcreate"]);
     expect(asked.changes[0]?.argv).not.toContain("-L");
     expect(state).toMatchObject({ sizeBytes: 128 * MiB, originSizeBytes: 128 * MiB, state: "valid" });
     expect(state).not.toHaveProperty("size");

@@ -128,7 +128,7 @@ function world(at: World) {
         end: "",
       });
     }
-    if (text.includes("last=-1")) return at.free ?? "0\n1\n";
+    if (text.includes("seq 0")) return at.free ?? "0\n1\n";
     if (text.includes("holders/*") && !text.includes("emit show")) {
       return at.held === undefined ? "" : `mount\t${Buffer.from(at.held).toString("base64")}\n`;
     }

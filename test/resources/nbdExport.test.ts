@@ -108,6 +108,10 @@ function world(at: World) {
         return { exitCode: at.applied ?? 0, stderr: "the log" };
       }
       if (text.includes("systemctl disable")) taken = true;
+      else if (text.includes("systemctl enable")) {
+        at.enabled = "enabled";
+        return { exitCode: at.applied ?? 0, stderr: "the log" };
+      }
       return "";
     }
     if (text.includes("emit missing")) {
@@ -281,6 +285,27 @@ describe("refresh", () => {
     expect(warnings).toEqual([expect.stringContaining(`is ${expected}`)]);
     const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(seen ?? {}, complete, none);
     expect(changes).toEqual([{ property: "state", effect: "update" }]);
+  });
+
+  it("a unit that only would not start at boot is enabled, and nothing is restarted", async () => {
+    const asked = world({ unit: renderExportUnit(plan), enabled: "disabled" });
+    const handlers = handlersOn("NbdExport", asked);
+    await handlers.update({ ...state, state: "disabled" }, complete);
+    expect(asked.changes).toHaveLength(1);
+    expect(asked.changes[0]?.argv.join("\n")).not.toMatch(/systemctl (re)?start/);
+  });
+
+  it("a unit that cannot be enabled is told", async () => {
+    const asked = world({ unit: renderExportUnit(plan), enabled: "disabled", applied: 1 });
+    await expect(
+      handlersOn("NbdExport", asked).update({ ...state, state: "disabled" }, complete),
+    ).rejects.toThrow(/COMMAND_FAILED.*lvm-nbd-export-vm1\.service could not be enabled/);
+  });
+
+  it("a unit that is to be enabled and was written anew meanwhile is looked at again", async () => {
+    const asked = world({ unit: renderExportUnit(plan), enabled: "disabled", applied: 77 });
+    await handlersOn("NbdExport", asked).update({ ...state, state: "disabled" }, complete);
+    expect(asked.changes).toHaveLength(1);
   });
 
   it("tells a unit edited by hand", async () => {

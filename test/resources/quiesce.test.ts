@@ -36,13 +36,15 @@ async function command(freeze: string, thaw: string, timeoutSeconds = 5): Promis
     quiesce: { freeze, thaw, timeoutSeconds },
   });
   await expect(made).rejects.toThrow(/QUIESCE_FAILED/);
-  return asked.changes[0]?.argv ?? [];
+  return (asked.changes[0]?.argv ?? []).map((argument) => argument.replace("/run/", `${folder}/`));
 }
 
-function start(argv: readonly string[], lvcreate: string): ChildProcess {
-  const program = join(folder, "lvcreate");
-  writeFileSync(program, `#!/bin/sh\n${lvcreate}\n`);
-  chmodSync(program, 0o755);
+function start(argv: readonly string[], lvcreate: string, lvs = "exit 5"): ChildProcess {
+  for (const [name, text] of Object.entries({ lvcreate, lvs, vgs: "exit 0", lvchange: "exit 0" })) {
+    const program = join(folder, name);
+    writeFileSync(program, `#!/bin/sh\n${text}\n`);
+    chmodSync(program, 0o755);
+  }
   const [shell = "", ...rest] = argv;
   return spawn(shell, rest, {
     stdio: "ignore",
@@ -59,7 +61,7 @@ const ended = (child: ChildProcess) =>
 it("freezes, takes the snapshot, thaws", async () => {
   const argv = await command(note("freeze"), note("thaw"));
   expect(await ended(start(argv, note('"lvcreate $*"')))).toBe(0);
-  expect(log()).toEqual(["freeze", expect.stringMatching(/^lvcreate -s .*VgVm\/vm1$/), "thaw"]);
+  expect(log()).toEqual(["freeze", expect.stringMatching(/^lvcreate -s .*VgVm\/vm1 --config /), "thaw"]);
 });
 
 it("thaws when freeze fails, and takes no snapshot", async () => {
@@ -99,3 +101,56 @@ it.each(["SIGTERM", "SIGHUP", "SIGINT"] as const)(
     expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
   },
 );
+
+it("freezes nothing while another snapshot of the origin is being taken, and then finds it made", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  const first = ended(
+    start(
+      argv,
+      `${note("lvcreate")}; sleep 0.5; ${note("made")}; touch '${folder}/made'`,
+      `test -e '${folder}/made' || exit 5`,
+    ),
+  );
+  await vi.waitFor(() => expect(log()).toContain("lvcreate"), { timeout: 10_000 });
+  const second = ended(start(argv, note("again"), `test -e '${folder}/made' || exit 5`));
+  expect(await first).toBe(0);
+  expect(await second).toBe(77);
+  expect(log()).toEqual(["freeze", "lvcreate", "made", "thaw"]);
+});
+
+/** An lvcreate that does not get LVM's lock so many times. */
+const busy = (times: number) =>
+  `n=$(cat '${folder}/tries' 2>/dev/null || echo 0); echo $((n+1)) >'${folder}/tries'; ` +
+  `if [ "$n" -lt ${times} ]; then echo "Can't get lock for VgVm" >&2; exit 5; fi; ${note('"lvcreate $*"')}`;
+const taken = expect.stringMatching(/^lvcreate .* --config global\{wait_for_locks=0\}$/);
+
+it("tries again while the VM stands still, where somebody only looks at the group just then", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  expect(await ended(start(argv, busy(3)))).toBe(0);
+  expect(log()).toEqual(["freeze", taken, "thaw"]);
+});
+
+it("thaws when somebody else keeps LVM's lock, waits for it and freezes once more", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  expect(await ended(start(argv, busy(10)))).toBe(0);
+  expect(log()).toEqual(["freeze", "thaw", "freeze", taken, "thaw"]);
+});
+
+it("freezes no second time what could not be thawed, and says that it stands still", async () => {
+  const argv = await command(note("freeze"), `${note("thaw")}; false`);
+  expect(await ended(start(argv, busy(100)))).toBe(92);
+  expect(log()).toEqual(["freeze", "thaw"]);
+});
+
+it("that could not say that it is made tells so", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  const child = start(argv, note("lvcreate"));
+  writeFileSync(join(folder, "lvchange"), "#!/bin/sh\nexit 5\n");
+  expect(await ended(child)).toBe(5);
+});
+
+it("gives up when LVM's lock is taken from it again and again, thawed", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  expect(await ended(start(argv, `echo "Can't get lock for VgVm" >&2; exit 5`))).toBe(5);
+  expect(log()).toEqual(["freeze", "thaw", "freeze", "thaw", "freeze", "thaw"]);
+});

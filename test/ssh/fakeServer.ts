@@ -22,6 +22,8 @@ export interface FakeServerOptions {
   readonly exec?: (line: string, socket: Socket) => boolean;
   /** Called when a session is asked for; `false` leaves that unanswered. */
   readonly session?: (socket: Socket) => boolean;
+  /** Called for commands that end others. Default: they succeed. */
+  readonly kill?: (command: Arrived) => void;
   readonly authenticate?: (context: AuthContext) => void;
   readonly algorithms?: NonNullable<ConstructorParameters<typeof Server>[0]["algorithms"]>;
   readonly maxSessions?: number;
@@ -77,8 +79,9 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
   const logins: string[] = [];
   let most = 0;
   const { algorithms = {} } = options;
-  const server = new Server({ hostKeys: [hostKey.private], algorithms }, (client) => {
-    const socket = sockets.at(-1);
+  const server = new Server({ hostKeys: [hostKey.private], algorithms }, (client, { port: remotePort }) => {
+    // Several may have connected before the first is announced.
+    const socket = sockets.find((one) => one.remotePort === remotePort);
     if (socket === undefined) throw new Error("a client without a connection");
     let sessions = 0;
     // A client that is cut off is what these tests are about.
@@ -117,7 +120,8 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
             channel.end();
           },
         };
-        if (kill) command.exit();
+        if (kill && options.kill === undefined) command.exit();
+        else if (kill) options.kill?.(command);
         else if (options.run !== undefined) options.run(command);
         else {
           command.started();
@@ -127,6 +131,7 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
     });
   });
   const tcp = createServer((socket) => {
+    socket.setNoDelay(true);
     sockets.push(socket);
     server.injectSocket(socket);
   });

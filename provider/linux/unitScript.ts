@@ -1,0 +1,31 @@
+/** What the scripts that write units share. */
+
+/** Exit code of a script that found another unit than the one that was seen, and changed nothing. */
+export const changedMeanwhile = 77;
+
+/**
+ * Shell functions for scripts. `lock`: one of them at a time on the host. `own NAME FILE`: a directive of our own
+ * section. `guard FILE MARK...`: ends the script with `changedMeanwhile` unless there is no such file or it
+ * carries one of the marks ("" for none).
+ */
+export const unitFunctions = `
+lock() { exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit 1; }; }
+own() { sed -n '/^\\[X-LvmNbd\\]/,$s/^'"$1"'=//p' "$2"; }
+guard() {
+  [ -e "$1" ] || return 0
+  guard_mark=$(own Mark "$1"); shift
+  for guard_one in "$@"; do [ "$guard_mark" != "$guard_one" ] || return 0; done
+  exit ${changedMeanwhile}
+}
+`;
+
+/**
+ * The marks that `guard` lets pass: ours and what was seen. For what was not there nothing passes: what has
+ * appeared since, even of our own (a script whose link was lost goes on), must be looked at first.
+ */
+export function expectedMarks(
+  own: string,
+  seen: { readonly mark: string | undefined } | undefined,
+): [string, string] {
+  return seen === undefined ? ["absent", "absent"] : [own, seen.mark ?? ""];
+}

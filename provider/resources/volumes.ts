@@ -1,0 +1,57 @@
+/** What the resources that look at logical volumes share. */
+import { parseOutput, succeed } from "../core/command.js";
+import { LvmNbdError } from "../core/errors.js";
+import type { Context } from "../core/resource.js";
+import { type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
+import type { HostArgs, RemoteCommand } from "../ssh/types.js";
+
+export const observeSeconds = 60;
+
+/** All logical volumes of the context's host. */
+export async function volumes(context: Context): Promise<LogicalVolume[]> {
+  const command: RemoteCommand = { argv: lvsCommand(), kind: "read", deadlineSeconds: observeSeconds };
+  const result = await succeed(context, command, "the logical volumes could not be listed", (failed) =>
+    lvmFailure(failed.stderr),
+  );
+  return parseOutput(context, command, result, parseLvs);
+}
+
+/** A snapshot on any host, by its identity. */
+export interface SnapshotReference {
+  readonly host: HostArgs;
+  readonly volumeGroup: string;
+  readonly name: string;
+  readonly uuid: string;
+}
+
+/**
+ * Sees that the snapshot is still there and valid: then everything that was ever read from it was its moment. Raises
+ * SNAPSHOT_OVERFLOWED, or COPY_UNCERTIFIED where it is gone or another.
+ */
+export async function certify(context: Context, snapshot: SnapshotReference): Promise<LogicalVolume> {
+  const host = await context.open(snapshot.host);
+  const where = { host: host.name, resource: context.resource };
+  const path = `${snapshot.volumeGroup}/${snapshot.name}`;
+  const lv = (await volumes({ ...context, host })).find(({ uuid }) => uuid === snapshot.uuid);
+  if (lv === undefined) {
+    throw new LvmNbdError("COPY_UNCERTIFIED", {
+      ...where,
+      message: `the snapshot ${path} (${snapshot.uuid}) is not there any more`,
+      advice: "Run `pulumi up --refresh`: it takes the snapshot anew and copies that.",
+    });
+  }
+  if (lv.kind === "cow" && lv.invalid) {
+    throw new LvmNbdError("SNAPSHOT_OVERFLOWED", {
+      ...where,
+      message: `the snapshot ${path} ran full, so what was read from it is not its moment`,
+    });
+  }
+  if (lv.merging) {
+    throw new LvmNbdError("COPY_UNCERTIFIED", {
+      ...where,
+      message: `the snapshot ${path} is being merged into its origin`,
+      advice: "Wait until the merge has ended, then run `pulumi up --refresh`.",
+    });
+  }
+  return lv;
+}
