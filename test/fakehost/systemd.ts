@@ -1,0 +1,355 @@
+/**
+ * A small model of systemd on a fake server: units of ours as they are written to disk, started and kept running.
+ * Jobs go on by themselves, as those of process 1 do, whatever happens to the `systemctl` that asked for them.
+ */
+import { directives } from "../support/units.js";
+import type { Machine, Process, Running, Tool } from "./machine.js";
+import { Step, spawn } from "./machine.js";
+import { type FakeNbd, parseServer } from "./nbd.js";
+import type { Listener, Network } from "./network.js";
+
+const folder = "/etc/systemd/system";
+
+type ActiveState = "inactive" | "activating" | "active" | "deactivating" | "failed";
+
+interface Unit {
+  readonly name: string;
+  /** The text as of the last look at the disk. */
+  text: string | undefined;
+  state: ActiveState;
+  mainPid: number;
+  restarts: number;
+  listener: Listener | undefined;
+  /** Asked to stop: no restart. */
+  stopping: boolean;
+}
+
+/** What a server program needs to know of a device. */
+export interface Devices {
+  size(path: string): number | undefined;
+  read(path: string): string | undefined;
+}
+
+export class FakeSystemd {
+  readonly units = new Map<string, Unit>();
+
+  constructor(
+    private readonly machine: Machine,
+    private readonly network: Network,
+    private readonly address: string,
+    private readonly nbd: FakeNbd,
+    private readonly devices: Devices,
+  ) {}
+
+  tools(): [string, Tool][] {
+    return [
+      ["systemctl", (process) => this.systemctl(process)],
+      ["systemd-run", (process) => this.systemdRun(process)],
+      [
+        "journalctl",
+        (process) => {
+          process.out("what the unit said\n");
+          return 0;
+        },
+      ],
+    ];
+  }
+
+  /** Reads all units and starts those that are enabled. */
+  boot(): void {
+    this.units.clear();
+    this.reload();
+    for (const name of this.wanted()) this.machine.background.add(this.start(this.unit(name)));
+  }
+
+  /** The unit whose main process has that id. */
+  byPid(pid: number): Unit | undefined {
+    return [...this.units.values()].find(({ mainPid }) => mainPid === pid);
+  }
+
+  /** Its main process has ended by itself, e.g. by SIGKILL. */
+  died(unit: Unit): void {
+    const { listener } = unit;
+    if (listener !== undefined) this.network.of(this.address).delete(listener);
+    unit.listener = undefined;
+    unit.mainPid = 0;
+    if (unit.stopping || unit.state === "inactive") return;
+    unit.state = "activating";
+    unit.restarts += 1;
+    this.machine.background.add(this.restartSoon(unit));
+  }
+
+  isEnabled(name: string): boolean {
+    return this.wanted().includes(name);
+  }
+
+  private unit(name: string): Unit {
+    let unit = this.units.get(name);
+    if (unit === undefined) {
+      unit = {
+        name,
+        text: this.onDisk(name),
+        state: "inactive",
+        mainPid: 0,
+        restarts: 0,
+        listener: undefined,
+        stopping: false,
+      };
+      this.units.set(name, unit);
+    }
+    return unit;
+  }
+
+  private onDisk(name: string): string | undefined {
+    const path = `${folder}/${name}`;
+    return this.machine.files.kind(path) === "file" ? this.machine.files.read(path) : undefined;
+  }
+
+  private wanted(): string[] {
+    return this.machine.files
+      .glob(`${folder}/multi-user.target.wants/*`)
+      .map((path) => path.split("/").at(-1) ?? "");
+  }
+
+  private reload(): void {
+    const { files } = this.machine;
+    for (const path of files.glob(`${folder}/lvm-nbd-*.service`)) this.unit(path.split("/").at(-1) ?? "");
+    for (const unit of this.units.values()) unit.text = this.onDisk(unit.name);
+  }
+
+  private *systemctl(process: Process): Running<number> {
+    const [verb = "", ...rest] = process.argv.slice(1);
+    const options = rest.filter((argument) => argument.startsWith("-"));
+    switch (verb) {
+      case "show":
+        return this.show(process, rest);
+      case "daemon-reload":
+        this.reload();
+        return 0;
+      case "reset-failed":
+        return 1;
+    }
+    const name = rest.find((argument) => argument.endsWith(".service"));
+    if (name === undefined) throw new Error(`systemctl ${process.argv.join(" ")}`);
+    const unit = this.unit(name);
+    switch (verb) {
+      case "enable":
+        return yield* this.enable(process, name);
+      case "disable":
+        yield* this.disable(process, name);
+        if (!options.includes("--no-reload")) this.reload();
+        if (options.includes("--now")) yield* this.job(process, this.stop(unit));
+        return 0;
+      case "stop":
+        yield* this.job(process, this.stop(unit));
+        return 0;
+      case "restart":
+        yield* this.job(process, this.stop(unit));
+        return yield* this.started(process, unit);
+      case "start":
+        if (unit.state === "active") return 0;
+        return yield* this.started(process, unit);
+      default:
+        throw new Error(`systemctl ${process.argv.join(" ")}`);
+    }
+  }
+
+  private show(process: Process, rest: readonly string[]): number {
+    const name = rest.at(-1) ?? "";
+    const unit = this.unit(name);
+    const disk = this.onDisk(name);
+    const { files } = this.machine;
+    const dropIns =
+      files.kind(`${folder}/${name}.d`) === "directory" ? files.glob(`${folder}/${name}.d/*`) : [];
+    const values: Record<string, string> = {
+      LoadState: unit.text === undefined ? "not-found" : "loaded",
+      ActiveState: unit.state,
+      SubState: unit.state,
+      UnitFileState: disk === undefined ? "" : this.isEnabled(name) ? "enabled" : "disabled",
+      NeedDaemonReload: unit.text !== disk ? "yes" : "no",
+      DropInPaths: dropIns.join(" "),
+      MainPID: String(unit.mainPid),
+      NRestarts: String(unit.restarts),
+    };
+    const asked = rest.flatMap((argument, at) => (rest[at - 1] === "-p" ? [argument] : []));
+    for (const property of asked) {
+      const value = values[property];
+      if (value === undefined) throw new Error(`systemctl show -p ${property}`);
+      process.out(rest.includes("--value") ? `${value}\n` : `${property}=${value}\n`);
+    }
+    return 0;
+  }
+
+  private *enable(process: Process, name: string): Running<number> {
+    const text = this.onDisk(name);
+    if (text === undefined) {
+      process.err(`Failed to enable unit: Unit file ${name} does not exist.\n`);
+      return 1;
+    }
+    for (const target of (directives(text).get("Install.WantedBy") ?? []).join(" ").split(" ")) {
+      const link = `${folder}/${target}.wants/${name}`;
+      this.machine.files.mkdirs(`${folder}/${target}.wants`);
+      if (this.machine.files.kind(link, false) === undefined)
+        this.machine.files.link(`${folder}/${name}`, link);
+      yield process.wait({});
+    }
+    this.reload();
+    return 0;
+  }
+
+  private *disable(process: Process, name: string): Running<void> {
+    for (const link of this.machine.files.glob(`${folder}/*.wants/*`)) {
+      if (!link.endsWith(`/${name}`)) continue;
+      this.machine.files.remove(link);
+      const parent = link.slice(0, link.lastIndexOf("/"));
+      if (this.machine.files.list(parent).length === 0) this.machine.files.rmdir(parent);
+      yield process.wait({});
+    }
+  }
+
+  /** Does a job as process 1 does: `systemctl` only waits for it. */
+  private *job(process: Process, work: Running<number>): Running<number> {
+    let code: number | undefined;
+    this.machine.background.add(
+      (function* () {
+        code = yield* work;
+        return 0;
+      })(),
+    );
+    while (code === undefined) yield process.wait({ ready: () => code !== undefined });
+    return code;
+  }
+
+  private *started(process: Process, unit: Unit): Running<number> {
+    const code = yield* this.job(process, this.start(unit));
+    if (code !== 0)
+      process.err(`Job for ${unit.name} failed because the control process exited with error code.\n`);
+    return code;
+  }
+
+  private *restartSoon(unit: Unit): Running<number> {
+    const until = this.machine.now() + 2000;
+    const step = new Step([`restart of ${unit.name}`], { until, ready: () => unit.state !== "activating" });
+    while (!step.canGoOn(this.machine.now())) yield step;
+    if (unit.state !== "activating" || unit.mainPid !== 0) return 0;
+    return yield* this.start(unit);
+  }
+
+  private *start(unit: Unit): Running<number> {
+    unit.stopping = false;
+    unit.restarts = unit.state === "activating" ? unit.restarts : 0;
+    if (unit.text === undefined) return 5;
+    const text = directives(unit.text);
+    const lines = (name: string) => (text.get(`Service.${name}`) ?? []).map(commandLine);
+    unit.state = "activating";
+    const device = text.get(`X-LvmNbd.Device`)?.[0] ?? "";
+    if (text.has("Unit.Requires") && this.machine.files.kind(device) !== "block") {
+      unit.state = "inactive";
+      return 1;
+    }
+    for (const before of lines("ExecStartPre")) {
+      if ((yield* this.exec(before)) !== 0) {
+        this.died(unit);
+        return 1;
+      }
+    }
+    const argv = lines("ExecStart")[0] ?? [];
+    unit.mainPid = this.machine.nextPid();
+    const runs = argv[0] === "nbd-client" ? this.attach(unit, argv) : this.serve(unit, argv, text);
+    if (!runs) {
+      this.died(unit);
+      return argv[0] === "nbd-client" ? 1 : 0;
+    }
+    for (const after of lines("ExecStartPost")) {
+      if ((yield* this.exec(withMainPid(after, unit))) !== 0) {
+        yield* this.stop(unit);
+        return 1;
+      }
+    }
+    unit.state = "active";
+    return 0;
+  }
+
+  private attach(unit: Unit, argv: readonly string[]): boolean {
+    const after = (option: string) => argv[argv.indexOf(option) + 1] ?? "";
+    const [address = "", port = "", device = ""] = argv.slice(argv.indexOf("-N") + 2);
+    const endpoint = { address, port: Number(port), exportName: after("-N") };
+    return this.nbd.connect(
+      device.replace("/dev/", ""),
+      unit.mainPid,
+      endpoint,
+      argv.includes("-readonly"),
+      Number(after("-b")),
+    );
+  }
+
+  private serve(unit: Unit, argv: readonly string[], text: ReadonlyMap<string, readonly string[]>): boolean {
+    const asked = parseServer(argv, (path) => this.machine.files.read(path));
+    if (asked === undefined || this.network.conflict(this.address, asked.address, asked.port) !== undefined)
+      return false;
+    const { device } = asked;
+    if (this.devices.size(device) === undefined) return false;
+    unit.listener = {
+      ...asked,
+      pid: unit.mainPid,
+      program: argv[0] ?? "",
+      allowed: (text.get("Service.IPAddressAllow")?.[0] ?? "any").split(" "),
+      size: () => this.devices.size(device),
+      read: () => this.devices.read(device),
+      frozen: false,
+    };
+    this.network.of(this.address).add(unit.listener);
+    return true;
+  }
+
+  private *stop(unit: Unit): Running<number> {
+    unit.stopping = true;
+    if (unit.text !== undefined && unit.mainPid !== 0) {
+      for (const line of (directives(unit.text).get("Service.ExecStop") ?? []).map(commandLine)) {
+        yield* this.exec(withMainPid(line, unit));
+      }
+    }
+    if (unit.listener !== undefined) this.network.of(this.address).delete(unit.listener);
+    unit.listener = undefined;
+    unit.mainPid = 0;
+    if (unit.text !== undefined) {
+      for (const line of (directives(unit.text).get("Service.ExecStopPost") ?? []).map(commandLine))
+        yield* this.exec(line);
+    }
+    unit.state = "inactive";
+    return 0;
+  }
+
+  private *exec(argv: readonly string[]): Running<number> {
+    return yield* spawn(this.machine, argv, { out: () => undefined, err: () => undefined }).running;
+  }
+
+  private *systemdRun(process: Process): Running<number> {
+    const at = process.argv.indexOf("timeout");
+    if (process.argv.includes("IPAddressDeny=any")) {
+      yield process.wait({ until: process.machine.now() + 3000 });
+      return 124;
+    }
+    return yield* process.run(process.argv.slice(at));
+  }
+}
+
+function withMainPid(argv: readonly string[], { mainPid }: Unit): string[] {
+  return argv.map((argument) => (argument === "$MAINPID" ? String(mainPid) : argument));
+}
+
+/** A command line of a unit as systemd splits it; the one variable we use stays. */
+export function commandLine(line: string): string[] {
+  const words = line.match(/"(?:[^"\\]|\\.)*"|\S+/g) ?? [];
+  return words.map((word) => {
+    const bare = word.startsWith('"') ? word.slice(1, -1) : word;
+    const plain = bare
+      .replace(/\\(x[0-9a-f]{2}|.)/g, (_, escaped: string) =>
+        escaped.startsWith("x") && escaped.length === 3
+          ? String.fromCharCode(Number.parseInt(escaped.slice(1), 16))
+          : ({ n: "\n", t: "\t" }[escaped] ?? escaped),
+      )
+      .replaceAll("%%", "%");
+    return word === "$MAINPID" ? word : plain.replaceAll("$$", "$");
+  });
+}

@@ -1,0 +1,227 @@
+/**
+ * A stack for the fault tests: any resources, driven by the real CLI, and errors that are held to what a person
+ * needs to read in them.
+ */
+import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { expect } from "vitest";
+import { z } from "zod";
+import type { ErrorCode } from "../../../provider/core/errors.js";
+import { type ChildResult, runChild } from "../child.mts";
+import { GUESTS } from "../image-contents.mts";
+import type { Lab } from "../lab.mts";
+import { ensurePulumi, PulumiStack } from "../pulumi.mts";
+import type { RefreshableOptions } from "../pulumi-stack.mts";
+import type { Values } from "../support.mts";
+
+const root = join(import.meta.dirname, "..", "..", "..");
+
+/** A resource as the program of these tests declares it. Names are unique in a stack. */
+export interface Declared {
+  readonly type: "LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy";
+  readonly name: string;
+  readonly args: Values;
+  readonly dependsOn?: readonly string[];
+}
+
+/** For `args`: that output of a resource which is declared before. */
+export function output(name: string, property: string): unknown {
+  return { $output: [name, property] };
+}
+
+/** A snapshot on server1, of an origin in VgVm, unless `args` say otherwise. */
+export function snapshot(name: string, args: Values): Declared {
+  return { type: "LvSnapshot", name, args: { host: "server1", volumeGroup: "VgVm", ...args } };
+}
+
+/** An export of server1 to server2, unless `args` say otherwise. */
+export function nbdExport(name: string, args: Values): Declared {
+  const [listenAddress, client] = GUESTS.map(({ privateAddress }) => privateAddress);
+  return { type: "NbdExport", name, args: { host: "server1", listenAddress, clients: [client], ...args } };
+}
+
+/** An attachment to server2, unless `args` say otherwise. */
+export function attachment(name: string, args: Values): Declared {
+  return { type: "NbdAttachment", name, args: { host: "server2", ...args } };
+}
+
+/** A copy on server2 of a snapshot of server1 that is exported under the same name. */
+export function volumeCopy(name: string, source: string, args: Values): Declared {
+  const snapshotOf = { host: "server1", volumeGroup: "VgVm", name: source, uuid: output(source, "uuid") };
+  const uri = output(`${source}-export`, "uri");
+  return { type: "VolumeCopy", name, args: { host: "server2", uri, snapshot: snapshotOf, ...args } };
+}
+
+/** What a command of the CLI did and said. */
+export class Run {
+  readonly exitCode: number;
+  readonly text: string;
+
+  constructor({ exitCode, stdout, stderr }: ChildResult) {
+    this.exitCode = exitCode;
+    this.text = `${stdout}\n${stderr}`;
+  }
+
+  /**
+   * It failed, and for this resource it says all that a person needs: code, host, resource, what failed, what to do.
+   * Returns what it says.
+   */
+  failedWith(code: ErrorCode, resource: string, host: string, ...texts: string[]): string {
+    expect(this.exitCode, this.text).not.toBe(0);
+    // Before its end the CLI shows the first line of each error as it happens.
+    const diagnostics = this.text.slice(this.text.indexOf("\nDiagnostics:\n"));
+    const begin = `${code}: ${resource} on host ${host}: `;
+    // With a star where the resource is kept in the state all the same.
+    const error = ["error: ", "* "]
+      .map((mark) => diagnostics.split(mark + begin)[1])
+      .find((rest) => rest !== undefined);
+    if (error === undefined) throw new Error(`no "${begin}" in:\n${this.text}`);
+    const end = /^ *what to do: \S.{10,}$/m.exec(error);
+    expect(end, `no advice in:\n${error}`).not.toBeNull();
+    const told = error.slice(0, (end?.index ?? 0) + (end?.[0].length ?? 0));
+    // The advice is this error's own, not that of one which is told after it.
+    expect(told).not.toMatch(/^\s*(error: |\* )[A-Z][A-Z_]+: /m);
+    expect(told.split("\n")[0]?.trim()).toMatch(/\S{3,}/);
+    for (const text of texts) expect(told).toContain(text);
+    return told;
+  }
+
+  /** It went through, and its summary has these lines, e.g. "2 updated". */
+  succeeded(...summary: string[]): void {
+    expect(this.exitCode, this.text).toBe(0);
+    for (const line of summary) expect(this.text).toContain(line);
+  }
+
+  /** It showed this line, as of drift. */
+  said(...texts: string[]): void {
+    for (const text of texts) expect(this.text).toContain(text);
+  }
+}
+
+const exported = z.object({
+  deployment: z.object({
+    resources: z
+      .array(
+        z.object({
+          urn: z.string(),
+          type: z.string(),
+          outputs: z.record(z.string(), z.unknown()).optional(),
+        }),
+      )
+      .default([]),
+  }),
+});
+
+export class FaultStack {
+  #resources: readonly Declared[] = [];
+  readonly #stack: PulumiStack;
+  readonly #folder: string;
+
+  private constructor(stack: PulumiStack, folder: string) {
+    this.#stack = stack;
+    this.#folder = folder;
+  }
+
+  /** A stack of the program beside this file, with the package as this checkout builds it. */
+  static async create(lab: Lab): Promise<FaultStack> {
+    const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-faults-"));
+    const { env } = await ensurePulumi((line) => process.stdout.write(`${line}\n`));
+    const built = join(folder, "package");
+    const program = join(folder, "program");
+    mkdirSync(built);
+    cpSync(join(root, "package.json"), join(built, "package.json"));
+    symlinkSync(join(root, "node_modules"), join(built, "node_modules"));
+    await runChild(["tsc", "-p", "tsconfig.build.json", "--outDir", join(built, "dist")], { cwd: root, env });
+    cpSync(join(import.meta.dirname, "program"), program, { recursive: true });
+    mkdirSync(join(program, "node_modules"));
+    symlinkSync(join(root, "node_modules", "@pulumi"), join(program, "node_modules", "@pulumi"));
+    symlinkSync(built, join(program, "node_modules", "pulumi-lvm-nbd"));
+    const stack = await PulumiStack.create({
+      projectDir: program,
+      stackName: "faults",
+      backendDir: join(folder, "backend"),
+      env: { ...env, LVM_NBD_SSH_CONFIG: lab.sshConfigPath },
+    });
+    return new FaultStack(stack, folder);
+  }
+
+  /** What the program declares from now on. */
+  declare(...resources: Declared[]): void {
+    this.#resources = resources;
+  }
+
+  /** `up`, failing or not: `Run` tells. One resource's failure does not keep the others from being tried. */
+  async up(options: RefreshableOptions = {}): Promise<Run> {
+    return new Run(await this.#stack.up(this.#tolerant(options, this.#config)));
+  }
+
+  async preview(options: RefreshableOptions = {}): Promise<Run> {
+    const args = [...this.#config, ...(options.args ?? [])];
+    return new Run(await this.#stack.preview({ ...options, args, allowFailure: true }));
+  }
+
+  async refresh(options: RefreshableOptions = {}): Promise<Run> {
+    return new Run(await this.#stack.refresh({ ...options, allowFailure: true }));
+  }
+
+  async destroy(options: RefreshableOptions = {}): Promise<Run> {
+    return new Run(await this.#stack.destroy(this.#tolerant(options, [])));
+  }
+
+  /** Starts `up` for a test to disturb; `end` is what it did and said. */
+  startUp(args: readonly string[] = []): { readonly pid: number; readonly end: Promise<Run> } {
+    const child = this.#stack.spawnUp({ args: [...this.#config, ...args] });
+    let stdout = "";
+    let stderr = "";
+    child.stdout?.on("data", (chunk: Buffer) => {
+      stdout += chunk.toString("utf8");
+    });
+    child.stderr?.on("data", (chunk: Buffer) => {
+      stderr += chunk.toString("utf8");
+    });
+    const end = new Promise<Run>((resolve, reject) => {
+      child.on("error", reject);
+      child.on("close", (code) => resolve(new Run({ exitCode: code ?? 1, stdout, stderr })));
+    });
+    return { pid: child.pid ?? 0, end };
+  }
+
+  async cancel(): Promise<void> {
+    await this.#stack.cancel();
+  }
+
+  /** The world is as declared: a refresh sees no drift, and `up` after it has nothing to do. */
+  async isAsDeclared(): Promise<void> {
+    const run = await this.up({ refresh: true, args: ["--expect-no-changes"] });
+    run.succeeded(`${this.#resources.length + 1} unchanged`);
+    expect(run.text).not.toContain("warning:");
+  }
+
+  /** The outputs of each resource in the state, by the resource's name. */
+  async state(): Promise<ReadonlyMap<string, Values>> {
+    const { resources } = exported.parse(await this.#stack.exportState()).deployment;
+    return new Map(
+      resources
+        .filter(({ type }) => type.includes("lvm-nbd"))
+        .map(({ urn, outputs }) => [urn.split("::").at(-1) ?? "", outputs ?? {}]),
+    );
+  }
+
+  /** Removes the stack's folder. What it made on the servers is for the test to destroy. */
+  close(): void {
+    rmSync(this.#folder, { recursive: true, force: true });
+  }
+
+  get #config(): string[] {
+    return ["--config", `resources=${JSON.stringify(this.#resources)}`];
+  }
+
+  #tolerant(options: RefreshableOptions, more: readonly string[]): RefreshableOptions {
+    return {
+      ...options,
+      args: ["--continue-on-error", ...more, ...(options.args ?? [])],
+      allowFailure: true,
+    };
+  }
+}
