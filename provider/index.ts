@@ -7,4 +7,6 @@ export {
   type NbdAttachmentArgs,
   NbdExport,
   type NbdExportArgs,
+  VolumeCopy,
+  type VolumeCopyArgs,
 } from "./pulumi/dynamic.js";

@@ -35,7 +35,7 @@ function property(node: Json, typeName: string): Json {
     const secrets = ["privateKey", "passphrase", "password"];
     const properties = Object.entries(node.properties as Record<string, Json>).map(([key, value]) => [
       key,
-      { ...property(value, typeName + capital(key)), ...(secrets.includes(key) ? { secret: true } : {}) },
+      { ...property(value, propertyType(key, typeName)), ...(secrets.includes(key) ? { secret: true } : {}) },
     ]);
     types[token] = {
       type: "object",
@@ -45,6 +45,11 @@ function property(node: Json, typeName: string): Json {
     return { $ref: `#/types/${token}`, ...extra };
   }
   return { type: node.type, ...extra };
+}
+
+/** Hosts are of one type, wherever they are named. */
+function propertyType(key: string, typeName: string): string {
+  return key === "host" ? "HostConnection" : typeName + capital(key);
 }
 
 function capital(text: string): string {
@@ -58,8 +63,7 @@ function properties(
 ): [Record<string, Json>, string[]] {
   const json = z.toJSONSchema(shape, { io, unrepresentable: "any", reused: "inline" }) as Json;
   const entries = Object.entries(json.properties as Record<string, Json>).map(
-    ([key, value]) =>
-      [key, property(value, key === "host" ? "HostConnection" : typeName + capital(key))] as const,
+    ([key, value]) => [key, property(value, propertyType(key, typeName))] as const,
   );
   return [Object.fromEntries(entries), (json.required ?? []) as string[]];
 }

@@ -12,6 +12,8 @@ import {
   nbdAttachment,
 } from "../resources/nbdAttachment.js";
 import { type NbdExportDeclaration, type NbdExportOutputs, nbdExport } from "../resources/nbdExport.js";
+import { type VolumeCopyDeclaration, type VolumeCopyOutputs, volumeCopy } from "../resources/volumeCopy.js";
+import type { HostArgs } from "../ssh/types.js";
 import { thinProvider } from "./thinProvider.js";
 
 /** A value that may also be given as an output, at any depth. */
@@ -23,7 +25,7 @@ type DeepInput<T> = pulumi.Input<
       : { readonly [Key in keyof T]: DeepInput<T[Key]> }
 >;
 
-type Args<Declaration, NameInput extends keyof Declaration> = {
+type Args<Declaration, NameInput extends keyof Declaration = never> = {
   readonly [Key in keyof Omit<Declaration, "owner" | NameInput>]: DeepInput<Declaration[Key]>;
 } & { readonly [Key in NameInput]?: DeepInput<Declaration[Key]> };
 
@@ -33,6 +35,10 @@ export type LvSnapshotArgs = Args<LvSnapshotDeclaration, "name">;
 export type NbdExportArgs = Args<NbdExportDeclaration, "exportName">;
 /** Arguments of an `NbdAttachment`; the README's table says what each means. */
 export type NbdAttachmentArgs = Args<NbdAttachmentDeclaration, "name">;
+/** Arguments of a `VolumeCopy`; the README's table says what each means. `snapshot` may be an `LvSnapshot`. */
+export type VolumeCopyArgs = Omit<Args<VolumeCopyDeclaration>, "snapshot"> & {
+  readonly snapshot?: Args<VolumeCopyDeclaration>["snapshot"] | LvSnapshot;
+};
 
 const module_ = "lvm-nbd";
 
@@ -47,7 +53,7 @@ abstract class LvmNbdResource extends pulumi.dynamic.Resource {
     const inputs = {
       ...outputs,
       ...args,
-      [type.nameInput]: args[type.nameInput] ?? name,
+      ...(type.nameInput === undefined ? {} : { [type.nameInput]: args[type.nameInput] ?? name }),
       host: withSecrets(args.host),
       owner: ownerOf(pulumi.getOrganization(), pulumi.getProject(), pulumi.getStack(), name),
     };
@@ -57,6 +63,7 @@ abstract class LvmNbdResource extends pulumi.dynamic.Resource {
 
 /** A moment of a logical volume, as a COW or thin snapshot. */
 export class LvSnapshot extends LvmNbdResource {
+  declare readonly host: pulumi.Output<HostArgs>;
   declare readonly name: pulumi.Output<string>;
   declare readonly volumeGroup: pulumi.Output<string>;
   declare readonly origin: pulumi.Output<string>;
@@ -98,6 +105,35 @@ export class NbdAttachment extends LvmNbdResource {
   constructor(name: string, args: NbdAttachmentArgs, options?: pulumi.CustomResourceOptions) {
     super(nbdAttachment, name, args, options);
   }
+}
+
+/** What an export serves, as a verified image in a file of another host. */
+export class VolumeCopy extends LvmNbdResource {
+  declare readonly file: pulumi.Output<string>;
+  declare readonly manifest: pulumi.Output<VolumeCopyOutputs["manifest"]>;
+  declare readonly sha256: pulumi.Output<VolumeCopyOutputs["sha256"]>;
+  declare readonly sizeBytes: pulumi.Output<VolumeCopyOutputs["sizeBytes"]>;
+  declare readonly allocatedBytes: pulumi.Output<VolumeCopyOutputs["allocatedBytes"]>;
+  declare readonly seconds: pulumi.Output<VolumeCopyOutputs["seconds"]>;
+  declare readonly bytesPerSecond: pulumi.Output<VolumeCopyOutputs["bytesPerSecond"]>;
+  declare readonly completedAt: pulumi.Output<VolumeCopyOutputs["completedAt"]>;
+  declare readonly filesystem: pulumi.Output<VolumeCopyOutputs["filesystem"]>;
+  declare readonly state: pulumi.Output<VolumeCopyOutputs["state"]>;
+
+  constructor(name: string, args: VolumeCopyArgs, options?: pulumi.CustomResourceOptions) {
+    super(volumeCopy, name, { ...args, snapshot: reference(args.snapshot) }, options);
+  }
+}
+
+/** A snapshot by its identity. Its resource's host is marked secret already where it has to be. */
+function reference(snapshot: VolumeCopyArgs["snapshot"]): unknown {
+  if (snapshot instanceof LvSnapshot) {
+    const { host, volumeGroup, name, uuid } = snapshot;
+    return { host, volumeGroup, name, uuid };
+  }
+  return pulumi
+    .output(snapshot)
+    .apply((value) => (value === undefined ? undefined : { ...value, host: withSecrets(value.host) }));
 }
 
 const secretFields = ["privateKey", "passphrase", "password"] as const;

@@ -1,0 +1,229 @@
+/**
+ * The job of a copy: a script that runs on the destination host as a transient systemd unit, so that it outlives the
+ * SSH link. Sources: nbdcopy(1), qemu-img(1), nbdkit-rate-filter(1), systemd-run(1).
+ *
+ * What it makes lies in the folder `FILE.part`, beside the file it will become: `record.json` (whose copy it is),
+ * `image` and, at the end, `result`. What is of no use after a reboot lies below `/run`.
+ */
+import { createHash } from "node:crypto";
+import { z } from "zod";
+
+/** Where the parts of a copy lie. */
+export interface CopyPaths {
+  readonly file: string;
+  /** Folder of the unfinished copy. */
+  readonly part: string;
+  /** Says what the file is, also without any Pulumi state. */
+  readonly manifest: string;
+  readonly unit: string;
+  /** Job, progress and reason of a failure. */
+  readonly run: string;
+}
+
+/** The paths follow from the file alone: two copies to one file meet, whatever they are called. */
+export function copyPaths(file: string): CopyPaths {
+  const name = createHash("sha256").update(file).digest("hex").slice(0, 16);
+  return {
+    file,
+    part: `${file}.part`,
+    manifest: `${file}.manifest.json`,
+    unit: `lvm-nbd-copy-${name}.service`,
+    run: `/run/lvm-nbd-copy-${name}`,
+  };
+}
+
+/** What is copied and how. */
+export interface CopyPlan {
+  readonly uri: string;
+  readonly format: "raw" | "qcow2";
+  readonly compress: boolean;
+  readonly connections: number;
+  /** Bytes a second. */
+  readonly bandwidthLimit: number | undefined;
+  /** Whether the source is read a second time, for its checksum. */
+  readonly verify: boolean;
+}
+
+/** The arguments of `copyJob`. */
+export function copyArguments(paths: CopyPaths, plan: CopyPlan): string[] {
+  return [
+    paths.part,
+    paths.run,
+    plan.uri,
+    plan.format,
+    plan.compress ? "yes" : "no",
+    String(plan.connections),
+    // nbdkit counts bits.
+    plan.bandwidthLimit === undefined ? "" : String(plan.bandwidthLimit * 8),
+    plan.verify ? "yes" : "no",
+  ];
+}
+
+/**
+ * Bytes a second: a number, or e.g. `"20M"`, `"1.5 GiB/s"` (1024-based). Throws an error whose message says what would be
+ * right.
+ */
+export function parseRate(value: string | number): number {
+  const match = /^(\d+(?:\.\d+)?) ?(?:([kmg])(?:i?b)?|b)?(?:\/s)?$/i.exec(String(value));
+  const power = { k: 1, m: 2, g: 3 }[match?.[2]?.toLowerCase() ?? ""] ?? 0;
+  const bytes = match === null ? Number.NaN : Math.round(Number(match[1]) * 1024 ** power);
+  if (!Number.isSafeInteger(bytes))
+    throw new Error(`"${value}" is no rate: write e.g. "20M" (bytes a second, 1024-based)`);
+  if (bytes < 64 * 1024) {
+    throw new Error(
+      `${value} would be ${bytes} bytes a second, too few to be meant: write a unit, e.g. "20M"`,
+    );
+  }
+  return bytes;
+}
+
+/** The programs that a plan needs on the destination host. */
+export function copyPrograms(plan: Pick<CopyPlan, "format" | "bandwidthLimit">): string[] {
+  return [
+    ...["nbdcopy", "nbdinfo", "systemd-run", "flock", "findmnt", "sha256sum"],
+    ...(plan.format === "qcow2" ? ["qemu-img", "qemu-nbd"] : []),
+    ...(plan.bandwidthLimit === undefined ? [] : ["nbdkit"]),
+  ];
+}
+
+/**
+ * Shell functions. `hash_file FORMAT FILE`: SHA-256 of what the image holds, read from the disk and not from the
+ * cache where the file system lets one; how far it is goes to fd 3. `facts FILE`: what changes when somebody
+ * writes the file: inode, size in bytes, time of modification. "-" where there is none.
+ */
+export const imageFunctions = `
+facts() { if [ -e "$1" ] || [ -L "$1" ]; then stat -c '%i %s %.9Y' "$1" || exit 1; else echo -; fi; }
+digest() { if [ -e "$1" ]; then sha256sum <"$1" | cut -d' ' -f1; else echo -; fi; }
+hash_file() {
+  bad=$(mktemp) || return 1
+  if dd if="$2" of=/dev/null iflag=direct bs=4096 count=1 status=none 2>/dev/null; then direct="direct," cache=none
+  else direct='' cache=writeback; sync "$2"; dd of="$2" oflag=nocache conv=notrunc,fdatasync count=0 status=none; fi
+  if [ "$1" = qcow2 ]; then
+    sum=$({ nbdcopy --progress=3 -- [ qemu-nbd -r -f qcow2 --cache="$cache" "$2" ] - || echo bad >"$bad"; } | sha256sum)
+  else
+    sum=$({ dd if="$2" bs=4M iflag="$direct"fullblock status=progress 2>&3 || echo bad >"$bad"; } | sha256sum)
+  fi
+  if [ -s "$bad" ]; then rm -f "$bad"; return 1; fi
+  rm -f "$bad"
+  printf '%s\\n' "\${sum%% *}"
+}
+`;
+
+/**
+ * Copies, flushes, reads both ends. It ends with `result` in the folder, or with `failure` below /run and no image:
+ * what a full disk needs most is room.
+ */
+export const copyJob = `${imageFunctions}
+cd "$1" || exit 1
+run=$2 uri=$3 format=$4 compress=$5 connections=$6 bits=$7 verify=$8
+umask 077
+export LC_ALL=C uri connections run
+phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
+fail() { rm -f image; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
+with_source() {
+  if [ -z "$bits" ]; then source=$uri; export source; sh -c "$1"
+  else source=; command=$1; export command
+    nbdkit -U - -r --exit-with-parent --filter=rate nbd uri="$uri" rate="$bits" --run 'source=$uri; export source; sh -c "$command"'
+  fi
+}
+began=$(date +%s)
+size=$(nbdinfo --size "$uri") || fail "the source does not answer"
+printf '%s\\n' "$size" >"$run/size"
+phase copy
+if [ "$format" = raw ]; then
+  with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" image 3>"$run/progress"'
+elif [ "$compress" = yes ]; then
+  with_source 'qemu-img convert -p -c -f raw -O qcow2 "$source" image >"$run/progress"'
+else
+  with_source 'qemu-img convert -p -f raw -O qcow2 "$source" image >"$run/progress"'
+fi || fail "the copy broke off"
+sync image || fail "what was copied could not be written to the disk"
+rm -f "$run/progress"
+phase verify
+if [ "$verify" = yes ]; then
+  rm -f "$run/bad"
+  with_source '{ nbdcopy --progress=3 "$source" - 3>"$run/progress" || echo bad >"$run/bad"; } | sha256sum' >"$run/sum" &
+  reading=$!
+fi
+sum=$(hash_file "$format" image 3>"$run/read") || fail "the image could not be read back"
+if [ "$verify" = yes ]; then
+  wait "$reading" && [ ! -e "$run/bad" ] || fail "the source could not be read a second time"
+  read -r source_sum _ <"$run/sum"
+  [ "$sum" = "$source_sum" ] || fail "mismatch: the image reads back as $sum, the source as $source_sum"
+fi
+[ "$format" = qcow2 ] || [ "$(stat -c %s image)" = "$size" ] || fail "the image is smaller than the source"
+{
+  printf '{"sizeBytes":%s,"sha256":"%s","facts":"%s",' "$size" "$sum" "$(facts image)"
+  printf '"startedAt":%s,"endedAt":%s,' "$began" "$(date +%s)"
+  printf '"tools":"%s"}\\n' "$({ nbdcopy --version; [ "$format" = raw ] || qemu-img --version | head -n 1; uname -sr; } | tr -d '"\\\\' | paste -sd, -)"
+} >result.new && sync result.new && mv -f result.new result && sync . || fail "the result could not be written"
+`;
+
+/** What a finished job found. Times in seconds since 1970, by the destination's clock. */
+export const copyResult = z.object({
+  sizeBytes: z.number().int().positive(),
+  sha256: z.string().regex(/^[0-9a-f]{64}$/),
+  facts: z.string(),
+  startedAt: z.number(),
+  endedAt: z.number(),
+  /** Versions of the programs that copied, and of the kernel. */
+  tools: z.string(),
+});
+export type CopyResult = z.infer<typeof copyResult>;
+
+/** How far a job is. */
+export interface CopyProgress {
+  readonly phase: "start" | "copy" | "verify";
+  /** From 0 to 1, of this phase. */
+  readonly done: number;
+  /** Seconds since 1970 at which the phase began. */
+  readonly since: number;
+  readonly sizeBytes: number | undefined;
+}
+
+/** Reads what the job and the programs in it say of their progress. */
+export function parseProgress(fields: ReadonlyMap<string, string>): CopyProgress {
+  const [phase, since] = (fields.get("phase") ?? "").trim().split(" ");
+  const sizeBytes = Number(fields.get("size") ?? "") || undefined;
+  const served = lastShare(fields.get("progress") ?? "");
+  if (phase === "copy") return { phase, done: served ?? 0, since: Number(since), sizeBytes };
+  if (phase !== "verify") return { phase: "start", done: 0, since: 0, sizeBytes };
+  // Both ends are read at once: the slower one counts. A source that is not read again says nothing.
+  const read = fields.get("read") ?? "";
+  const bytes = Number([...read.matchAll(/(\d+) bytes?\b/g)].at(-1)?.[1] ?? 0);
+  const held = lastShare(read) ?? (sizeBytes === undefined ? 0 : bytes / sizeBytes);
+  return { phase, done: Math.min(held, served ?? held, 1), since: Number(since), sizeBytes };
+}
+
+/** The last `N/100`, as nbdcopy and qemu-img write it. */
+function lastShare(text: string): number | undefined {
+  const last = [...text.matchAll(/(\d+(?:\.\d+)?)\/100/g)].at(-1)?.[1];
+  return last === undefined ? undefined : Number(last) / 100;
+}
+
+const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+
+/** `1.5 GiB`. */
+export function bytesPhrase(bytes: number): string {
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(bytes, 1)) / 10));
+  const value = bytes / 1024 ** power;
+  return `${value < 10 && power > 0 ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+}
+
+/** `1 h 12 min`, `40 s`. */
+export function secondsPhrase(seconds: number): string {
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 100) return `${whole} s`;
+  const minutes = Math.round(whole / 60);
+  return minutes < 100 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+/** The progress as a person reads it. `now`: seconds since 1970, by the destination's clock. */
+export function progressPhrase({ phase, done, since, sizeBytes }: CopyProgress, now: number): string {
+  if (phase === "start" || sizeBytes === undefined) return "starting the copy";
+  const spent = Math.max(1, now - since);
+  const bytes = Math.floor(done * sizeBytes);
+  const what = phase === "copy" ? "copying" : "reading both ends back";
+  const rate = `${what}: ${Math.floor(done * 100)} % of ${bytesPhrase(sizeBytes)}, ${bytesPhrase(bytes / spent)}/s`;
+  return done <= 0 ? rate : `${rate}, ${secondsPhrase((spent * (1 - done)) / done)} left`;
+}

@@ -1,0 +1,184 @@
+/**
+ * The scripts that look at a copy, start it, follow it, put it in its place and remove it. Each changing one holds the
+ * host's lock, and does nothing unless everything is still as it was seen: file, manifest and record.
+ */
+import { imageFunctions } from "./copyJob.js";
+import { emitFunctions } from "./fields.js";
+import { missingFunction } from "./programs.js";
+import { changedMeanwhile, unitFunctions } from "./unitScript.js";
+
+/** Exit code: the file is open somewhere (named on stdout). */
+export const fileInUse = 75;
+/** Exit code: the image is not the one that was verified. */
+export const imageChanged = 78;
+
+/** Every script on a copy takes the copy's paths first, in this order; see `CopyPaths`. */
+const takePaths = "file=$1 part=$2 manifest=$3 unit=$4 run=$5; shift 5";
+
+/**
+ * `stop_job UNIT`: nothing of it runs afterwards. `held FILE`: who has it open, a line each. `vacant FOLDER`: nothing is
+ * in it but what an interrupted start leaves. `require_seen FACTS DIGEST`: ends the script unless file and manifest are
+ * as they were seen.
+ */
+const copyFunctions = `${unitFunctions}${imageFunctions}
+stop_job() {
+  systemctl stop "$1" 2>/dev/null
+  case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) echo "$1 could not be stopped" >&2; return 1;; esac
+  systemctl reset-failed "$1" 2>/dev/null
+  return 0
+}
+held() {
+  [ -e "$1" ] || return 0
+  for held_by in /sys/block/loop*/loop/backing_file; do
+    [ -e "$held_by" ] || continue
+    if [ "$(cat "$held_by")" = "$(readlink -f "$1")" ]; then held_by=\${held_by#/sys/block/}; echo "device /dev/\${held_by%%/*}"; fi
+  done
+  # Not -samefile: find itself would have it open.
+  find -L /proc/[0-9]*/fd -inum "$(stat -c %i "$1")" -printf '%D %p\\n' 2>/dev/null |
+    sed -n "s|^$(stat -c %d "$1") /proc/\\([0-9]*\\)/.*|\\1|p" | sort -un | while IFS= read -r held_by; do
+    echo "$(tr '\\0' ' ' </proc/"$held_by"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//') (pid $held_by)"
+  done
+}
+refuse_held() {
+  held_now=$(held "$1")
+  [ -z "$held_now" ] || { printf '%s\\n' "$held_now"; exit ${fileInUse}; }
+}
+vacant() { [ -z "$(ls -A "$1" | grep -vx 'record.json.new')" ]; }
+require_seen() { [ "$(facts "$file")" = "$1" ] && [ "$(digest "$manifest")" = "$2" ] || exit ${changedMeanwhile}; }
+`;
+
+/** Looks at everything that a copy to this file could have left. */
+export const observeCopyScript = `${emitFunctions}${copyFunctions}
+${takePaths}
+parent=\${file%/*}; [ -n "$parent" ] || parent=/
+near=$parent
+while [ ! -d "$near" ]; do near=\${near%/*}; [ -n "$near" ] || near=/; done
+[ "$near" != "$parent" ] || emit parent yes
+filesystem=$(findmnt -n -o UUID -T "$near") || exit 1
+[ -n "$filesystem" ] || filesystem=$(findmnt -n -o SOURCE -T "$near") || exit 1
+emit filesystem "$filesystem"
+emit facts "$(facts "$file")"
+if [ -e "$file" ] || [ -L "$file" ]; then
+  emit kind "$(stat -c %F "$file")"
+  emit blocks "$(stat -c '%b %B' "$file")"
+fi
+emit manifestDigest "$(digest "$manifest")"
+if [ -e "$manifest" ]; then emit_file manifest "$manifest"; fi
+emit recordDigest "$(digest "$part/record.json")"
+if [ -d "$part" ]; then
+  if vacant "$part"; then emit part vacant; else
+    emit part yes
+    if [ -e "$part/record.json" ]; then emit_file record "$part/record.json"; fi
+    if [ -e "$part/result" ]; then emit_file result "$part/result"; fi
+    emit image "$(facts "$part/image")"
+  fi
+elif [ -e "$part" ]; then emit part other; fi
+emit active "$(systemctl show -p ActiveState --value "$unit")"
+emit end ""
+`;
+
+/** Whether a copy can be made. Arguments: folder, uri, programs. */
+export const preflightCopyScript = `${emitFunctions}${missingFunction}
+parent=$1 uri=$2; shift 2
+emit_missing "$@"
+if [ -d "$parent" ]; then emit parent yes; fi
+if [ -d "$parent" ] && [ -w "$parent" ]; then emit writable yes; fi
+if command -v nbdinfo >/dev/null; then emit_output size timeout 30 nbdinfo --size "$uri"; fi
+emit end ""
+`;
+
+/**
+ * Starts the job (stdin). Arguments: the file's facts and the manifest's digest as they were seen, the record, a
+ * description of the unit.
+ */
+export const startCopyScript = `${copyFunctions}
+${takePaths}
+seen=$1 seen_manifest=$2 record=$3 description=$4
+lock
+require_seen "$seen" "$seen_manifest"
+if [ -e "$part" ]; then [ -d "$part" ] && vacant "$part" || exit ${changedMeanwhile}; fi
+case $(systemctl show -p ActiveState --value "$unit") in inactive|failed) ;; *) exit ${changedMeanwhile};; esac
+refuse_held "$file"
+umask 077
+rm -rf "$run" && mkdir "$run" && cat >"$run/job" || exit 1
+mkdir -p "$part" && printf %s "$record" >"$part/record.json.new" && sync "$part/record.json.new" &&
+  mv -f "$part/record.json.new" "$part/record.json" || { rm -f "$part/record.json.new"; rmdir "$part"; rm -rf "$run"; exit 1; }
+systemd-run --quiet --collect --unit="$unit" --description="$description" -p CPUAccounting=yes -p NoNewPrivileges=yes \
+  -p RuntimeMaxSec=604800 -p TimeoutStopSec=10 -p UMask=0077 /bin/sh "$run/job" || { rm -rf "$part" "$run"; exit 1; }
+`;
+
+/** How the job is. */
+export const followCopyScript = `${emitFunctions}
+${takePaths}
+show=$(systemctl show -p ActiveState -p CPUUsageNSec "$unit") || exit 1
+emit show "$show"
+emit now "$(date +%s)"
+for name in phase size; do if [ -e "$run/$name" ]; then emit "$name" "$(cat "$run/$name")"; fi; done
+for name in progress read; do if [ -e "$run/$name" ]; then emit "$name" "$(tail -c 300 "$run/$name")"; fi; done
+case $show in *ActiveState=inactive*|*ActiveState=failed*)
+  # Looked at once nothing runs any more: what is not there now will not come.
+  if [ -e "$part/result" ]; then emit_file result "$part/result"; fi
+  emit recordDigest "$(if [ -e "$part/record.json" ]; then sha256sum <"$part/record.json" | cut -d' ' -f1; fi)"
+  if [ -e "$run/failure" ]; then emit_file failure "$run/failure"; fi
+  emit log "$(journalctl -q -n 15 -o cat --no-pager -u "$unit" 2>&1)";;
+esac
+emit end ""
+`;
+
+/** Ends the job and removes what it made. Argument: digest of the record ("-" for none). */
+export const discardCopyScript = `${copyFunctions}
+${takePaths}
+seen_record=$1
+lock
+# A start that was cancelled may not have come to its record.
+[ "$(digest "$part/record.json")" = "$seen_record" ] || [ ! -e "$part" ] || vacant "$part" || exit ${changedMeanwhile}
+stop_job "$unit" && rm -rf "$part" "$run"
+`;
+
+/**
+ * Puts the verified image in its place, its manifest (stdin) first. Arguments: the file's facts and the manifest's digest as
+ * seen, the record's digest, the image's facts.
+ */
+export const commitCopyScript = `${copyFunctions}
+${takePaths}
+seen=$1 seen_manifest=$2 seen_record=$3 image=$4
+lock
+require_seen "$seen" "$seen_manifest"
+[ "$(digest "$part/record.json")" = "$seen_record" ] || exit ${changedMeanwhile}
+[ "$(facts "$part/image")" = "$image" ] || exit ${imageChanged}
+refuse_held "$file"
+umask 077
+cat >"$part/manifest.json" && sync "$part/manifest.json" && mv -fT "$part/manifest.json" "$manifest" &&
+  mv -fT "$part/image" "$file" && sync "\${file%/*}/" && rm -rf "$part" "$run"
+`;
+
+/** Writes a manifest (stdin) anew. Arguments: facts and digest as seen. */
+export const claimCopyScript = `${copyFunctions}
+${takePaths}
+seen=$1 seen_manifest=$2
+lock
+require_seen "$seen" "$seen_manifest"
+umask 077
+cat >"$manifest.new" && sync "$manifest.new" && mv -fT "$manifest.new" "$manifest"
+`;
+
+/**
+ * Removes file and manifest, and the unfinished copy whose record's digest is given ("-": none of ours). Arguments: as of
+ * the commit, without the image's facts.
+ */
+export const removeCopyScript = `${copyFunctions}
+${takePaths}
+seen=$1 seen_manifest=$2 seen_record=$3
+lock
+require_seen "$seen" "$seen_manifest"
+[ "$seen_record" = - ] || [ "$(digest "$part/record.json")" = "$seen_record" ] || exit ${changedMeanwhile}
+refuse_held "$file"
+if [ "$seen_record" != - ]; then stop_job "$unit" && rm -rf "$part" "$run" || exit 1; fi
+# The manifest last: with it alone the next run still knows whose this was.
+rm -f "$file" && rm -f "$manifest" "$manifest.new" && sync "\${file%/*}/"
+`;
+
+/** Reads the image's checksum again. Arguments: format, file. Exit code 70: it cannot be read. */
+export const checkImageScript = `${imageFunctions}
+hash_file "$1" "$2" 3>/dev/null || exit 70
+`;
