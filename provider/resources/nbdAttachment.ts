@@ -289,7 +289,7 @@ done | sort -n
  * not connect. Nothing is stopped before both have been looked at under the lock.
  */
 const applyScript = `${unitFunctions}
-unit=$1 device=$2 expected=$3 wait=$4 current=$5 holders=$6 mark=$7 seen=$8; shift 8
+unit=$1 device=$2 expected=$3 wait=$4 current=$5 holders=$6 mark=$7 seen=$8 bytes=$9; shift 9
 file=/etc/systemd/system/$unit
 lock
 guard "$file" "$mark" "$seen"
@@ -299,6 +299,7 @@ install_file() {
 }
 umask 022
 new=$(cat; echo x); new=\${new%x}
+[ "$(printf %s "$new" | wc -c)" -eq "$bytes" ] || { echo "the unit did not arrive whole" >&2; exit 1; }
 sys=/sys/block/\${device##*/}
 busy() { [ -e "$sys/pid" ] || [ "$(cat "$sys/size" 2>/dev/null || echo 0)" != 0 ]; }
 if [ "$device" != "$current" ] && busy; then echo "$device is in use" >&2; exit 75; fi
@@ -339,6 +340,7 @@ async function apply(
   const mark = ownerMark(plan.owner);
   // The kernel cuts the device to whole blocks.
   const expected = sizeBytes - (sizeBytes % plan.blockSize);
+  const unit = renderAttachUnit(plan);
   const command: RemoteCommand = {
     argv: script(
       applyScript,
@@ -349,9 +351,10 @@ async function apply(
       current ?? "",
       holdersScript,
       ...expectedMarks(mark, seen),
+      String(Buffer.byteLength(unit)),
       ...[modulesLoad, udevRule].flatMap(({ path, text }) => [path, text]),
     ),
-    stdin: renderAttachUnit(plan),
+    stdin: unit,
     kind: "change",
     deadlineSeconds: 300 + plan.timeoutSeconds,
   };

@@ -305,7 +305,7 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
 
 /** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. 71: its clients are not enforced. */
 const applyScript = `${unitFunctions}
-unit=$1 conf=$2 config=$3 uri=$4 open=$5 mark=$6 seen=$7 file=/etc/systemd/system/$1
+unit=$1 conf=$2 config=$3 uri=$4 open=$5 mark=$6 seen=$7 bytes=$8 file=/etc/systemd/system/$1
 # systemd starts a unit whose address filter it cannot apply: once a boot, a process under the same filter must be
 # seen to be kept out, and one without it to get in.
 prove_clients() {
@@ -321,7 +321,7 @@ prove_clients() {
 lock
 guard "$file" "$mark" "$seen"
 umask 022
-rm -f "$file.new" && cat >"$file.new" && sync "$file.new" || { rm -f "$file.new"; exit 1; }
+rm -f "$file.new" && receive "$file.new" "$bytes" || exit 1
 if [ -n "$config" ]; then
   mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" && mv -f "$conf.new" "$conf" || exit 1
 fi
@@ -354,6 +354,7 @@ exit 70
 /** `seen`: what was there when it was looked at. */
 async function apply(context: Context, plan: ExportPlan, seen: Observed | undefined): Promise<void> {
   const mark = ownerMark(plan.owner);
+  const unit = renderExportUnit(plan);
   const command: RemoteCommand = {
     argv: script(
       applyScript,
@@ -363,8 +364,9 @@ async function apply(context: Context, plan: ExportPlan, seen: Observed | undefi
       probeUri(plan),
       isLoopback(plan.listenAddress) ? "no" : "yes",
       ...expectedMarks(mark, seen),
+      String(Buffer.byteLength(unit)),
     ),
-    stdin: renderExportUnit(plan),
+    stdin: unit,
     kind: "change",
     // The lock 120 s, the start and the first answer of a slow server as long again, the proof of its clients 25 s.
     deadlineSeconds: 400,

@@ -102,6 +102,8 @@ const operations: Readonly<Record<string, Operation>> = {
   "a chain is removed": { from: (world) => chain(world), to: () => [], moment: before },
 };
 
+const places = { before: "before", input: "between the input and", after: "after" };
+
 let world: FakeWorld;
 let cuts = 0;
 
@@ -153,7 +155,9 @@ async function finish(stack: Stack, { from, to, moment }: Operation): Promise<vo
 /** The commands of the operation, with how many steps each has. */
 async function course(
   operation: Operation,
-): Promise<{ readonly line: string; readonly steps: number; readonly changes: boolean }[]> {
+): Promise<
+  { readonly line: string; readonly steps: number; readonly changes: boolean; readonly input: boolean }[]
+> {
   const own = world;
   const stack = await begin(operation);
   const first = own.commands.length;
@@ -164,6 +168,7 @@ async function course(
     line,
     steps,
     changes: asked.some(({ kind, argv }) => kind === "change" && line.endsWith(quoteAll(argv))),
+    input: asked.some(({ stdin, argv }) => stdin !== undefined && line.endsWith(quoteAll(argv))),
   }));
 }
 
@@ -176,11 +181,12 @@ describe.each(Object.entries(operations))("%s", (_, operation) => {
   it("cut at every command", async () => {
     const commands = await course(operation);
     const failures: string[] = [];
-    for (const [at, { steps, changes }] of commands.entries()) {
+    for (const [at, { steps, changes, input }] of commands.entries()) {
       const points: { readonly what: string; readonly moment: Moment }[] = [
         { what: "the link is cut", moment: "before" },
         { what: "the link is cut", moment: "after" },
         { what: "the provider is killed", moment: "after" },
+        ...(input ? [{ what: "the link is cut", moment: "input" } as const] : []),
       ];
       const kinds = Object.keys(strikes);
       if (changes) {
@@ -201,7 +207,7 @@ describe.each(Object.entries(operations))("%s", (_, operation) => {
           await finish(stack, operation);
         } catch (error) {
           const command = commands[at]?.line.replaceAll(/\n[^']*/g, "...").slice(-200);
-          const where = typeof moment === "number" ? `at its step ${moment}` : `${moment} it`;
+          const where = typeof moment === "number" ? `at its step ${moment}` : `${places[moment]} it`;
           failures.push(
             `${what} ${where}, command ${at} (${command}): ${error instanceof Error ? error.message : error}`,
           );

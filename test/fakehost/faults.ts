@@ -21,8 +21,8 @@ function deadlineSeconds({ line }: Command): number {
   return seconds;
 }
 
-/** When: before it runs, before its answer, or at one of its steps (from 1). */
-export type Moment = "before" | "after" | number;
+/** When: before it runs, while its input is on its way, before its answer, or at one of its steps (from 1). */
+export type Moment = "before" | "input" | "after" | number;
 
 /** Strikes once, at that command of all that arrive from now on. Tells whether it did. */
 export function strikeAt(
@@ -41,6 +41,12 @@ export function strikeAt(
     return true;
   };
   world.hooks = {
+    // A command whose input breaks off with the link runs all the same.
+    input: (index) => {
+      const now = moment === "input" && index === first + at && !told.struck;
+      told.struck ||= now;
+      return now;
+    },
     // What was cut off before it was read never runs.
     arrived: (command) => !hit(command, moment === "before") || !command.socket.destroyed,
     step: (command) => hit(command, command.steps === moment),

@@ -32,6 +32,8 @@ export interface Command {
 
 /** Where a test may cut in. */
 export interface Hooks {
+  /** Before a command with input begins. `true`: the link breaks before any of the input has arrived. */
+  input?(index: number): boolean;
   /** Before a command runs. `false`: it does not, since the link was cut before it was read. */
   arrived?(command: Command): boolean;
   /** Before each of its steps. */
@@ -154,10 +156,15 @@ export class FakeWorld {
       if (socket.destroyed) throw new FileError("EPIPE", "the session");
       write(text);
     };
+    const unfed = stdin !== "" && this.hooks.input?.(this.commands.length) === true;
     const { process, running } = spawn(server.machine, ["sh", "-c", line], {
-      stdin,
+      stdin: unfed ? "" : stdin,
       out: say((text) => channel.write(text)),
-      err: say((text) => channel.stderr.write(text)),
+      err: say((text) => {
+        channel.stderr.write(text);
+        // The first that comes is the wrapper's: by then it runs, and what follows does not notice.
+        if (unfed) this.cut(server);
+      }),
     });
     const command: Command = {
       server,
