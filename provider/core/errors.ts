@@ -78,7 +78,7 @@ export const errorCodes = {
   DIRECTORY_NOT_FOUND:
     "The folder of `file` does not exist on the host, or cannot be written. Create it, mount what belongs there, or correct `file`.",
   ANOTHER_FILE_SYSTEM:
-    "The copy is not there, and its folder is on another file system than when it was made: the disk of the backups is probably not mounted. Nothing is taken for gone. Mount it and run again.",
+    "The copy is not there, and its folder is on another file system than when it was made: the disk of the backups is probably not mounted. Nothing is taken for gone. Mount it and run again. If the disk was replaced for good, so that its copies are lost, take them out of the state with `pulumi state delete URN` (`pulumi stack --show-urns` lists them), and run again: they are copied anew.",
   FILE_IN_USE:
     "The file is open; the message names who holds it. Nothing was replaced or removed. End what holds it and run again.",
   COPY_FAILED:

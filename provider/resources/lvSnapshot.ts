@@ -45,7 +45,7 @@ import {
 import { changedMeanwhile } from "../linux/unitScript.js";
 import { hostName } from "../ssh/config.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { observeSeconds, volumes } from "./volumes.js";
+import { listed, observeSeconds, requireGroup, volumes } from "./volumes.js";
 
 const KiB = 1024;
 
@@ -166,21 +166,6 @@ const changing = { kind: "change", deadlineSeconds: changeSeconds, graceSeconds:
 /** How often a VM is frozen when somebody else takes LVM's lock just then. */
 const quiesceTries = 3;
 
-/** A group that has vanished (a disk not there yet) says nothing of its volumes: that is not an absence. */
-async function requireGroup(
-  context: Context,
-  volumeGroup: string,
-  all: readonly LogicalVolume[],
-): Promise<void> {
-  const argv = ["vgs", "--noheadings", "-o", "vg_name", volumeGroup];
-  await succeed(
-    context,
-    { argv, kind: "read", deadlineSeconds: observeSeconds },
-    `volumeGroup: no volume group "${volumeGroup}" is on the host now; there are: ${listed(all.map((lv) => lv.volumeGroup))}`,
-    (failed) => lvmFailure(failed.stderr),
-  );
-}
-
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const all = await volumes(context);
   const uuid = "uuid" in wanted ? wanted.uuid : undefined;
@@ -188,8 +173,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     all.find((candidate) => candidate.uuid === uuid) ??
     all.find((candidate) => candidate.volumeGroup === wanted.volumeGroup && candidate.name === wanted.name);
   if (lv === undefined) {
-    if (!all.some((other) => other.volumeGroup === wanted.volumeGroup))
-      await requireGroup(context, wanted.volumeGroup, all);
+    await requireGroup(context, wanted.volumeGroup, all);
     return undefined;
   }
   const inGroup = (name: string | undefined) =>
@@ -290,13 +274,6 @@ async function suitableOrigin(context: Context, wanted: Inputs): Promise<Logical
     );
   }
   return origin;
-}
-
-function listed(names: readonly string[]): string {
-  const unique = [...new Set(names)].sort();
-  const shown = unique.slice(0, 8).map((one) => `"${one}"`);
-  if (unique.length > shown.length) shown.push(`and ${unique.length - shown.length} more`);
-  return shown.length === 0 ? "none" : shown.join(", ");
 }
 
 /** Says that what lvcreate made is a snapshot by now. */

@@ -16,6 +16,22 @@ export async function volumes(context: Context): Promise<LogicalVolume[]> {
   return parseOutput(context, command, result, parseLvs);
 }
 
+/** A group that has vanished (a disk not there yet) says nothing of its volumes: that is not an absence. */
+export async function requireGroup(
+  context: Context,
+  volumeGroup: string,
+  all: readonly LogicalVolume[],
+): Promise<void> {
+  if (all.some((lv) => lv.volumeGroup === volumeGroup)) return;
+  const argv = ["vgs", "--noheadings", "-o", "vg_name", volumeGroup];
+  await succeed(
+    context,
+    { argv, kind: "read", deadlineSeconds: observeSeconds },
+    `volumeGroup: no volume group "${volumeGroup}" is on the host now; there are: ${listed(all.map((lv) => lv.volumeGroup))}`,
+    (failed) => lvmFailure(failed.stderr),
+  );
+}
+
 /** A snapshot on any host, by its identity. */
 export interface SnapshotReference {
   readonly host: HostArgs;
@@ -32,8 +48,10 @@ export async function certify(context: Context, snapshot: SnapshotReference): Pr
   const host = await context.open(snapshot.host);
   const where = { host: host.name, resource: context.resource };
   const path = `${snapshot.volumeGroup}/${snapshot.name}`;
-  const lv = (await volumes({ ...context, host })).find(({ uuid }) => uuid === snapshot.uuid);
+  const all = await volumes({ ...context, host });
+  const lv = all.find(({ uuid }) => uuid === snapshot.uuid);
   if (lv === undefined) {
+    await requireGroup({ ...context, host }, snapshot.volumeGroup, all);
     throw new LvmNbdError("COPY_UNCERTIFIED", {
       ...where,
       message: `the snapshot ${path} (${snapshot.uuid}) is not there any more`,
@@ -54,4 +72,12 @@ export async function certify(context: Context, snapshot: SnapshotReference): Pr
     });
   }
   return lv;
+}
+
+/** Names in a sentence: at most eight of them. */
+export function listed(names: readonly string[]): string {
+  const unique = [...new Set(names)].sort();
+  const shown = unique.slice(0, 8).map((one) => `"${one}"`);
+  if (unique.length > shown.length) shown.push(`and ${unique.length - shown.length} more`);
+  return shown.length === 0 ? "none" : shown.join(", ");
 }
