@@ -87,25 +87,38 @@ export function copyPrograms(plan: Pick<CopyPlan, "format" | "bandwidthLimit">):
 }
 
 /**
- * Shell functions. `hash_file FORMAT FILE`: SHA-256 of what the image holds, read from the disk and not from the
- * cache where the file system lets one; how far it is goes to fd 3. `facts FILE`: what changes when somebody
- * writes the file: inode, size in bytes, time of modification. "-" where there is none.
+ * Shell function. `sum_of TEXT`: the checksum in it; fails unless the text also says `rc 0`. The exit code of what was
+ * read travels with the checksum: a note of it in a file would be lost on a full disk.
  */
-export const imageFunctions = `
+const sumOf = `
+sum_of() {
+  case $1 in *"rc 0"*) ;; *) return 1;; esac
+  printf '%s\\n' "$1" | sed -n 's/^\\([0-9a-f]\\{64\\}\\) .*/\\1/p' | grep .
+}
+`;
+
+/**
+ * Shell functions. `hash_file FORMAT FILE`: SHA-256 of what the image holds, read from the disk and not from the
+ * cache where the file system lets one; how far it is goes to fd 3. It fails with 1 if the file cannot be read, with 2
+ * if that cannot be told (a program is missing or was killed). `facts FILE`: what changes when somebody writes the
+ * file: inode, size in bytes, time of modification. "-" where there is none.
+ */
+export const imageFunctions = `${sumOf}
 facts() { if [ -e "$1" ] || [ -L "$1" ]; then stat -c '%i %s %.9Y' "$1" || exit 1; else echo -; fi; }
 digest() { if [ -e "$1" ]; then sha256sum <"$1" | cut -d' ' -f1; else echo -; fi; }
 hash_file() {
-  bad=$(mktemp) || return 1
+  [ -r "$2" ] || return 2
   if dd if="$2" of=/dev/null iflag=direct bs=4096 count=1 status=none 2>/dev/null; then direct="direct," cache=none
   else direct='' cache=writeback; sync "$2"; dd of="$2" oflag=nocache conv=notrunc,fdatasync count=0 status=none; fi
   if [ "$1" = qcow2 ]; then
-    sum=$({ nbdcopy --progress=3 -- [ qemu-nbd -r -f qcow2 --cache="$cache" "$2" ] - || echo bad >"$bad"; } | sha256sum)
+    command -v nbdcopy >/dev/null && command -v qemu-nbd >/dev/null || return 2
+    read_back=$({ { nbdcopy --progress=3 -- [ qemu-nbd -r -f qcow2 --cache="$cache" "$2" ] -; echo "rc $?" >&4; } | sha256sum; } 4>&1)
   else
-    sum=$({ dd if="$2" bs=4M iflag="$direct"fullblock status=progress 2>&3 || echo bad >"$bad"; } | sha256sum)
+    read_back=$({ { dd if="$2" bs=4M iflag="$direct"fullblock status=progress 2>&3; echo "rc $?" >&4; } | sha256sum; } 4>&1)
   fi
-  if [ -s "$bad" ]; then rm -f "$bad"; return 1; fi
-  rm -f "$bad"
-  printf '%s\\n' "\${sum%% *}"
+  sum_of "$read_back" && return 0
+  # No code, or one of a signal: it was not the file that failed.
+  case $read_back in *"rc 1"[0-9][0-9]*) return 2;; *"rc "*) return 1;; *) return 2;; esac
 }
 `;
 
@@ -141,19 +154,18 @@ sync image || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
 phase verify
 if [ "$verify" = yes ]; then
-  rm -f "$run/bad"
-  with_source '{ nbdcopy --progress=3 "$source" - 3>"$run/progress" || echo bad >"$run/bad"; } | sha256sum' >"$run/sum" &
+  with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &
   reading=$!
 fi
 sum=$(hash_file "$format" image 3>"$run/read") || fail "the image could not be read back"
 if [ "$verify" = yes ]; then
-  wait "$reading" && [ ! -e "$run/bad" ] || fail "the source could not be read a second time"
-  read -r source_sum _ <"$run/sum"
+  wait "$reading" && source_sum=$(sum_of "$(cat "$run/sum")") || fail "the source could not be read a second time"
   [ "$sum" = "$source_sum" ] || fail "mismatch: the image reads back as $sum, the source as $source_sum"
 fi
 [ "$format" = qcow2 ] || [ "$(stat -c %s image)" = "$size" ] || fail "the image is smaller than the source"
 {
   printf '{"sizeBytes":%s,"sha256":"%s","facts":"%s",' "$size" "$sum" "$(facts image)"
+  printf '"verified":%s,' "$([ "$verify" = yes ] && echo true || echo false)"
   printf '"startedAt":%s,"endedAt":%s,' "$began" "$(date +%s)"
   printf '"tools":"%s"}\\n' "$({ nbdcopy --version; [ "$format" = raw ] || qemu-img --version | head -n 1; uname -sr; } | tr -d '"\\\\' | paste -sd, -)"
 } >result.new && sync result.new && mv -f result.new result && sync . || fail "the result could not be written"
@@ -164,6 +176,8 @@ export const copyResult = z.object({
   sizeBytes: z.number().int().positive(),
   sha256: z.string().regex(/^[0-9a-f]{64}$/),
   facts: z.string(),
+  /** Whether the source was read a second time and was the same. */
+  verified: z.boolean(),
   startedAt: z.number(),
   endedAt: z.number(),
   /** Versions of the programs that copied, and of the kernel. */

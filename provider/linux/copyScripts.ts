@@ -17,8 +17,8 @@ const takePaths = "file=$1 part=$2 manifest=$3 unit=$4 run=$5; shift 5";
 
 /**
  * `stop_job UNIT`: nothing of it runs afterwards. `held FILE`: who has it open, a line each. `vacant FOLDER`: nothing is
- * in it but what an interrupted start leaves. `require_seen FACTS DIGEST`: ends the script unless file and manifest are
- * as they were seen.
+ * in it but what an interrupted start leaves. `drop_all`: removes an unfinished copy, the record of whose it is last.
+ * `require_seen FACTS DIGEST`: ends the script unless file and manifest are as they were seen.
  */
 const copyFunctions = `${unitFunctions}${imageFunctions}
 stop_job() {
@@ -29,21 +29,24 @@ stop_job() {
 }
 held() {
   [ -e "$1" ] || return 0
-  for held_by in /sys/block/loop*/loop/backing_file; do
-    [ -e "$held_by" ] || continue
-    if [ "$(cat "$held_by")" = "$(readlink -f "$1")" ]; then held_by=\${held_by#/sys/block/}; echo "device /dev/\${held_by%%/*}"; fi
-  done
+  held_by=$(losetup -n -O NAME -j "$1") || return 1
+  [ -z "$held_by" ] || printf '%s\\n' "$held_by" | sed 's/^/device /'
   # Not -samefile: find itself would have it open.
-  find -L /proc/[0-9]*/fd -inum "$(stat -c %i "$1")" -printf '%D %p\\n' 2>/dev/null |
+  find -L /proc/[0-9]*/fd -maxdepth 1 -inum "$(stat -c %i "$1")" -printf '%D %p\\n' 2>/dev/null |
     sed -n "s|^$(stat -c %d "$1") /proc/\\([0-9]*\\)/.*|\\1|p" | sort -un | while IFS= read -r held_by; do
     echo "$(tr '\\0' ' ' </proc/"$held_by"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//') (pid $held_by)"
   done
 }
 refuse_held() {
-  held_now=$(held "$1")
+  held_now=$(held "$1") || exit 1
   [ -z "$held_now" ] || { printf '%s\\n' "$held_now"; exit ${fileInUse}; }
 }
 vacant() { [ -z "$(ls -A "$1" | grep -vx 'record.json.new')" ]; }
+drop_all() {
+  rm -rf "$run" || return 1
+  [ -d "$part" ] || return 0
+  find "$part" -mindepth 1 -maxdepth 1 ! -name record.json -exec rm -rf {} + && rm -rf "$part"
+}
 require_seen() { [ "$(facts "$file")" = "$1" ] && [ "$(digest "$manifest")" = "$2" ] || exit ${changedMeanwhile}; }
 `;
 
@@ -55,7 +58,11 @@ near=$parent
 while [ ! -d "$near" ]; do near=\${near%/*}; [ -n "$near" ] || near=/; done
 [ "$near" != "$parent" ] || emit parent yes
 filesystem=$(findmnt -n -o UUID -T "$near") || exit 1
-[ -n "$filesystem" ] || filesystem=$(findmnt -n -o SOURCE -T "$near") || exit 1
+if [ -z "$filesystem" ]; then
+  filesystem=$(findmnt -n -o SOURCE -T "$near") || exit 1
+  # A device's name is another one after the next boot.
+  case $filesystem in /dev/*) uuid=$(blkid -o value -s UUID "$filesystem") && [ -n "$uuid" ] && filesystem=$uuid;; esac
+fi
 emit filesystem "$filesystem"
 emit facts "$(facts "$file")"
 if [ -e "$file" ] || [ -L "$file" ]; then
@@ -65,46 +72,53 @@ fi
 emit manifestDigest "$(digest "$manifest")"
 if [ -e "$manifest" ]; then emit_file manifest "$manifest"; fi
 emit recordDigest "$(digest "$part/record.json")"
-if [ -d "$part" ]; then
+if [ -d "$part" ] && [ ! -L "$part" ]; then
   if vacant "$part"; then emit part vacant; else
     emit part yes
     if [ -e "$part/record.json" ]; then emit_file record "$part/record.json"; fi
     if [ -e "$part/result" ]; then emit_file result "$part/result"; fi
     emit image "$(facts "$part/image")"
   fi
-elif [ -e "$part" ]; then emit part other; fi
+elif [ -e "$part" ] || [ -L "$part" ]; then emit part other; fi
 emit active "$(systemctl show -p ActiveState --value "$unit")"
 emit end ""
 `;
 
-/** Whether a copy can be made. Arguments: folder, uri, programs. */
+/** Whether a copy can be made. Arguments: uri, programs. */
 export const preflightCopyScript = `${emitFunctions}${missingFunction}
-parent=$1 uri=$2; shift 2
+${takePaths}
+parent=\${file%/*} uri=$1; shift
+[ -n "$parent" ] || parent=/
 emit_missing "$@"
 if [ -d "$parent" ]; then emit parent yes; fi
 if [ -d "$parent" ] && [ -w "$parent" ]; then emit writable yes; fi
+if [ -e "$manifest" ] || [ -L "$manifest" ]; then emit manifest yes; fi
 if command -v nbdinfo >/dev/null; then emit_output size timeout 30 nbdinfo --size "$uri"; fi
 emit end ""
 `;
 
 /**
  * Starts the job (stdin). Arguments: the file's facts and the manifest's digest as they were seen, the record, a
- * description of the unit.
+ * description of the unit, after how many seconds it is ended, the job's length in bytes.
  */
 export const startCopyScript = `${copyFunctions}
 ${takePaths}
-seen=$1 seen_manifest=$2 record=$3 description=$4
+seen=$1 seen_manifest=$2 record=$3 description=$4 runtime=$5 bytes=$6
 lock
 require_seen "$seen" "$seen_manifest"
-if [ -e "$part" ]; then [ -d "$part" ] && vacant "$part" || exit ${changedMeanwhile}; fi
-case $(systemctl show -p ActiveState --value "$unit") in inactive|failed) ;; *) exit ${changedMeanwhile};; esac
+if [ -e "$part" ] || [ -L "$part" ]; then
+  [ -d "$part" ] && [ ! -L "$part" ] && vacant "$part" || exit ${changedMeanwhile}
+fi
 refuse_held "$file"
+# A job whose folder somebody has removed still runs.
+stop_job "$unit" || exit 1
 umask 077
-rm -rf "$run" && mkdir "$run" && cat >"$run/job" || exit 1
+rm -rf "$run" && mkdir "$run" && receive "$run/job" "$bytes" || { rm -rf "$run"; exit 1; }
 mkdir -p "$part" && printf %s "$record" >"$part/record.json.new" && sync "$part/record.json.new" &&
   mv -f "$part/record.json.new" "$part/record.json" || { rm -f "$part/record.json.new"; rmdir "$part"; rm -rf "$run"; exit 1; }
 systemd-run --quiet --collect --unit="$unit" --description="$description" -p CPUAccounting=yes -p NoNewPrivileges=yes \
-  -p RuntimeMaxSec=604800 -p TimeoutStopSec=10 -p UMask=0077 /bin/sh "$run/job" || { rm -rf "$part" "$run"; exit 1; }
+  -p RuntimeMaxSec="$runtime" -p TimeoutStopSec=10 -p UMask=0077 /bin/sh "$run/job" ||
+  { stop_job "$unit" && drop_all; exit 1; }
 `;
 
 /** How the job is. */
@@ -120,7 +134,8 @@ case $show in *ActiveState=inactive*|*ActiveState=failed*)
   if [ -e "$part/result" ]; then emit_file result "$part/result"; fi
   emit recordDigest "$(if [ -e "$part/record.json" ]; then sha256sum <"$part/record.json" | cut -d' ' -f1; fi)"
   if [ -e "$run/failure" ]; then emit_file failure "$run/failure"; fi
-  emit log "$(journalctl -q -n 15 -o cat --no-pager -u "$unit" 2>&1)";;
+  # Only of this job: an earlier one had the same unit.
+  began=$(stat -c %Y "$run/job" 2>/dev/null) && emit log "$(journalctl -q -n 15 -o cat --no-pager --since "@$began" -u "$unit" 2>&1)";;
 esac
 emit end ""
 `;
@@ -132,39 +147,39 @@ seen_record=$1
 lock
 # A start that was cancelled may not have come to its record.
 [ "$(digest "$part/record.json")" = "$seen_record" ] || [ ! -e "$part" ] || vacant "$part" || exit ${changedMeanwhile}
-stop_job "$unit" && rm -rf "$part" "$run"
+stop_job "$unit" && drop_all
 `;
 
 /**
  * Puts the verified image in its place, its manifest (stdin) first. Arguments: the file's facts and the manifest's digest as
- * seen, the record's digest, the image's facts.
+ * seen, the record's digest, the image's facts, the manifest's length in bytes.
  */
 export const commitCopyScript = `${copyFunctions}
 ${takePaths}
-seen=$1 seen_manifest=$2 seen_record=$3 image=$4
+seen=$1 seen_manifest=$2 seen_record=$3 image=$4 bytes=$5
 lock
 require_seen "$seen" "$seen_manifest"
 [ "$(digest "$part/record.json")" = "$seen_record" ] || exit ${changedMeanwhile}
 [ "$(facts "$part/image")" = "$image" ] || exit ${imageChanged}
 refuse_held "$file"
 umask 077
-cat >"$part/manifest.json" && sync "$part/manifest.json" && mv -fT "$part/manifest.json" "$manifest" &&
-  mv -fT "$part/image" "$file" && sync "\${file%/*}/" && rm -rf "$part" "$run"
+receive "$part/manifest.json" "$bytes" && mv -fT "$part/manifest.json" "$manifest" &&
+  mv -fT "$part/image" "$file" && sync "\${file%/*}/" && drop_all
 `;
 
-/** Writes a manifest (stdin) anew. Arguments: facts and digest as seen. */
+/** Writes a manifest (stdin) anew. Arguments: facts and digest as seen, the manifest's length in bytes. */
 export const claimCopyScript = `${copyFunctions}
 ${takePaths}
-seen=$1 seen_manifest=$2
+seen=$1 seen_manifest=$2 bytes=$3
 lock
 require_seen "$seen" "$seen_manifest"
 umask 077
-cat >"$manifest.new" && sync "$manifest.new" && mv -fT "$manifest.new" "$manifest"
+receive "$manifest.new" "$bytes" && mv -fT "$manifest.new" "$manifest"
 `;
 
 /**
  * Removes file and manifest, and the unfinished copy whose record's digest is given ("-": none of ours). Arguments: as of
- * the commit, without the image's facts.
+ * the commit, without the image's.
  */
 export const removeCopyScript = `${copyFunctions}
 ${takePaths}
@@ -173,12 +188,13 @@ lock
 require_seen "$seen" "$seen_manifest"
 [ "$seen_record" = - ] || [ "$(digest "$part/record.json")" = "$seen_record" ] || exit ${changedMeanwhile}
 refuse_held "$file"
-if [ "$seen_record" != - ]; then stop_job "$unit" && rm -rf "$part" "$run" || exit 1; fi
+if [ "$seen_record" != - ] || [ ! -e "$part" ]; then stop_job "$unit" && drop_all || exit 1; fi
 # The manifest last: with it alone the next run still knows whose this was.
 rm -f "$file" && rm -f "$manifest" "$manifest.new" && sync "\${file%/*}/"
 `;
 
-/** Reads the image's checksum again. Arguments: format, file. Exit code 70: it cannot be read. */
+/** Reads the image's checksum again. Arguments: format, file. Exit code 70: it cannot be read. 71: that cannot be told. */
 export const checkImageScript = `${imageFunctions}
-hash_file "$1" "$2" 3>/dev/null || exit 70
+hash_file "$1" "$2" 3>/dev/null && exit 0
+case $? in 1) exit 70;; *) exit 71;; esac
 `;

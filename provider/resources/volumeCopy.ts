@@ -49,6 +49,7 @@ import {
   startCopyScript,
 } from "../linux/copyScripts.js";
 import { parseFields } from "../linux/fields.js";
+import type { LogicalVolume } from "../linux/lvm.js";
 import { parseNbdUri } from "../linux/nbd.js";
 import { missingPrograms } from "../linux/programs.js";
 import { parseShow } from "../linux/systemd.js";
@@ -73,7 +74,8 @@ const inputs = z.strictObject({
     })
     .optional()
     .describe(
-      "The LvSnapshot behind the export: it is seen to be valid after the last byte, and another snapshot is copied anew.",
+      "The LvSnapshot behind the export: it is seen to be valid after the last byte and to have the size that was copied, and " +
+        "another snapshot is copied anew.",
     ),
   file: z
     .string()
@@ -185,8 +187,8 @@ const manifestShape = z.object({
 });
 type Manifest = z.infer<typeof manifestShape>;
 
-/** In the folder of an unfinished copy: whose it is and what for. */
-const recordShape = z.object({ mark: z.string(), generation: z.string() });
+/** In the folder of an unfinished copy: whose it is, what for, and whether its job reads the source a second time. */
+const recordShape = z.object({ mark: z.string(), generation: z.string(), verify: z.boolean() });
 
 interface Part {
   /** `undefined` if it is none of ours. */
@@ -208,17 +210,17 @@ interface Observed {
   readonly part: Part | undefined;
   readonly running: boolean;
   readonly filesystem: string;
-  readonly corrupt: boolean;
+  /** What reading the whole image showed. */
+  readonly content: "unread" | "good" | "bad";
 }
 
 const quick = { deadlineSeconds: 60, kind: "read" } as const;
 /** `systemctl stop` may have to wait for a disk, the lock for another script. */
 const changing = { deadlineSeconds: 240, kind: "change" } as const;
 
-/** Without `snapshot` the export is all that is known of the source; with it, where it is exported does not matter. */
-function generationOf(wanted: Inputs): string {
-  const source = wanted.snapshot === undefined ? ["uri", wanted.uri] : ["snapshot", wanted.snapshot.uuid];
-  return generationMark([...source, wanted.format, wanted.compress, wanted.triggers]);
+/** Also of a known snapshot another `uri` is another source: that it serves this snapshot is the program's word alone. */
+function generationOf({ uri, snapshot, format, compress, triggers }: Inputs): string {
+  return generationMark([uri, snapshot?.uuid ?? "", format, compress, triggers]);
 }
 
 function planOf(wanted: Inputs): CopyPlan {
@@ -241,8 +243,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const { parent, ...seen } = parseOutput(context, command, result, (stdout) =>
     readObservation(parseFields(stdout)),
   );
-  if (seen.file !== undefined || seen.manifest !== undefined || seen.part !== undefined || seen.running)
-    return seen;
+  if (seen.file !== undefined || seen.manifest !== undefined || seen.part !== undefined) return seen;
   if ("filesystem" in wanted && wanted.filesystem !== seen.filesystem) {
     throw new LvmNbdError("ANOTHER_FILE_SYSTEM", {
       message: parent
@@ -271,7 +272,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed & { read
     part,
     running: !["inactive", "failed"].includes(required(fields, "active")),
     filesystem: required(fields, "filesystem"),
-    corrupt: false,
+    content: "unread",
     parent: fields.has("parent"),
   };
 }
@@ -311,8 +312,9 @@ function contentFacts(facts: string): string {
 
 function stateOf(seen: Observed, declared: Inputs): State["state"] {
   if (seen.manifest?.image.facts !== contentFacts(seen.facts)) return "changed";
-  if (seen.corrupt) return "corrupt";
-  return seen.manifest.generation === generationOf(declared) ? "complete" : "stale";
+  if (seen.content === "bad") return "corrupt";
+  const { generation, image } = seen.manifest;
+  return generation === generationOf(declared) && (image.verified || !declared.verify) ? "complete" : "stale";
 }
 
 async function inspect(context: Context, state: State, seen: Observed): Promise<Observed> {
@@ -325,20 +327,21 @@ async function inspect(context: Context, state: State, seen: Observed): Promise<
     deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),
   };
   const result = await context.host.run(command, context.signal);
-  if (result.exitCode === 70) return { ...seen, corrupt: true };
+  if (result.exitCode === 70) return { ...seen, content: "bad" };
   if (result.exitCode !== 0)
     throw failure(context, command, result, `${state.file} could not be checked`, "COMMAND_FAILED");
-  return { ...seen, corrupt: result.stdout.trim() !== sha256 };
+  return { ...seen, content: result.stdout.trim() === sha256 ? "good" : "bad" };
 }
 
-/** Runs one of the changing scripts. */
+/** Runs one of the changing scripts. One that takes `stdin` is told its length last, and so sees whether all has arrived. */
 async function change(
   context: Context,
   what: string,
   argv: string[],
   stdin: string | undefined = undefined,
 ): Promise<void> {
-  const command: RemoteCommand = { ...changing, argv, stdin };
+  const length = stdin === undefined ? [] : [String(Buffer.byteLength(stdin))];
+  const command: RemoteCommand = { ...changing, argv: [...argv, ...length], stdin };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode !== 0) throw scriptFailure(context, command, result, what);
 }
@@ -369,13 +372,18 @@ function noSpace(text: string): boolean {
   return /No space left on device|Disk quota exceeded/.test(text);
 }
 
-/** Finds out before anything is changed what would make the copy fail. */
-async function preflight(context: Context, wanted: Inputs): Promise<void> {
+/** Finds out before anything is changed what would make the copy fail. Returns the source's size in bytes. */
+async function preflight(
+  context: Context,
+  paths: CopyPaths,
+  wanted: Inputs,
+  seen: Observed,
+): Promise<number> {
   const plan = planOf(wanted);
   const folder = wanted.file.slice(0, wanted.file.lastIndexOf("/")) || "/";
   const command: RemoteCommand = {
     ...quick,
-    argv: script(preflightCopyScript, folder, plan.uri, ...copyPrograms(plan)),
+    argv: scriptOn(paths, preflightCopyScript, plan.uri, ...copyPrograms(plan)),
   };
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
@@ -392,15 +400,54 @@ async function preflight(context: Context, wanted: Inputs): Promise<void> {
   if (!fields.has("parent")) throw refuse("DIRECTORY_NOT_FOUND", "file", `there is no folder ${folder}`);
   if (!fields.has("writable"))
     throw refuse("DIRECTORY_NOT_FOUND", "file", `the folder ${folder} cannot be written`);
-  if (fields.get("size.rc") !== "0")
+  if (fields.has("manifest") && seen.manifestDigest === "-") {
+    const message = `file: ${paths.manifest} is not the manifest of a copy of this resource`;
+    throw foreign(context, message, "Move it away, or choose another `file`.");
+  }
+  const sizeBytes = Number(fields.get("size"));
+  if (fields.get("size.rc") !== "0" || !Number.isSafeInteger(sizeBytes))
     throw refuse("EXPORT_UNREACHABLE", "uri", `${plan.uri} does not answer here`, fields.get("size"));
-  if (wanted.snapshot !== undefined) await certify(context, wanted.snapshot);
+  if (wanted.snapshot !== undefined) await certifySize(context, wanted, sizeBytes);
+  return sizeBytes;
 }
 
-/** After these nothing of the copy is of use. After any other failure its job goes on, or waits to be put in its place. */
+/** Sees that the snapshot is valid, and that it has the size of what is served under its name. */
+async function certifySize(
+  context: Context,
+  { snapshot, uri }: Inputs,
+  sizeBytes: number,
+): Promise<LogicalVolume | undefined> {
+  if (snapshot === undefined) return undefined;
+  const lv = await certify(context, snapshot);
+  // A thin snapshot has a size of its own, and its origin may have grown since.
+  const size = lv.kind === "cow" ? lv.originSizeBytes : lv.sizeBytes;
+  if (size === sizeBytes) return lv;
+  throw new LvmNbdError("COPY_MISMATCH", {
+    message: `uri: ${uri} serves ${sizeBytes} bytes, the snapshot ${lv.volumeGroup}/${lv.name} has ${size}: it is not what this export serves`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "uri",
+    advice: "Give the `uri` of the NbdExport whose `device` is that snapshot's `path`.",
+  });
+}
+
+function foreign(context: Context, message: string, advice: string): LvmNbdError {
+  return new LvmNbdError("FOREIGN_RESOURCE", {
+    message,
+    host: context.host.name,
+    resource: context.resource,
+    property: "file",
+    advice,
+  });
+}
+
+/**
+ * After these nothing of the copy is of use. After any other failure, of a look at it above all, its job goes on, or waits to
+ * be put in its place.
+ */
 const failures: readonly ErrorCode[] = [
   ...(["CANCELLED", "COPY_FAILED", "COPY_MISMATCH", "COPY_STALLED", "COPY_UNCERTIFIED"] as const),
-  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED", "COMMAND_FAILED"] as const),
+  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED"] as const),
 ];
 
 /** Makes the copy, or goes on with one of ours that runs or has ended. */
@@ -414,7 +461,8 @@ async function copy(context: Context, wanted: Inputs, seen: Observed, copyId: st
   }
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = seen.running || (part?.result !== undefined && wanted.snapshot !== undefined);
-  if (part !== undefined && !(goesOn && part.record?.generation === generation)) {
+  const asDeclared = part?.record?.generation === generation && (part.record.verify || !wanted.verify);
+  if (part !== undefined && !(goesOn && asDeclared)) {
     context.progress(`removing an unfinished copy to ${wanted.file}`);
     await discard(context, paths, part.recordDigest);
     part = undefined;
@@ -424,15 +472,16 @@ async function copy(context: Context, wanted: Inputs, seen: Observed, copyId: st
   let committing = false;
   try {
     if (recordDigest === undefined) {
-      await preflight(context, wanted);
-      const record = `${JSON.stringify({ mark: ownerMark(wanted.owner), generation, started: randomUUID() })}\n`;
+      const sizeBytes = await preflight(context, paths, wanted, seen);
+      const { owner, verify } = wanted;
+      const record = `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
       recordDigest = digest(record);
-      await start(context, paths, wanted, seen, record);
+      await start(context, paths, wanted, seen, record, sizeBytes);
     } else context.progress(`a copy to ${wanted.file} is on its way: going on with it`);
     const result = await follow(context, paths, recordDigest, (now) => {
       progress = now;
     });
-    const lv = wanted.snapshot === undefined ? undefined : await certify(context, wanted.snapshot);
+    const lv = await certifySize(context, wanted, result.sizeBytes);
     const snapshot = lv && {
       ...{ origin: lv.origin, originUuid: lv.originUuid },
       takenAt: new Date(lv.createdAt * 1000).toISOString(),
@@ -461,17 +510,28 @@ async function start(
   wanted: Inputs,
   seen: Observed,
   record: string,
+  sizeBytes: number,
 ): Promise<void> {
   const { file } = paths;
+  const plan = planOf(wanted);
   context.progress(`copying ${wanted.uri} to ${file}`);
   const description = `lvm-nbd: copy of ${wanted.uri} to ${file}`;
   await change(
     context,
     `the copy to ${file} could not be started`,
-    scriptOn(paths, startCopyScript, seen.facts, seen.manifestDigest, record, description),
+    scriptOn(
+      ...[paths, startCopyScript, seen.facts, seen.manifestDigest, record, description],
+      String(longestSeconds(sizeBytes, plan.bandwidthLimit)),
+    ),
     // The arguments travel in the file: systemd would expand what is in them.
-    `set -- ${quoteAll(copyArguments(paths, planOf(wanted)))}\n${copyJob}`,
+    `set -- ${quoteAll(copyArguments(paths, plan))}\n${copyJob}`,
   );
+}
+
+/** After which a job is ended that nobody follows: a week, and for what is copied slowly twice what both readings take. */
+function longestSeconds(sizeBytes: number, bandwidthLimit: number | undefined): number {
+  const slowest = Math.min(bandwidthLimit ?? Number.POSITIVE_INFINITY, 5 * 1024 ** 2);
+  return Math.max(7 * 24 * 3600, Math.ceil((4 * sizeBytes) / slowest));
 }
 
 const pollSeconds = { first: 0.2, most: 2 };
@@ -681,7 +741,7 @@ function manifestOf(
       format: wanted.format,
       sha256: result.sha256,
       sizeBytes: result.sizeBytes,
-      verified: wanted.verify,
+      verified: result.verified,
       facts: contentFacts(result.facts),
     },
     source: { uri: wanted.uri, ...(source === undefined ? {} : { snapshot: source }) },
@@ -722,20 +782,13 @@ async function converge(
 ): Promise<void> {
   const paths = copyPaths(wanted.file);
   const own = ownerMark(wanted.owner);
-  const foreign = (message: string, advice: string) =>
-    new LvmNbdError("FOREIGN_RESOURCE", {
-      message,
-      host: context.host.name,
-      resource: context.resource,
-      property: "file",
-      advice,
-    });
   if (
     seen.file !== undefined &&
     seen.file.kind !== "regular file" &&
     seen.file.kind !== "regular empty file"
   ) {
     throw foreign(
+      context,
       `file: ${wanted.file} is a ${seen.file.kind}`,
       "Choose another `file`: only a regular file is ever replaced.",
     );
@@ -743,6 +796,7 @@ async function converge(
   const partMark = seen.part?.record?.mark;
   if (seen.part !== undefined && partMark !== own && (partMark === undefined || partMark !== seen.mark)) {
     throw foreign(
+      context,
       `file: ${paths.part} exists and is not an unfinished copy of this resource`,
       "Choose another `file`, or remove what is there by hand.",
     );
@@ -774,7 +828,7 @@ const nothing: Observed = {
     manifest: undefined,
     manifestDigest: "-",
   },
-  ...{ part: undefined, running: false, filesystem: "", corrupt: false },
+  ...{ part: undefined, running: false, filesystem: "", content: "unread" },
 };
 
 function toState(declared: Inputs | State, seen: Observed): State {
@@ -782,6 +836,10 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const { manifest } = seen;
   const seconds = manifest?.seconds ?? before?.seconds ?? 0;
   const sizeBytes = manifest?.image.sizeBytes ?? before?.sizeBytes ?? 0;
+  const state = stateOf(seen, declared);
+  // What was once read to be rotten stays so until it is read again or copied anew: no time stamp tells.
+  const rotten =
+    before?.state === "corrupt" && seen.content === "unread" && manifest?.completedAt === before.completedAt;
   return {
     ...declared,
     manifest: copyPaths(declared.file).manifest,
@@ -793,7 +851,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
     completedAt: manifest?.completedAt ?? before?.completedAt ?? "",
     filesystem: seen.filesystem,
     copyId: manifest?.copyId ?? before?.copyId ?? "",
-    state: stateOf(seen, declared),
+    state: rotten && state !== "changed" ? "corrupt" : state,
   };
 }
 
@@ -802,16 +860,16 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   const changed = (property: keyof Inputs & string) =>
     unknown.has(property) || !isDeepStrictEqual(wanted[property], state[property]);
   if (changed("file")) changes.push({ property: "file", effect: "replace" });
-  for (const property of ["format", "compress", "triggers", "owner"] as const) {
+  for (const property of ["uri", "format", "compress", "triggers", "owner"] as const) {
     if (changed(property)) changes.push({ property, effect: "update" });
   }
-  // The same snapshot, exported elsewhere or reached in another way, is the same content.
-  const uuid = wanted.snapshot?.uuid;
-  const same = !unknown.has("snapshot") && uuid === state.snapshot?.uuid;
+  // The same snapshot, reached in another way, is the same content.
+  const same = !unknown.has("snapshot") && wanted.snapshot?.uuid === state.snapshot?.uuid;
   if (changed("snapshot")) changes.push({ property: "snapshot", effect: same ? "connection" : "update" });
-  if (changed("uri"))
-    changes.push({ property: "uri", effect: same && uuid !== undefined ? "connection" : "update" });
-  for (const property of ["connections", "bandwidthLimit", "verify", "deepCheck"] as const) {
+  // An image that is verified is so also where that is no longer asked for.
+  if (changed("verify"))
+    changes.push({ property: "verify", effect: wanted.verify === false ? "connection" : "update" });
+  for (const property of ["connections", "bandwidthLimit", "deepCheck"] as const) {
     if (changed(property)) changes.push({ property, effect: "connection" });
   }
   if (state.state !== "complete") changes.push({ property: "state", effect: "update" });

@@ -1,4 +1,9 @@
-import { describe, expect, it } from "vitest";
+import { spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import {
   bytesPhrase,
   type CopyPlan,
@@ -10,6 +15,7 @@ import {
   progressPhrase,
   secondsPhrase,
 } from "../../provider/linux/copyJob.js";
+import { checkImageScript } from "../../provider/linux/copyScripts.js";
 
 const plan: CopyPlan = {
   ...{ uri: "nbd://10.0.0.1:10809/vm1", format: "raw", compress: false, connections: 4, verify: true },
@@ -115,4 +121,38 @@ it.each([
   [7500, "2 h 5 min"],
 ])("%d seconds are %s", (seconds, text) => {
   expect(secondsPhrase(seconds)).toBe(text);
+});
+
+describe("reading an image back", () => {
+  let folder: string;
+  let image: string;
+  beforeAll(() => {
+    folder = mkdtempSync(join(tmpdir(), "lvm-nbd-image-"));
+    image = join(folder, "vm1.raw");
+    writeFileSync(image, "content");
+  });
+  afterAll(() => rmSync(folder, { recursive: true }));
+
+  const check = (format: string, file: string, path = process.env.PATH) => {
+    const argv = ["-c", checkImageScript, "sh", format, file];
+    const { status, stdout } = spawnSync("/bin/sh", argv, { env: { PATH: path }, encoding: "utf8" });
+    return { status, stdout: stdout.trim() };
+  };
+
+  it("gives its checksum", () => {
+    const stdout = createHash("sha256").update("content").digest("hex");
+    expect(check("raw", image)).toEqual({ status: 0, stdout });
+  });
+
+  it("fails as unreadable where reading fails", () => {
+    expect(check("raw", folder)).toEqual({ status: 70, stdout: "" });
+  });
+
+  it.each([
+    ["a program that is not there", "qcow2", () => image, "/nowhere"],
+    ["not even dd", "raw", () => image, "/nowhere"],
+    ["a file that has gone meanwhile", "raw", () => join(folder, "gone"), process.env.PATH],
+  ])("does not call it unreadable for want of %s", (_what, format, file, path) => {
+    expect(check(format, file(), path)).toEqual({ status: 71, stdout: "" });
+  });
 });

@@ -1,5 +1,13 @@
 import { createHash } from "node:crypto";
-import { appendFileSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  appendFileSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
@@ -30,7 +38,10 @@ const snapshot = {
   uuid: recorded.lv_uuid,
 };
 const moment = "a moment of the disk\n".repeat(1000);
-const later = "a later moment\n".repeat(1500);
+const later = "a later moment\n".repeat(1400);
+/** The recorded volumes, of the size of what is copied here. */
+const ofThisSize = (report: string) => report.replaceAll('"67108864"', `"${moment.length}"`);
+const validVolumes = () => ofThisSize(recordedLvs("valid"));
 
 let destination: CopyHost;
 /** What the snapshot's host says of its volumes. */
@@ -43,7 +54,7 @@ beforeEach(() => {
   destination = new CopyHost();
   destination.serve(moment);
   destination.kill(undefined);
-  volumes = recordedLvs("valid");
+  volumes = validVolumes();
 });
 afterEach(() => destination.close());
 
@@ -51,6 +62,8 @@ function handlers(): Handlers {
   [cancel, warnings, lines] = [new AbortController(), [], []];
   const source: Host = fakeHost((command) => {
     if (command.argv[0] === "date") return String(Number(recorded.lv_time) + 100);
+    if (command.argv[0] === "vgs")
+      return { exitCode: 5, stderr: `Volume group "${recorded.vg_name}" not found` };
     return volumes;
   });
   return createHandlers(resourceType("VolumeCopy"), {
@@ -195,9 +208,10 @@ describe("a copy", () => {
   it.each([
     ["connections", { connections: 2 }],
     ["bandwidthLimit", { bandwidthLimit: "20M" }],
-    ["verify", { verify: false }],
+    ["verify, which was done", { verify: false }],
     ["deepCheck", { deepCheck: true }],
-  ])("with another %s is not made anew", async (property, change) => {
+  ])("with another %s is not made anew", async (what, change) => {
+    const property = what.split(",")[0];
     const state = await made();
     const wanted = await checked(change, state);
     const before = destination.commands.length;
@@ -208,11 +222,28 @@ describe("a copy", () => {
     expect(destination.commands.length).toBe(before);
   });
 
-  it("of the same snapshot behind another export is the same copy, of another snapshot it is not", async () => {
+  it("that was not verified is made anew, and is verified, where that is declared now", async () => {
+    const state = await made({ verify: false });
+    expect(manifest().image.verified).toBe(false);
+    const wanted = await checked({ verify: true }, state);
+    expect((await handlers().diff(state, wanted, none)).changes).toEqual([
+      { property: "verify", effect: "update" },
+    ]);
+    expect(await handlers().update(state, wanted)).toMatchObject({ state: "complete", verify: true });
+    expect(manifest().image.verified).toBe(true);
+    expect(destination.started).toBe(2);
+  });
+
+  it("from another uri or of another snapshot is another copy; the same snapshot reached otherwise is not", async () => {
     const state = await made({ snapshot });
     const moved = await checked({ snapshot, uri: "nbd://10.0.0.1:10810/vm1" }, state);
     expect((await handlers().diff(state, moved, none)).changes).toEqual([
-      { property: "uri", effect: "connection" },
+      { property: "uri", effect: "update" },
+    ]);
+    const there = { ...snapshot, host: { ...address("192.0.2.1"), port: 2222 } };
+    const reached = await checked({ snapshot: there }, state);
+    expect((await handlers().diff(state, reached, none)).changes).toEqual([
+      { property: "snapshot", effect: "connection" },
     ]);
     const other = await checked({ snapshot: { ...snapshot, uuid: "other" } }, state);
     expect((await handlers().diff(state, other, none)).changes).toEqual([
@@ -221,8 +252,8 @@ describe("a copy", () => {
     expect(
       (await handlers().diff(state, { ...moved, uri: undefined }, new Set(["uri", "snapshot"]))).changes,
     ).toEqual([
-      { property: "snapshot", effect: "update" },
       { property: "uri", effect: "update" },
+      { property: "snapshot", effect: "update" },
     ]);
   });
 
@@ -299,6 +330,31 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
     await fails("SNAPSHOT_OVERFLOWED", /ran full/, { snapshot });
   });
 
+  it("the export serves something else than the snapshot", async () => {
+    destination.serve(`${moment}and more`);
+    await fails("COPY_MISMATCH", /uri: .*serves \d+ bytes, the snapshot .* has 21000/, { snapshot });
+  });
+
+  it("the export has become something else while it was copied", async () => {
+    destination.onCommand = ({ argv }) => {
+      if (argv[2]?.includes("systemd-run")) destination.serve(`${moment}and more`);
+      return undefined;
+    };
+    await fails("COPY_MISMATCH", /serves \d+ bytes/, { snapshot });
+  });
+
+  it("the source cannot be read to its end the second time", async () => {
+    destination.set("broken-reread", "");
+    await fails("COPY_FAILED", /could not be read a second time/);
+  });
+
+  it("the reason is that of this job, not that of an earlier one", async () => {
+    destination.set("broken", "write: No space left on device\n");
+    await fails("NO_SPACE", /disk of the image is full/);
+    destination.set("broken", "nbd: connection reset\n");
+    await fails("COPY_FAILED", /connection reset/);
+  });
+
   it("the snapshot is another one by now", async () => {
     await fails("COPY_UNCERTIFIED", /is not there any more/, { snapshot: { ...snapshot, uuid: "gone" } });
   });
@@ -322,7 +378,9 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
 
 /** The recorded overflow, as that of the snapshot that is copied, with a store of 8 MiB. */
 const overflowed = () =>
-  recordedLvs("overflowed").replaceAll(overflowedUuid, snapshot.uuid).replaceAll('"16777216"', '"8388608"');
+  ofThisSize(recordedLvs("overflowed"))
+    .replaceAll(overflowedUuid, snapshot.uuid)
+    .replaceAll('"16777216"', '"8388608"');
 const overflowedUuid = JSON.parse(recordedLvs("overflowed")).report[0].lv.find(
   (row: Values) => row.lv_snapshot_invalid === "1",
 ).lv_uuid;
@@ -338,6 +396,12 @@ describe("what is not ours", () => {
     writeFileSync(image(), "somebody's");
     expect(await made({ adopt: true })).toMatchObject({ sha256: sha256(moment) });
     expect(destination.left()).toEqual(complete);
+  });
+
+  it("is not overwritten: a manifest of somebody's without an image", async () => {
+    writeFileSync(manifestPath(), "somebody's notes");
+    await expect(made()).rejects.toThrow(/FOREIGN_RESOURCE.*is not the manifest of a copy of this resource/);
+    expect(destination.left()).toEqual(["vm1.raw.manifest.json"]);
   });
 
   it("is refused with its owner named: another stack's copy, finished or not", async () => {
@@ -362,6 +426,13 @@ describe("what is not ours", () => {
       () => {
         mkdirSync(`${image()}.part`);
         writeFileSync(`${image()}.part/data`, "x");
+      },
+    ],
+    [
+      "a link of somebody's there, to an empty folder",
+      () => {
+        mkdirSync(join(destination.disk, "elsewhere"));
+        symlinkSync(join(destination.disk, "elsewhere"), `${image()}.part`);
       },
     ],
   ])("is left alone, whatever adopt says: %s", async (_what, put) => {
@@ -410,6 +481,15 @@ describe("what is in use", () => {
     );
     expect(destination.left()).toEqual(complete);
     await handlers().remove(state);
+    expect(destination.left()).toEqual([]);
+  });
+
+  it("is not who only has the folder open", async () => {
+    const state = await made();
+    const { open } = await import("node:fs/promises");
+    const handle = await open(destination.disk);
+    await handlers().remove(state);
+    await handle.close();
     expect(destination.left()).toEqual([]);
   });
 
@@ -465,6 +545,19 @@ describe("a refresh", () => {
       state: "complete",
     });
     expect(readFileSync(image(), "utf8")).toBe(moment);
+  });
+
+  it("knows a corrupt image as corrupt until it is copied anew, whatever fails meanwhile", async () => {
+    const state = { ...(await made()), state: "corrupt" };
+    destination.set("broken", "nbd: connection reset\n");
+    const error = await handlers()
+      .update(state, await checked({}, state))
+      .catch((reason: unknown) => reason);
+    expect((error as PartialFailure).state).toMatchObject({ state: "corrupt" });
+    expect(await handlers().read(state)).toMatchObject({ state: "corrupt" });
+    destination.set("broken", undefined);
+    expect(await handlers().update(state, await checked({}, state))).toMatchObject({ state: "complete" });
+    expect(destination.started).toBe(3);
   });
 
   it("says gone of what is positively absent", async () => {
@@ -670,6 +763,75 @@ describe("whatever cuts it, the next up finishes the work", () => {
     expect(await made()).toMatchObject({ sha256: sha256(later) });
   });
 
+  it("a job that was begun without verification is not taken for a verified copy", async () => {
+    destination.set("hold", "");
+    dies(destination, 3, "after");
+    await expect(made({ snapshot, verify: false })).rejects.toThrow(Died);
+    destination.onCommand = () => undefined;
+    destination.set("hold", undefined);
+    await made({ snapshot });
+    expect(destination.started).toBe(2);
+    expect(manifest().image.verified).toBe(true);
+  });
+
+  it("a job from another uri is not taken for this one, though the snapshot is the same", async () => {
+    destination.set("hold", "");
+    dies(destination, 4, "after");
+    await expect(made({ snapshot, uri: "nbd://10.0.0.1:10809/wrong" })).rejects.toThrow(Died);
+    destination.onCommand = () => undefined;
+    destination.set("hold", undefined);
+    await made({ snapshot });
+    expect(destination.started).toBe(2);
+    expect(manifest().source.uri).toBe("nbd://10.0.0.1:10809/vm1");
+  });
+
+  it("a job whose folder somebody removed is ended and begun anew", async () => {
+    destination.set("hold", "");
+    dies(destination, 3, "after");
+    await expect(made()).rejects.toThrow(Died);
+    rmSync(`${image()}.part`, { recursive: true });
+    destination.onCommand = () => undefined;
+    destination.set("hold", undefined);
+    expect(await made()).toMatchObject({ state: "complete" });
+    expect(destination.started).toBe(2);
+    expect(destination.left()).toEqual(complete);
+  });
+
+  it.each(["the job", "the manifest"])("the link breaks while %s is sent", async (what) => {
+    destination.onCommand = ({ stdin, argv }) => {
+      const hit =
+        stdin !== undefined && argv[2]?.includes(what === "the job" ? "systemd-run" : "seen_record=$3 image");
+      if (!hit) return undefined;
+      destination.onCommand = () => undefined;
+      destination.cutInput();
+      return () => {
+        throw new LvmNbdError("LINK_LOST", { message: "lost" });
+      };
+    };
+    expect(await made({ snapshot })).toMatchObject({ state: "complete" });
+    expect(manifest()).toMatchObject({ image: { sha256: sha256(moment) } });
+    expect(destination.started).toBe(1);
+    expect(destination.left()).toEqual(complete);
+  });
+
+  it.each([
+    ["a look at it that fails", () => undefined, "COMMAND_FAILED"],
+    ["a volume group that is not there now", () => recordedLvs("empty"), "VOLUME_GROUP_NOT_FOUND"],
+  ])("a verified image waits, whatever cannot be told: %s", async (_what, listing, code) => {
+    destination.onCommand = ({ argv }) => {
+      if (argv[2]?.includes("systemd-run"))
+        volumes = listing() ?? new LvmNbdError("COMMAND_FAILED", { message: "lvs was killed" });
+      return undefined;
+    };
+    const wanted = await checked({ snapshot });
+    await expect(handlers().create(wanted)).rejects.toThrow(code);
+    expect(destination.left()).toContain("vm1.raw.part/result");
+    volumes = validVolumes();
+    await handlers().create(wanted);
+    expect(destination.started).toBe(1);
+    expect(destination.left()).toEqual(complete);
+  });
+
   it("a verified image waits for a snapshot's host that does not answer", async () => {
     destination.onCommand = ({ argv }) => {
       if (argv[2]?.includes("systemd-run"))
@@ -679,7 +841,7 @@ describe("whatever cuts it, the next up finishes the work", () => {
     const wanted = await checked({ snapshot });
     await expect(handlers().create(wanted)).rejects.toThrow(/HOST_UNREACHABLE/);
     expect(destination.left()).toContain("vm1.raw.part/result");
-    volumes = recordedLvs("valid");
+    volumes = validVolumes();
     await handlers().create(wanted);
     expect(destination.started).toBe(1);
     expect(destination.left()).toEqual(complete);

@@ -35,12 +35,14 @@ const standIns: Readonly<Record<string, string>> = {
       stop) alive && kill -KILL "-$pid"; for try in $(seq 250); do alive || break; sleep 0.02; done; rm -f "$SANDBOX/units/$unit.pid";;
     esac`,
   journalctl: `cat "$SANDBOX"/units/*.log 2>/dev/null; exit 0`,
+  losetup: ``,
   findmnt: `cat "$SANDBOX/filesystem"`,
   nbdinfo: `[ -e "$SANDBOX/source" ] || { echo "cannot connect" >&2; exit 1; }; stat -c %s "$SANDBOX/source"`,
   nbdcopy: `
     for target; do :; done
     [ "$target" != --version ] || { echo "nbdcopy 1.14.2"; exit; }
     [ -e "$SANDBOX/source" ] || { echo "cannot connect" >&2; exit 1; }
+    if [ "$target" = - ] && [ -e "$SANDBOX/broken-reread" ]; then head -c 100 "$SANDBOX/source"; exit 1; fi
     if [ "$target" = - ]; then cat "$SANDBOX/$([ -e "$SANDBOX/reread" ] && echo reread || echo source)"; exit; fi
     echo 50/100 >&3
     while [ -e "$SANDBOX/hold" ]; do sleep 0.02; done
@@ -66,6 +68,7 @@ export class CopyHost implements Host {
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
   /** Where images go. */
   readonly disk: string;
+  #cutInput = false;
   readonly #folder = mkdtempSync(join(tmpdir(), "lvm-nbd-copy-"));
 
   constructor(readonly name = "server2") {
@@ -83,7 +86,7 @@ export class CopyHost implements Host {
 
   /**
    * Switches of the stand-ins: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the
-   * source serves the second time), `filesystem`.
+   * source serves the second time), `broken-reread` (it breaks off then), `filesystem`.
    */
   set(name: string, content: string | undefined): void {
     if (content === undefined) rmSync(join(this.#folder, name), { force: true });
@@ -94,6 +97,11 @@ export class CopyHost implements Host {
   kill(at: Kill | undefined): void {
     this.set("steps", "");
     this.set("kill", at && `${at.step} ${at.when}\n`);
+  }
+
+  /** The link breaks while the next command's input is on its way. */
+  cutInput(): void {
+    this.#cutInput = true;
   }
 
   /** Steps since `kill` was called. */
@@ -125,7 +133,7 @@ export class CopyHost implements Host {
   restore(): void {
     this.#stopUnits();
     for (const part of savedParts) rmSync(join(this.#folder, part), { recursive: true, force: true });
-    for (const name of ["hold", "broken", "reread"]) this.set(name, undefined);
+    for (const name of ["hold", "broken", "reread", "broken-reread"]) this.set(name, undefined);
     this.#copy(join(this.#folder, "saved"), this.#folder);
     this.kill(undefined);
     this.commands.length = 0;
@@ -161,7 +169,12 @@ export class CopyHost implements Host {
 
   #execute(command: RemoteCommand): Promise<CommandResult | undefined> {
     const inside = (text: string) => text.replaceAll("/run/lvm-nbd", `${this.#folder}/run/lvm-nbd`);
-    const [program = "", ...args] = command.argv.map(inside);
+    const input = inside(command.stdin ?? "");
+    // Scripts are told how long their input is.
+    const lengths = [command.stdin ?? "", input].map((text) => String(Buffer.byteLength(text)));
+    const [program = "", ...args] = command.argv.map(
+      (arg) => (arg === lengths[0] ? lengths[1] : inside(arg)) ?? "",
+    );
     return new Promise((resolve, reject) => {
       const child = spawn(program, args, {
         env: this.#environment(command.kind === "change"),
@@ -178,7 +191,8 @@ export class CopyHost implements Host {
       child.on("close", (exitCode) => resolve(exitCode === null ? undefined : { exitCode, stdout, stderr }));
       // A script that was killed reads no more.
       child.stdin.on("error", () => undefined);
-      child.stdin.end(inside(command.stdin ?? ""));
+      child.stdin.end(this.#cutInput ? input.slice(0, input.length / 2) : input);
+      this.#cutInput = false;
     });
   }
 
