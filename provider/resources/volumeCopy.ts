@@ -1,63 +1,28 @@
 /**
  * VolumeCopy: what an export serves, as a verified image in a file of another host.
- *
- * The copy runs on the destination host as a transient unit, beside the file it will become. It takes the file's name
- * only when it has been read back, compared with its source, and its snapshot was seen to be valid after the last byte;
- * an earlier image keeps the name until then.
  */
-import { createHash, randomUUID } from "node:crypto";
-import { setTimeout as delay } from "node:timers/promises";
+import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
-import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
-import { commonInputs, hostInput, readableBy, refusing } from "../core/inputs.js";
-import { generationMark, ownerMark } from "../core/owner.js";
-import {
-  type Change,
-  ChangedMeanwhile,
-  type Context,
-  type Problem,
-  type ResourceType,
-} from "../core/resource.js";
-import {
-  bytesPhrase,
-  type CopyPaths,
-  type CopyPlan,
-  type CopyProgress,
-  type CopyResult,
-  copyArguments,
-  copyJob,
-  copyPaths,
-  copyPrograms,
-  copyResult,
-  parseProgress,
-  parseRate,
-  progressPhrase,
-} from "../linux/copyJob.js";
-import {
-  checkImageScript,
-  claimCopyScript,
-  commitCopyScript,
-  discardCopyScript,
-  fileInUse,
-  followCopyScript,
-  imageChanged,
-  observeCopyScript,
-  preflightCopyScript,
-  removeCopyScript,
-  startCopyScript,
-} from "../linux/copyScripts.js";
-import { parseFields } from "../linux/fields.js";
-import type { LogicalVolume } from "../linux/lvm.js";
+import { commonInputs, hostInput, readableBy } from "../core/inputs.js";
+import { generationMark } from "../core/owner.js";
+import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import { copyPaths } from "../linux/copyJob.js";
 import { parseNbdUri } from "../linux/nbd.js";
-import { missingPrograms } from "../linux/programs.js";
-import { parseShow } from "../linux/systemd.js";
-import { changedMeanwhile } from "../linux/unitScript.js";
-import { hostName } from "../ssh/config.js";
-import { quoteAll } from "../ssh/quoting.js";
-import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { certify, type SnapshotReference, volumes } from "./volumes.js";
+import {
+  bring,
+  copyImage,
+  type ImageObservation,
+  imageInputs,
+  imageOutputs,
+  imageState,
+  inspectImage,
+  isAsMade,
+  isRotten,
+  noImage,
+  observeImage,
+  removeImage,
+} from "./image.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -77,36 +42,7 @@ const inputs = z.strictObject({
       "The LvSnapshot behind the export: it is seen to be valid after the last byte and to have the size that was copied, and " +
         "another snapshot is copied anew.",
     ),
-  file: z
-    .string()
-    .superRefine(refusing(fileProblem))
-    .describe("Absolute path of the image on the host. Its folder must exist."),
-  format: z.enum(["raw", "qcow2"]).default("raw").describe("Format of the image; both are sparse."),
-  compress: z.boolean().default(false).describe('Whether a `"qcow2"` image is compressed.'),
-  connections: z
-    .number()
-    .int()
-    .min(1)
-    .max(16)
-    .default(4)
-    .describe("NBD connections to the source, for `raw`."),
-  bandwidthLimit: z
-    .union([z.string(), z.number()])
-    .superRefine(readableBy(parseRate))
-    .optional()
-    .describe(
-      'Bytes a second that are read from the source at most, e.g. `"20M"` (1024-based). Default: no limit.',
-    ),
-  verify: z
-    .boolean()
-    .default(true)
-    .describe(
-      "Whether the source is read a second time and its SHA-256 compared with that of the image, which is read from the disk.",
-    ),
-  deepCheck: z
-    .boolean()
-    .default(false)
-    .describe("Whether a refresh reads the whole image and compares its SHA-256, not only size and time."),
+  ...imageInputs,
   triggers: z
     .array(z.union([z.string(), z.number(), z.boolean()]))
     .default([])
@@ -116,21 +52,7 @@ const inputs = z.strictObject({
 });
 
 const outputs = z.object({
-  manifest: z
-    .string()
-    .describe("Path of the manifest, JSON beside the image: what it is, without any Pulumi state."),
-  sha256: z
-    .string()
-    .describe("SHA-256 of the content (of a qcow2 image too: what a reader of the disk sees)."),
-  sizeBytes: z.number().describe("Size of the content in bytes."),
-  allocatedBytes: z.number().describe("What the image takes on the disk, in bytes; informational."),
-  seconds: z.number().describe("How long copying and verifying took."),
-  bytesPerSecond: z.number().describe("`sizeBytes` by `seconds`."),
-  completedAt: z.string().describe("When the image was verified (ISO 8601, by the host's clock)."),
-  filesystem: z
-    .string()
-    .describe("UUID of the file system that holds the image, or its source where it has none."),
-  copyId: z.string().describe("Which resource's life the image belongs to."),
+  ...imageOutputs,
   state: z
     .enum(["complete", "changed", "corrupt", "stale"])
     .describe(
@@ -147,711 +69,35 @@ export type VolumeCopyDeclaration = z.input<typeof inputs>;
 /** What a program can read of it. */
 export type VolumeCopyOutputs = State;
 
-const longestName = 255 - ".manifest.json.new".length;
-
-/** Why the path cannot be an image's; `undefined` when it is good. */
-function fileProblem(file: string): string | undefined {
-  if (!file.startsWith("/")) return `"${file}" must be an absolute path, e.g. "/var/backups/vm1.raw"`;
-  if (/\p{Cc}/u.test(file)) return "must not hold control characters";
-  const parts = file.slice(1).split("/");
-  if (parts.some((part) => part === "" || part === "." || part === ".."))
-    return `"${file}" must name a file without empty parts, "." and ".."`;
-  if (/^\/(dev|proc|sys|run)\//.test(file))
-    return `"${file}" does not outlive a reboot: name a file on a disk, e.g. "/var/backups/vm1.raw"`;
-  if (/\.(part|manifest\.json)$/.test(file)) return `"${file}" must not end in .part or .manifest.json`;
-  if (Buffer.byteLength(parts.at(-1) ?? "") > longestName)
-    return `has a name of more than ${longestName} bytes, which leaves no room for the manifest's`;
-  return undefined;
-}
-
-/** JSON beside the image. Fields are added, never changed: an image outlives the provider's version. */
-const manifestShape = z.object({
-  kind: z.literal("lvm-nbd image"),
-  /** Owner mark. */
-  mark: z.string(),
-  copyId: z.string(),
-  generation: z.string(),
-  image: z.object({
-    format: z.string(),
-    sha256: z.string(),
-    sizeBytes: z.number(),
-    verified: z.boolean(),
-    /** Size of the file in bytes and time of its last modification. */
-    facts: z.string(),
-  }),
-  source: z.record(z.string(), z.unknown()),
-  seconds: z.number(),
-  startedAt: z.string(),
-  completedAt: z.string(),
-  tools: z.string(),
-});
-type Manifest = z.infer<typeof manifestShape>;
-
-/** In the folder of an unfinished copy: whose it is, what for, and whether its job reads the source a second time. */
-const recordShape = z.object({ mark: z.string(), generation: z.string(), verify: z.boolean() });
-
-interface Part {
-  /** `undefined` if it is none of ours. */
-  readonly record: z.infer<typeof recordShape> | undefined;
-  readonly recordDigest: string;
-  readonly result: CopyResult | undefined;
-  /** "-" without an image. */
-  readonly imageFacts: string;
-}
-
-interface Observed {
-  readonly mark: string | undefined;
-  readonly halfMade: boolean;
-  readonly file: { readonly kind: string; readonly allocatedBytes: number } | undefined;
-  /** Inode, size and time of the file; "-" for none. */
-  readonly facts: string;
-  readonly manifest: Manifest | undefined;
-  readonly manifestDigest: string;
-  readonly part: Part | undefined;
-  readonly running: boolean;
-  readonly filesystem: string;
-  /** What reading the whole image showed. */
-  readonly content: "unread" | "good" | "bad";
-}
-
-const quick = { deadlineSeconds: 60, kind: "read" } as const;
-/** `systemctl stop` may have to wait for a disk, the lock for another script. */
-const changing = { deadlineSeconds: 240, kind: "change" } as const;
-
 /** Also of a known snapshot another `uri` is another source: that it serves this snapshot is the program's word alone. */
 function generationOf({ uri, snapshot, format, compress, triggers }: Inputs): string {
   return generationMark([uri, snapshot?.uuid ?? "", format, compress, triggers]);
 }
 
-function planOf(wanted: Inputs): CopyPlan {
-  const { uri, format, compress, connections, verify, bandwidthLimit } = wanted;
-  return {
-    ...{ uri, format, compress, connections, verify },
-    bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
-  };
-}
-
-/** A script of copyScripts.ts, with what it needs beside the paths. */
-function scriptOn(paths: CopyPaths, text: string, ...args: string[]): string[] {
-  return script(text, paths.file, paths.part, paths.manifest, paths.unit, paths.run, ...args);
-}
-
-async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
-  const { file } = wanted;
-  const command: RemoteCommand = { ...quick, argv: scriptOn(copyPaths(file), observeCopyScript) };
-  const result = await succeed(context, command, `${file} could not be looked at`);
-  const { parent, ...seen } = parseOutput(context, command, result, (stdout) =>
-    readObservation(parseFields(stdout)),
-  );
-  if (seen.file !== undefined || seen.manifest !== undefined || seen.part !== undefined) return seen;
-  if ("filesystem" in wanted && wanted.filesystem !== seen.filesystem) {
-    throw new LvmNbdError("ANOTHER_FILE_SYSTEM", {
-      message: parent
-        ? `${file} is not there, and its folder is on the file system ${seen.filesystem}, not on ${wanted.filesystem}`
-        : `the folder of ${file} is not there, nor is the file system ${wanted.filesystem}`,
-      host: context.host.name,
-      resource: context.resource,
-    });
-  }
-  return undefined;
-}
-
-function readObservation(fields: ReadonlyMap<string, string>): Observed & { readonly parent: boolean } {
-  const kind = fields.get("kind");
-  const [blocks, blockSize] = (fields.get("blocks") ?? "").split(" ").map(Number);
-  const manifest = parsed(fields.get("manifest"), manifestShape);
-  const part = readPart(fields);
-  return {
-    // A file without a manifest of ours carries no mark, whatever lies beside it.
-    mark: kind === undefined ? (part?.record?.mark ?? manifest?.mark) : manifest?.mark,
-    halfMade: kind === undefined,
-    file: kind === undefined ? undefined : { kind, allocatedBytes: (blocks ?? 0) * (blockSize ?? 0) },
-    facts: required(fields, "facts"),
-    manifest,
-    manifestDigest: required(fields, "manifestDigest"),
-    part,
-    running: !["inactive", "failed"].includes(required(fields, "active")),
-    filesystem: required(fields, "filesystem"),
-    content: "unread",
-    parent: fields.has("parent"),
-  };
-}
-
-function readPart(fields: ReadonlyMap<string, string>): Part | undefined {
-  const part = fields.get("part");
-  // An empty folder is what a start leaves that was cut at its beginning.
-  if (part === undefined || part === "vacant") return undefined;
-  return {
-    record: parsed(fields.get("record"), recordShape),
-    recordDigest: fields.get("recordDigest") ?? "-",
-    result: parsed(fields.get("result"), copyResult),
-    imageFacts: fields.get("image") ?? "-",
-  };
-}
-
-function required(fields: ReadonlyMap<string, string>, name: string): string {
-  const value = fields.get(name);
-  if (value === undefined || value === "") throw new Error(`"${name}" is missing`);
-  return value;
-}
-
-/** What is not of our making, or was spoiled, is not ours. */
-function parsed<T>(text: string | undefined, shape: z.ZodType<T>): T | undefined {
-  if (text === undefined) return undefined;
-  try {
-    return shape.safeParse(JSON.parse(text)).data;
-  } catch {
-    return undefined;
-  }
-}
-
-/** Size and time of what `facts` tells: an inode is another one after a restore, the content is not. */
-function contentFacts(facts: string): string {
-  return facts.split(" ").slice(1).join(" ");
-}
-
-function stateOf(seen: Observed, declared: Inputs): State["state"] {
-  if (seen.manifest?.image.facts !== contentFacts(seen.facts)) return "changed";
+function stateOf(seen: ImageObservation, declared: Inputs): State["state"] {
+  if (!isAsMade(seen)) return "changed";
   if (seen.content === "bad") return "corrupt";
-  const { generation, image } = seen.manifest;
-  return generation === generationOf(declared) && (image.verified || !declared.verify) ? "complete" : "stale";
-}
-
-async function inspect(context: Context, state: State, seen: Observed): Promise<Observed> {
-  if (!state.deepCheck || seen.manifest === undefined || stateOf(seen, state) === "changed") return seen;
-  const { format, sha256, sizeBytes } = seen.manifest.image;
-  context.progress(`reading ${state.file} to check its content (deepCheck)`);
-  const command: RemoteCommand = {
-    argv: script(checkImageScript, format, state.file),
-    kind: "read",
-    deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),
-  };
-  const result = await context.host.run(command, context.signal);
-  if (result.exitCode === 70) return { ...seen, content: "bad" };
-  if (result.exitCode !== 0)
-    throw failure(context, command, result, `${state.file} could not be checked`, "COMMAND_FAILED");
-  return { ...seen, content: result.stdout.trim() === sha256 ? "good" : "bad" };
-}
-
-/** Runs one of the changing scripts. One that takes `stdin` is told its length last, and so sees whether all has arrived. */
-async function change(
-  context: Context,
-  what: string,
-  argv: string[],
-  stdin: string | undefined = undefined,
-): Promise<void> {
-  const length = stdin === undefined ? [] : [String(Buffer.byteLength(stdin))];
-  const command: RemoteCommand = { ...changing, argv: [...argv, ...length], stdin };
-  const result = await context.host.run(command, context.signal);
-  if (result.exitCode !== 0) throw scriptFailure(context, command, result, what);
-}
-
-function scriptFailure(
-  context: Context,
-  command: RemoteCommand,
-  result: CommandResult,
-  what: string,
-): LvmNbdError | ChangedMeanwhile {
-  if (result.exitCode === changedMeanwhile)
-    return new ChangedMeanwhile(
-      failure(context, command, result, "somebody else changed it in the meantime", "FOREIGN_RESOURCE"),
-    );
-  if (result.exitCode === fileInUse) {
-    return new LvmNbdError("FILE_IN_USE", {
-      message: `${what}: it is held by ${result.stdout.trim().split("\n").join(", ")}`,
-      host: context.host.name,
-      resource: context.resource,
-    });
-  }
-  if (result.exitCode === imageChanged)
-    return failure(context, command, result, "somebody wrote the image after it was verified", "COPY_FAILED");
-  return failure(context, command, result, what, noSpace(result.stderr) ? "NO_SPACE" : "COMMAND_FAILED");
-}
-
-function noSpace(text: string): boolean {
-  return /No space left on device|Disk quota exceeded/.test(text);
-}
-
-/** Finds out before anything is changed what would make the copy fail. Returns the source's size in bytes. */
-async function preflight(
-  context: Context,
-  paths: CopyPaths,
-  wanted: Inputs,
-  seen: Observed,
-): Promise<number> {
-  const plan = planOf(wanted);
-  const folder = wanted.file.slice(0, wanted.file.lastIndexOf("/")) || "/";
-  const command: RemoteCommand = {
-    ...quick,
-    argv: scriptOn(paths, preflightCopyScript, plan.uri, ...copyPrograms(plan)),
-  };
-  const result = await succeed(context, command, "the host could not be looked at");
-  const fields = parseOutput(context, command, result, parseFields);
-  const refuse = (code: ErrorCode, property: string, message: string, stderr?: string) =>
-    new LvmNbdError(code, {
-      message: `${property}: ${message}`,
-      host: context.host.name,
-      resource: context.resource,
-      property,
-      stderr,
-    });
-  const missing = missingPrograms(fields);
-  if (missing !== undefined) throw refuse("PROGRAM_MISSING", "host", missing);
-  if (!fields.has("parent")) throw refuse("DIRECTORY_NOT_FOUND", "file", `there is no folder ${folder}`);
-  if (!fields.has("writable"))
-    throw refuse("DIRECTORY_NOT_FOUND", "file", `the folder ${folder} cannot be written`);
-  if (fields.has("manifest") && seen.manifestDigest === "-") {
-    const message = `file: ${paths.manifest} is not the manifest of a copy of this resource`;
-    throw foreign(context, message, "Move it away, or choose another `file`.");
-  }
-  const sizeBytes = Number(fields.get("size"));
-  if (fields.get("size.rc") !== "0" || !Number.isSafeInteger(sizeBytes))
-    throw refuse("EXPORT_UNREACHABLE", "uri", `${plan.uri} does not answer here`, fields.get("size"));
-  if (wanted.snapshot !== undefined) await certifySize(context, wanted, sizeBytes);
-  return sizeBytes;
-}
-
-/** Sees that the snapshot is valid, and that it has the size of what is served under its name. */
-async function certifySize(
-  context: Context,
-  { snapshot, uri }: Inputs,
-  sizeBytes: number,
-): Promise<LogicalVolume | undefined> {
-  if (snapshot === undefined) return undefined;
-  const lv = await certify(context, snapshot);
-  // A thin snapshot has a size of its own, and its origin may have grown since.
-  const size = lv.kind === "cow" ? lv.originSizeBytes : lv.sizeBytes;
-  if (size === sizeBytes) return lv;
-  throw new LvmNbdError("COPY_MISMATCH", {
-    message: `uri: ${uri} serves ${sizeBytes} bytes, the snapshot ${lv.volumeGroup}/${lv.name} has ${size}: it is not what this export serves`,
-    host: context.host.name,
-    resource: context.resource,
-    property: "uri",
-    advice: "Give the `uri` of the NbdExport whose `device` is that snapshot's `path`.",
-  });
-}
-
-function foreign(context: Context, message: string, advice: string): LvmNbdError {
-  return new LvmNbdError("FOREIGN_RESOURCE", {
-    message,
-    host: context.host.name,
-    resource: context.resource,
-    property: "file",
-    advice,
-  });
-}
-
-/**
- * After these nothing of the copy is of use. After any other failure, of a look at it above all, its job goes on, or waits to
- * be put in its place.
- */
-const failures: readonly ErrorCode[] = [
-  ...(["CANCELLED", "COPY_FAILED", "COPY_MISMATCH", "COPY_STALLED", "COPY_UNCERTIFIED"] as const),
-  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED"] as const),
-];
-
-/** Makes the copy, or goes on with one of ours that runs or has ended. */
-async function copy(context: Context, wanted: Inputs, seen: Observed, copyId: string): Promise<void> {
-  const paths = copyPaths(wanted.file);
-  const generation = generationOf(wanted);
-  let { part } = seen;
-  if (part?.record !== undefined && isDecided(seen, part) && seen.manifest?.generation === generation) {
-    await commit(context, paths, seen, part.recordDigest, part.imageFacts, seen.manifest);
-    return;
-  }
-  // Of a source without identity, what a job read some time ago may be another moment.
-  const goesOn = seen.running || (part?.result !== undefined && wanted.snapshot !== undefined);
-  const asDeclared = part?.record?.generation === generation && (part.record.verify || !wanted.verify);
-  if (part !== undefined && !(goesOn && asDeclared)) {
-    context.progress(`removing an unfinished copy to ${wanted.file}`);
-    await discard(context, paths, part.recordDigest);
-    part = undefined;
-  }
-  let recordDigest = part?.recordDigest;
-  let progress: CopyProgress | undefined;
-  let committing = false;
-  try {
-    if (recordDigest === undefined) {
-      const sizeBytes = await preflight(context, paths, wanted, seen);
-      const { owner, verify } = wanted;
-      const record = `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
-      recordDigest = digest(record);
-      await start(context, paths, wanted, seen, record, sizeBytes);
-    } else context.progress(`a copy to ${wanted.file} is on its way: going on with it`);
-    const result = await follow(context, paths, recordDigest, (now) => {
-      progress = now;
-    });
-    const lv = await certifySize(context, wanted, result.sizeBytes);
-    const snapshot = lv && {
-      ...{ origin: lv.origin, originUuid: lv.originUuid },
-      takenAt: new Date(lv.createdAt * 1000).toISOString(),
-    };
-    const manifest = manifestOf(wanted, copyId, result, snapshot);
-    context.progress("the image is verified: giving it its name");
-    committing = true;
-    await commit(context, paths, seen, recordDigest, result.facts, manifest);
-  } catch (error) {
-    if (recordDigest === undefined || !isLvmNbdError(error, ...failures)) throw error;
-    // A verified image is kept: its manifest may have its name already, and the next run goes on from there.
-    if (committing && error.code !== "COPY_FAILED") throw error;
-    await discardAfter(context, paths, recordDigest);
-    throw await explained(context, wanted, error, progress);
-  }
-}
-
-/** True for a copy whose commit was begun: its manifest is in place, its image not yet. */
-function isDecided(seen: Observed, part: Part): boolean {
-  return part.imageFacts !== "-" && seen.manifest?.image.facts === contentFacts(part.imageFacts);
-}
-
-async function start(
-  context: Context,
-  paths: CopyPaths,
-  wanted: Inputs,
-  seen: Observed,
-  record: string,
-  sizeBytes: number,
-): Promise<void> {
-  const { file } = paths;
-  const plan = planOf(wanted);
-  context.progress(`copying ${wanted.uri} to ${file}`);
-  const description = `lvm-nbd: copy of ${wanted.uri} to ${file}`;
-  await change(
-    context,
-    `the copy to ${file} could not be started`,
-    scriptOn(
-      ...[paths, startCopyScript, seen.facts, seen.manifestDigest, record, description],
-      String(longestSeconds(sizeBytes, plan.bandwidthLimit)),
-    ),
-    // The arguments travel in the file: systemd would expand what is in them.
-    `set -- ${quoteAll(copyArguments(paths, plan))}\n${copyJob}`,
-  );
-}
-
-/** After which a job is ended that nobody follows: a week, and for what is copied slowly twice what both readings take. */
-function longestSeconds(sizeBytes: number, bandwidthLimit: number | undefined): number {
-  const slowest = Math.min(bandwidthLimit ?? Number.POSITIVE_INFINITY, 5 * 1024 ** 2);
-  return Math.max(7 * 24 * 3600, Math.ceil((4 * sizeBytes) / slowest));
-}
-
-const pollSeconds = { first: 0.2, most: 2 };
-/** How long a host that does not answer is waited for: its job goes on. */
-const patienceSeconds = 300;
-/** After so long without a byte or a tick of work the copy hangs. */
-const stallSeconds = 300;
-
-/** Waits for the job's end and returns what it found. */
-async function follow(
-  context: Context,
-  paths: CopyPaths,
-  recordDigest: string,
-  report: (progress: CopyProgress) => void,
-): Promise<CopyResult> {
-  const command: RemoteCommand = {
-    argv: scriptOn(paths, followCopyScript),
-    kind: "read",
-    deadlineSeconds: 30,
-  };
-  let unansweredSince: number | undefined;
-  let [signature, changedAt] = ["", performance.now()];
-  for (let wait = pollSeconds.first; ; wait = Math.min(wait * 2, pollSeconds.most)) {
-    let fields: ReadonlyMap<string, string>;
-    try {
-      const result = await succeed(context, command, "the copy could not be followed");
-      fields = parseOutput(context, command, result, parseFields);
-      unansweredSince = undefined;
-    } catch (error) {
-      if (!isLvmNbdError(error, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT")) throw error;
-      unansweredSince ??= performance.now();
-      const seconds = Math.round((performance.now() - unansweredSince) / 1000);
-      if (seconds > patienceSeconds) throw error;
-      context.progress(`the host has not answered for ${seconds} s; the copy goes on there`);
-      changedAt = performance.now();
-      await pause(context, wait);
-      continue;
-    }
-    const show = parseShow(fields.get("show") ?? "");
-    if (["inactive", "failed"].includes(show.ActiveState ?? ""))
-      return jobEnd(context, command, fields, recordDigest);
-    const progress = parseProgress(fields);
-    report(progress);
-    context.progress(progressPhrase(progress, Number(fields.get("now"))));
-    const now = [show.CPUUsageNSec, ...["phase", "progress", "read"].map((name) => fields.get(name))].join();
-    if (now !== signature) [signature, changedAt] = [now, performance.now()];
-    if (performance.now() - changedAt > stallSeconds * 1000) {
-      throw new LvmNbdError("COPY_STALLED", {
-        message: `no progress for ${stallSeconds} s at ${Math.floor(progress.done * 100)} %`,
-        host: context.host.name,
-        resource: context.resource,
-      });
-    }
-    await pause(context, wait);
-  }
-}
-
-async function pause(context: Context, seconds: number): Promise<void> {
-  try {
-    await delay(seconds * 1000, undefined, { signal: context.signal });
-  } catch (cause) {
-    throw new LvmNbdError("CANCELLED", {
-      message: "cancelled while the copy ran",
-      host: context.host.name,
-      resource: context.resource,
-      cause,
-    });
-  }
-}
-
-function jobEnd(
-  context: Context,
-  command: RemoteCommand,
-  fields: ReadonlyMap<string, string>,
-  recordDigest: string,
-): CopyResult {
-  const text = fields.get("result");
-  const log = fields.get("log")?.trim() ?? "";
-  const where = { host: context.host.name, resource: context.resource };
-  if (fields.get("recordDigest") !== recordDigest) {
-    const message = "somebody else removed the copy while it ran";
-    throw new ChangedMeanwhile(new LvmNbdError("COPY_FAILED", { ...where, message }));
-  }
-  if (text !== undefined)
-    return parseOutput(context, command, { exitCode: 0, stdout: text, stderr: "" }, (stdout) =>
-      copyResult.parse(JSON.parse(stdout)),
-    );
-  const reason = fields.get("failure");
-  if (reason?.startsWith("mismatch: ")) throw new LvmNbdError("COPY_MISMATCH", { ...where, message: reason });
-  throw new LvmNbdError(noSpace(log) ? "NO_SPACE" : "COPY_FAILED", {
-    ...where,
-    message:
-      reason ??
-      "the job ended without a word: it was killed, memory ran out, or the host was rebooted meanwhile",
-    stderr: log,
-    advice: noSpace(log)
-      ? "The disk of the image is full: make room there, or choose another `file`, and run again."
-      : undefined,
-  });
-}
-
-/** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */
-async function explained(
-  context: Context,
-  wanted: Inputs,
-  error: LvmNbdError,
-  progress: CopyProgress | undefined,
-): Promise<LvmNbdError> {
-  const { snapshot } = wanted;
-  if (snapshot === undefined || !isLvmNbdError(error, "COPY_FAILED", "SNAPSHOT_OVERFLOWED")) return error;
-  let overflow = error;
-  if (error.code === "COPY_FAILED") {
-    try {
-      await certify(context, snapshot);
-      return error;
-    } catch (reason) {
-      // Whatever else is wrong with the snapshot, the copy's own failure is what the person must see.
-      if (!isLvmNbdError(reason, "SNAPSHOT_OVERFLOWED")) return error;
-      overflow = reason;
-    }
-  }
-  let advice: string | undefined;
-  try {
-    advice = await sizeAdvice(context, snapshot, progress);
-  } catch (reason) {
-    // The code's own advice has to do; the overflow is what the person must see.
-    if (!isLvmNbdError(reason)) throw reason;
-  }
-  return new LvmNbdError("SNAPSHOT_OVERFLOWED", { ...overflow.details, advice });
-}
-
-async function sizeAdvice(
-  context: Context,
-  snapshot: SnapshotReference,
-  progress: CopyProgress | undefined,
-): Promise<string> {
-  const again = "Give the LvSnapshot a larger `size` and run `pulumi up --refresh`, which takes it anew";
-  const never = '`"100%ORIGIN"` cannot overflow';
-  const host = await context.open(snapshot.host);
-  const lv = (await volumes({ ...context, host })).find(({ uuid }) => uuid === snapshot.uuid);
-  const now = Number((await host.run({ ...quick, argv: ["date", "+%s"] }, context.signal)).stdout);
-  const [store, origin] = [lv?.sizeBytes, lv?.originSizeBytes];
-  const lived = now - (lv?.createdAt ?? Number.NaN);
-  if (store === undefined || origin === undefined || !(lived > 0) || progress === undefined)
-    return `${again}; ${never}.`;
-  const wanted = suggestedStore({ store, origin, lived, ...progress, now });
-  const rate = `it filled ${bytesPhrase(store)} in ${Math.round(lived)} s at most`;
-  return wanted >= origin
-    ? `${again}: ${rate}, too fast for a smaller one than \`"100%ORIGIN"\`.`
-    : `${again}: ${rate}, so about \`"${Math.ceil(wanted / 1024 ** 2)}M"\` lasts for such a copy; ${never}.`;
-}
-
-/**
- * Bytes of a store that lasts for the whole copy, twice over: its writes went on at the rate seen, and the copy would
- * have gone on at its own. Reading both ends back takes as long again.
- */
-export function suggestedStore(seen: {
-  readonly store: number;
-  readonly origin: number;
-  /** Seconds since the snapshot was taken. */
-  readonly lived: number;
-  readonly phase: CopyProgress["phase"];
-  readonly done: number;
-  readonly since: number;
-  readonly now: number;
-}): number {
-  const inPhase = Math.max(1, Math.min(seen.now - seen.since, seen.lived));
-  const share = Math.max(0.01, seen.done);
-  const rest = (inPhase / share) * (1 - share) + (seen.phase === "verify" ? 0 : inPhase / share);
-  return Math.min(seen.origin, 2 * seen.store * ((seen.lived + rest) / seen.lived));
-}
-
-async function commit(
-  context: Context,
-  paths: CopyPaths,
-  seen: Observed,
-  recordDigest: string,
-  imageFacts: string,
-  manifest: Manifest,
-): Promise<void> {
-  await change(
-    context,
-    `the verified image could not get its name ${paths.file}`,
-    scriptOn(paths, commitCopyScript, seen.facts, seen.manifestDigest, recordDigest, imageFacts),
-    manifestText(manifest),
-  );
-}
-
-function manifestText(manifest: Manifest): string {
-  return `${JSON.stringify(manifest, null, 2)}\n`;
-}
-
-function manifestOf(
-  wanted: Inputs,
-  copyId: string,
-  result: CopyResult,
-  snapshotFacts: object | undefined,
-): Manifest {
-  const { snapshot } = wanted;
-  const source = snapshot && { ...snapshot, host: hostName(snapshot.host), ...snapshotFacts };
-  return {
-    kind: "lvm-nbd image",
-    mark: ownerMark(wanted.owner),
-    copyId,
-    generation: generationOf(wanted),
-    image: {
-      format: wanted.format,
-      sha256: result.sha256,
-      sizeBytes: result.sizeBytes,
-      verified: result.verified,
-      facts: contentFacts(result.facts),
-    },
-    source: { uri: wanted.uri, ...(source === undefined ? {} : { snapshot: source }) },
-    seconds: result.endedAt - result.startedAt,
-    startedAt: new Date(result.startedAt * 1000).toISOString(),
-    completedAt: new Date(result.endedAt * 1000).toISOString(),
-    tools: result.tools,
-  };
-}
-
-function digest(text: string): string {
-  return createHash("sha256").update(text).digest("hex");
-}
-
-async function discard(context: Context, paths: CopyPaths, recordDigest: string): Promise<void> {
-  await change(
-    context,
-    `the unfinished copy ${paths.part} could not be removed`,
-    scriptOn(paths, discardCopyScript, recordDigest),
-  );
-}
-
-/** After a failure or a cancel, whose signal is aborted already. */
-async function discardAfter(context: Context, paths: CopyPaths, recordDigest: string): Promise<void> {
-  try {
-    await discard({ ...context, signal: AbortSignal.timeout(90_000) }, paths, recordDigest);
-  } catch (error) {
-    const reason = (error instanceof Error ? error.message : String(error)).split("\n")[0];
-    context.warn(`${paths.part} is left on the host, the next \`pulumi up\` removes it: ${reason}`);
-  }
+  const verified = seen.manifest?.image.verified || !declared.verify;
+  return seen.manifest?.generation === generationOf(declared) && verified ? "complete" : "stale";
 }
 
 async function converge(
   context: Context,
   wanted: Inputs,
-  seen: Observed,
+  seen: ImageObservation,
   old: State | undefined,
 ): Promise<void> {
-  const paths = copyPaths(wanted.file);
-  const own = ownerMark(wanted.owner);
-  if (
-    seen.file !== undefined &&
-    seen.file.kind !== "regular file" &&
-    seen.file.kind !== "regular empty file"
-  ) {
-    throw foreign(
-      context,
-      `file: ${wanted.file} is a ${seen.file.kind}`,
-      "Choose another `file`: only a regular file is ever replaced.",
-    );
-  }
-  const partMark = seen.part?.record?.mark;
-  if (seen.part !== undefined && partMark !== own && (partMark === undefined || partMark !== seen.mark)) {
-    throw foreign(
-      context,
-      `file: ${paths.part} exists and is not an unfinished copy of this resource`,
-      "Choose another `file`, or remove what is there by hand.",
-    );
-  }
-  if (seen.file !== undefined && stateOf(seen, wanted) === "complete" && old?.state !== "corrupt") {
-    if (seen.part !== undefined) await discard(context, paths, seen.part.recordDigest);
-    // Taken over by a create, it is this resource's from now on, and no longer goes with the one that made it.
-    if (seen.manifest !== undefined && (old === undefined || seen.mark !== own)) {
-      const manifest = { ...seen.manifest, mark: own, copyId: old?.copyId ?? randomUUID() };
-      await change(
-        context,
-        `${paths.manifest} could not be written`,
-        scriptOn(paths, claimCopyScript, seen.facts, seen.manifestDigest),
-        manifestText(manifest),
-      );
-    }
-    return;
-  }
-  await copy(context, wanted, seen, old?.copyId ?? randomUUID());
+  const isRight = seen.file !== undefined && stateOf(seen, wanted) === "complete" && old?.state !== "corrupt";
+  await bring(context, wanted, seen, { isRight, copyId: old?.copyId, generation: generationOf(wanted) });
 }
 
-/** Of a copy that is not there. */
-const nothing: Observed = {
-  ...{
-    mark: undefined,
-    halfMade: false,
-    file: undefined,
-    facts: "-",
-    manifest: undefined,
-    manifestDigest: "-",
-  },
-  ...{ part: undefined, running: false, filesystem: "", content: "unread" },
-};
-
-function toState(declared: Inputs | State, seen: Observed): State {
+function toState(declared: Inputs | State, seen: ImageObservation): State {
   const before = "sha256" in declared ? declared : undefined;
-  const { manifest } = seen;
-  const seconds = manifest?.seconds ?? before?.seconds ?? 0;
-  const sizeBytes = manifest?.image.sizeBytes ?? before?.sizeBytes ?? 0;
   const state = stateOf(seen, declared);
-  // What was once read to be rotten stays so until it is read again or copied anew: no time stamp tells.
-  const rotten =
-    before?.state === "corrupt" && seen.content === "unread" && manifest?.completedAt === before.completedAt;
   return {
     ...declared,
-    manifest: copyPaths(declared.file).manifest,
-    sha256: manifest?.image.sha256 ?? before?.sha256 ?? "",
-    sizeBytes,
-    allocatedBytes: seen.file?.allocatedBytes ?? before?.allocatedBytes ?? 0,
-    seconds,
-    bytesPerSecond: Math.round(sizeBytes / Math.max(1, seconds)),
-    completedAt: manifest?.completedAt ?? before?.completedAt ?? "",
-    filesystem: seen.filesystem,
-    copyId: manifest?.copyId ?? before?.copyId ?? "",
-    state: rotten && state !== "changed" ? "corrupt" : state,
+    ...imageState(declared.file, before, seen),
+    state: state !== "changed" && isRotten(before, seen) ? "corrupt" : state,
   };
 }
 
@@ -886,7 +132,7 @@ function validate(
 }
 
 /** The resource as the reconciler sees it. */
-export const volumeCopy: ResourceType<Inputs, State, Observed> = {
+export const volumeCopy: ResourceType<Inputs, State, ImageObservation> = {
   type: "VolumeCopy",
   description: "What an export serves, as a verified image in a file of another host.",
   inputs,
@@ -894,8 +140,8 @@ export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   validate,
   predict: ({ file }) => (file === undefined ? {} : { manifest: copyPaths(file).manifest }),
   id: (wanted, name) => `${name}${wanted.file}`,
-  observe,
-  inspect,
+  observe: observeImage,
+  inspect: inspectImage,
   isSame: (seen, state) => seen.manifest !== undefined && seen.manifest.copyId === state.copyId,
   isSuperseded: (seen, state) => seen.manifest !== undefined && seen.manifest.copyId !== state.copyId,
   isStale: (seen, wanted) => stateOf(seen, wanted) !== "complete",
@@ -903,20 +149,10 @@ export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   diff,
   // The new image is verified under a name of its own before it takes the old one's.
   collides: () => false,
-  create: (context, wanted) => copy(context, wanted, nothing, randomUUID()),
+  create: (context, wanted) =>
+    copyImage(context, wanted, noImage, { copyId: randomUUID(), generation: generationOf(wanted) }),
   converge,
-  async remove(context, state, seen) {
-    context.progress(`removing ${state.file}`);
-    // What another resource has begun there is left alone.
-    const record = seen.part?.record;
-    const own = record !== undefined && [ownerMark(state.owner), seen.mark].includes(record.mark);
-    const recordDigest = own ? (seen.part?.recordDigest ?? "-") : "-";
-    await change(
-      context,
-      `${state.file} could not be removed`,
-      scriptOn(copyPaths(state.file), removeCopyScript, seen.facts, seen.manifestDigest, recordDigest),
-    );
-  },
+  remove: removeImage,
   drift(state, seen) {
     const now = toState(state, seen);
     if (now.state === "complete") return [];
