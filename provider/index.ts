@@ -1,6 +1,8 @@
 /** What a Pulumi program imports. */
 export { type ErrorCode, errorCodes } from "./core/errors.js";
 export {
+  BackupImage,
+  type BackupImageArgs,
   LvSnapshot,
   type LvSnapshotArgs,
   NbdAttachment,

@@ -1,11 +1,18 @@
 /** All resource types by name. */
+import { backupImage } from "../resources/backupImage.js";
 import { lvSnapshot } from "../resources/lvSnapshot.js";
 import { nbdAttachment } from "../resources/nbdAttachment.js";
 import { nbdExport } from "../resources/nbdExport.js";
 import { volumeCopy } from "../resources/volumeCopy.js";
 import type { AnyResourceType } from "./resource.js";
 
-export const resourceTypes: readonly AnyResourceType[] = [lvSnapshot, nbdExport, nbdAttachment, volumeCopy];
+export const resourceTypes: readonly AnyResourceType[] = [
+  lvSnapshot,
+  nbdExport,
+  nbdAttachment,
+  volumeCopy,
+  backupImage,
+];
 
 /** The type of that name. Throws for a name that no version of this package knows. */
 export function resourceType(name: string): AnyResourceType {

@@ -84,7 +84,7 @@ emit active "$(systemctl show -p ActiveState --value "$unit")"
 emit end ""
 `;
 
-/** Whether a copy can be made. Arguments: uri, programs. */
+/** Whether a copy can be made. Arguments: uri ("" while nothing is exported yet), programs. */
 export const preflightCopyScript = `${emitFunctions}${missingFunction}
 ${takePaths}
 parent=\${file%/*} uri=$1; shift
@@ -93,7 +93,7 @@ emit_missing "$@"
 if [ -d "$parent" ]; then emit parent yes; fi
 if [ -d "$parent" ] && [ -w "$parent" ]; then emit writable yes; fi
 if [ -e "$manifest" ] || [ -L "$manifest" ]; then emit manifest yes; fi
-if command -v nbdinfo >/dev/null; then emit_output size timeout 30 nbdinfo --size "$uri"; fi
+if [ -n "$uri" ] && command -v nbdinfo >/dev/null; then emit_output size timeout 30 nbdinfo --size "$uri"; fi
 emit end ""
 `;
 

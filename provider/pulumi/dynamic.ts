@@ -5,6 +5,11 @@
 import * as pulumi from "@pulumi/pulumi";
 import { ownerOf } from "../core/owner.js";
 import type { AnyResourceType } from "../core/resource.js";
+import {
+  type BackupImageDeclaration,
+  type BackupImageOutputs,
+  backupImage,
+} from "../resources/backupImage.js";
 import { type LvSnapshotDeclaration, type LvSnapshotOutputs, lvSnapshot } from "../resources/lvSnapshot.js";
 import {
   type NbdAttachmentDeclaration,
@@ -39,6 +44,9 @@ export type NbdAttachmentArgs = Args<NbdAttachmentDeclaration, "name">;
 export type VolumeCopyArgs = Omit<Args<VolumeCopyDeclaration>, "snapshot"> & {
   readonly snapshot?: Args<VolumeCopyDeclaration>["snapshot"] | LvSnapshot;
 };
+
+/** Arguments of a `BackupImage`; the README's table says what each means. */
+export type BackupImageArgs = Args<BackupImageDeclaration>;
 
 const module_ = "lvm-nbd";
 
@@ -125,15 +133,42 @@ export class VolumeCopy extends LvmNbdResource {
   }
 }
 
+/** One moment of a volume, as a verified image in a file of another host. */
+export class BackupImage extends LvmNbdResource {
+  declare readonly file: pulumi.Output<string>;
+  declare readonly manifest: pulumi.Output<BackupImageOutputs["manifest"]>;
+  declare readonly sha256: pulumi.Output<BackupImageOutputs["sha256"]>;
+  declare readonly sizeBytes: pulumi.Output<BackupImageOutputs["sizeBytes"]>;
+  declare readonly allocatedBytes: pulumi.Output<BackupImageOutputs["allocatedBytes"]>;
+  declare readonly seconds: pulumi.Output<BackupImageOutputs["seconds"]>;
+  declare readonly bytesPerSecond: pulumi.Output<BackupImageOutputs["bytesPerSecond"]>;
+  declare readonly takenAt: pulumi.Output<BackupImageOutputs["takenAt"]>;
+  declare readonly completedAt: pulumi.Output<BackupImageOutputs["completedAt"]>;
+  declare readonly filesystem: pulumi.Output<BackupImageOutputs["filesystem"]>;
+  declare readonly state: pulumi.Output<BackupImageOutputs["state"]>;
+
+  constructor(name: string, args: BackupImageArgs, options?: pulumi.CustomResourceOptions) {
+    super(backupImage, name, { ...args, source: withHostSecrets(args.source) }, options);
+  }
+}
+
 /** A snapshot by its identity. Its resource's host is marked secret already where it has to be. */
 function reference(snapshot: VolumeCopyArgs["snapshot"]): unknown {
   if (snapshot instanceof LvSnapshot) {
     const { host, volumeGroup, name, uuid } = snapshot;
     return { host, volumeGroup, name, uuid };
   }
-  return pulumi
-    .output(snapshot)
-    .apply((value) => (value === undefined ? undefined : { ...value, host: withSecrets(value.host) }));
+  return withHostSecrets(snapshot);
+}
+
+/** A value that names a host of its own. */
+function withHostSecrets(value: unknown): pulumi.Output<unknown> {
+  const resolved: pulumi.Output<unknown> = pulumi.output<object | undefined>(value as object | undefined);
+  return resolved.apply((known) =>
+    typeof known === "object" && known !== null && "host" in known
+      ? { ...known, host: withSecrets(known.host) }
+      : known,
+  );
 }
 
 const secretFields = ["privateKey", "passphrase", "password"] as const;

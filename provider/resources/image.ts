@@ -12,7 +12,7 @@ import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { readableBy, refusing } from "../core/inputs.js";
 import { generationMark, ownerMark } from "../core/owner.js";
-import { ChangedMeanwhile, type Context } from "../core/resource.js";
+import { ChangedMeanwhile, type Context, type Problem } from "../core/resource.js";
 import {
   bytesPhrase,
   type CopyPaths,
@@ -109,6 +109,15 @@ export interface CopyWanted extends z.infer<z.ZodObject<Omit<typeof imageInputs,
   readonly owner: string;
   readonly uri: string;
   readonly snapshot?: SnapshotReference | undefined;
+}
+
+/** Only a qcow2 image can be compressed. */
+export function compressProblems(
+  { compress, format }: { readonly compress?: boolean; readonly format?: string },
+  unknown: ReadonlySet<string>,
+): Problem[] {
+  if (compress !== true || unknown.has("format") || format === "qcow2") return [];
+  return [{ property: "compress", reason: 'needs `format: "qcow2"`: a raw image cannot be compressed' }];
 }
 
 const longestName = 255 - ".manifest.json.new".length;
@@ -340,43 +349,72 @@ function noSpace(text: string): boolean {
   return /No space left on device|Disk quota exceeded/.test(text);
 }
 
-/** Finds out before anything is changed what would make the copy fail. Returns the source's size in bytes. */
-async function preflight(
+/**
+ * Finds out before anything is changed what would make the copy fail on its host. `uri`: "" while nothing is exported yet.
+ * Returns what the source says of its size.
+ */
+async function requireHost(
   context: Context,
-  paths: CopyPaths,
-  wanted: CopyWanted,
+  wanted: Omit<CopyWanted, "uri">,
   seen: ImageObservation,
-): Promise<number> {
-  const plan = planOf(wanted);
+  uri: string,
+): Promise<{ readonly exitCode: string | undefined; readonly text: string }> {
+  const paths = copyPaths(wanted.file);
   const folder = wanted.file.slice(0, wanted.file.lastIndexOf("/")) || "/";
   const command: RemoteCommand = {
     ...quick,
-    argv: scriptOn(paths, preflightCopyScript, plan.uri, ...copyPrograms(plan)),
+    argv: scriptOn(paths, preflightCopyScript, uri, ...copyPrograms(planOf({ ...wanted, uri }))),
   };
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
-  const refuse = (code: ErrorCode, property: string, message: string, stderr?: string) =>
-    new LvmNbdError(code, {
-      message: `${property}: ${message}`,
-      host: context.host.name,
-      resource: context.resource,
-      property,
-      stderr,
-    });
   const missing = missingPrograms(fields);
-  if (missing !== undefined) throw refuse("PROGRAM_MISSING", "host", missing);
-  if (!fields.has("parent")) throw refuse("DIRECTORY_NOT_FOUND", "file", `there is no folder ${folder}`);
+  if (missing !== undefined) throw refused(context, "PROGRAM_MISSING", "host", missing);
+  if (!fields.has("parent"))
+    throw refused(context, "DIRECTORY_NOT_FOUND", "file", `there is no folder ${folder}`);
   if (!fields.has("writable"))
-    throw refuse("DIRECTORY_NOT_FOUND", "file", `the folder ${folder} cannot be written`);
+    throw refused(context, "DIRECTORY_NOT_FOUND", "file", `the folder ${folder} cannot be written`);
   if (fields.has("manifest") && seen.manifestDigest === "-") {
     const message = `file: ${paths.manifest} is not the manifest of a copy of this resource`;
     throw foreign(context, message, "Move it away, or choose another `file`.");
   }
-  const sizeBytes = Number(fields.get("size"));
-  if (fields.get("size.rc") !== "0" || !Number.isSafeInteger(sizeBytes))
-    throw refuse("EXPORT_UNREACHABLE", "uri", `${plan.uri} does not answer here`, fields.get("size"));
-  if (wanted.snapshot !== undefined) await certifySize(context, wanted, sizeBytes);
+  return { exitCode: fields.get("size.rc"), text: fields.get("size") ?? "" };
+}
+
+/** Refuses, by looking only, where an image cannot be made: asked before a VM is frozen for it. */
+export async function requireDestination(
+  context: Context,
+  wanted: Omit<CopyWanted, "uri">,
+  seen: ImageObservation,
+): Promise<void> {
+  refuseOthers(context, wanted, seen);
+  await requireHost(context, wanted, seen, "");
+}
+
+/** Finds out before anything is changed what would make the copy fail. Returns the source's size in bytes. */
+async function preflight(context: Context, wanted: CopyWanted, seen: ImageObservation): Promise<number> {
+  const { uri, snapshot } = wanted;
+  const { exitCode, text } = await requireHost(context, wanted, seen, uri);
+  const sizeBytes = Number(text);
+  if (exitCode !== "0" || !Number.isSafeInteger(sizeBytes))
+    throw refused(context, "EXPORT_UNREACHABLE", "uri", `${uri} does not answer here`, text);
+  if (snapshot !== undefined) await certifySize(context, wanted, sizeBytes);
   return sizeBytes;
+}
+
+function refused(
+  context: Context,
+  code: ErrorCode,
+  property: string,
+  message: string,
+  stderr?: string,
+): LvmNbdError {
+  return new LvmNbdError(code, {
+    message: `${property}: ${message}`,
+    host: context.host.name,
+    resource: context.resource,
+    property,
+    stderr,
+  });
 }
 
 /** Sees that the snapshot is valid, and that it has the size of what is served under its name. */
@@ -457,7 +495,7 @@ export async function copyImage(
   let committing = false;
   try {
     if (recordDigest === undefined) {
-      const sizeBytes = await preflight(context, paths, wanted, seen);
+      const sizeBytes = await preflight(context, wanted, seen);
       const { owner, verify } = wanted;
       const record = `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
       recordDigest = digest(record);
@@ -772,8 +810,17 @@ export async function bring(
     generation,
   }: { readonly isRight: boolean; readonly copyId: string | undefined; readonly generation: string },
 ): Promise<void> {
-  const paths = copyPaths(wanted.file);
-  const own = ownerMark(wanted.owner);
+  refuseOthers(context, wanted, seen);
+  if (isRight) return keepImage(context, wanted, seen, copyId);
+  await copyImage(context, wanted, seen, { copyId: copyId ?? randomUUID(), generation });
+}
+
+/** What is no file of ours is refused, and so is an unfinished copy of somebody else's. */
+function refuseOthers(
+  context: Context,
+  { file, owner }: Pick<CopyWanted, "file" | "owner">,
+  seen: ImageObservation,
+): void {
   if (
     seen.file !== undefined &&
     seen.file.kind !== "regular file" &&
@@ -781,19 +828,30 @@ export async function bring(
   ) {
     throw foreign(
       context,
-      `file: ${wanted.file} is a ${seen.file.kind}`,
+      `file: ${file} is a ${seen.file.kind}`,
       "Choose another `file`: only a regular file is ever replaced.",
     );
   }
   const partMark = seen.part?.record?.mark;
-  if (seen.part !== undefined && partMark !== own && (partMark === undefined || partMark !== seen.mark)) {
-    throw foreign(
-      context,
-      `file: ${paths.part} exists and is not an unfinished copy of this resource`,
-      "Choose another `file`, or remove what is there by hand.",
-    );
-  }
-  if (!isRight) return copyImage(context, wanted, seen, { copyId: copyId ?? randomUUID(), generation });
+  const ours = partMark === ownerMark(owner) || (partMark !== undefined && partMark === seen.mark);
+  if (seen.part === undefined || ours) return;
+  throw foreign(
+    context,
+    `file: ${copyPaths(file).part} exists and is not an unfinished copy of this resource`,
+    "Choose another `file`, or remove what is there by hand.",
+  );
+}
+
+/** Keeps the image as it is, removes an unfinished copy beside it, and makes it this resource's; see `bring`. */
+export async function keepImage(
+  context: Context,
+  { file, owner }: Pick<CopyWanted, "file" | "owner">,
+  seen: ImageObservation,
+  copyId: string | undefined,
+): Promise<void> {
+  refuseOthers(context, { file, owner }, seen);
+  const paths = copyPaths(file);
+  const own = ownerMark(owner);
   if (seen.part !== undefined) await discard(context, paths, seen.part.recordDigest);
   // Taken over by a create, it is this resource's from now on, and no longer goes with the one that made it.
   if (seen.manifest === undefined || (copyId !== undefined && seen.mark === own)) return;

@@ -62,7 +62,8 @@ const chunkSize = z.union([z.string(), z.number()]).superRefine(
   }),
 );
 
-const inputs = z.strictObject({
+/** Declared properties. */
+export const lvSnapshotInputs = z.strictObject({
   ...commonInputs,
   volumeGroup: name(volumeGroupNameProblem).describe("Volume group of the origin and the snapshot."),
   origin: name((value) => (value === "" ? "must not be empty" : volumeGroupNameProblem(value))).describe(
@@ -121,11 +122,11 @@ const outputs = z.object({
     .describe("`valid`; `overflowed` (store ran full, content lost); `merging`; `inactive`; `poolFull`."),
 });
 
-type Inputs = z.infer<typeof inputs>;
+type Inputs = z.infer<typeof lvSnapshotInputs>;
 type State = Inputs & z.infer<typeof outputs>;
 
 /** What a program declares, before defaults. */
-export type LvSnapshotDeclaration = z.input<typeof inputs>;
+export type LvSnapshotDeclaration = z.input<typeof lvSnapshotInputs>;
 /** What a program can read of it. */
 export type LvSnapshotOutputs = State;
 
@@ -722,7 +723,7 @@ function shrinkingReason(old: string | number | undefined, wanted: string | numb
 export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   type: "LvSnapshot",
   description: "A moment of a logical volume: a COW snapshot (with `size`) or a thin one (without).",
-  inputs,
+  inputs: lvSnapshotInputs,
   outputs,
   nameInput: "name",
   validate,

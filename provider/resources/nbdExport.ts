@@ -29,7 +29,8 @@ import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScr
 import type { RemoteCommand } from "../ssh/types.js";
 import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
 
-const inputs = z.strictObject({
+/** Declared properties. */
+export const nbdExportInputs = z.strictObject({
   ...commonInputs,
   device: z
     .string()
@@ -75,11 +76,11 @@ const outputs = z.object({
     ),
 });
 
-type Inputs = z.infer<typeof inputs>;
+type Inputs = z.infer<typeof nbdExportInputs>;
 type State = Inputs & z.infer<typeof outputs>;
 
 /** What a program declares, before defaults. */
-export type NbdExportDeclaration = z.input<typeof inputs>;
+export type NbdExportDeclaration = z.input<typeof nbdExportInputs>;
 /** What a program can read of it. */
 export type NbdExportOutputs = State;
 
@@ -188,7 +189,7 @@ function required(fields: ReadonlyMap<string, string>, name: string): string {
   return value;
 }
 
-const planShape = inputs
+const planShape = nbdExportInputs
   .pick({
     owner: true,
     device: true,
@@ -528,7 +529,7 @@ function validate(wanted: Partial<Inputs>): Problem[] {
 export const nbdExport: ResourceType<Inputs, State, Observed> = {
   type: "NbdExport",
   description: "A block device offered over NBD to named clients, by a hardened systemd unit of its own.",
-  inputs,
+  inputs: nbdExportInputs,
   outputs,
   nameInput: "exportName",
   validate,

@@ -11,6 +11,7 @@ import { copyPaths } from "../linux/copyJob.js";
 import { parseNbdUri } from "../linux/nbd.js";
 import {
   bring,
+  compressProblems,
   copyImage,
   type ImageObservation,
   imageInputs,
@@ -127,8 +128,7 @@ function validate(
   _old: Partial<Inputs> | undefined,
   unknown: ReadonlySet<string>,
 ): Problem[] {
-  if (wanted.compress !== true || unknown.has("format") || wanted.format === "qcow2") return [];
-  return [{ property: "compress", reason: 'needs `format: "qcow2"`: a raw image cannot be compressed' }];
+  return compressProblems(wanted, unknown);
 }
 
 /** The resource as the reconciler sees it. */

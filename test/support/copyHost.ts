@@ -22,7 +22,7 @@ const standIns: Readonly<Record<string, string>> = {
   "systemd-run": `
     unit=; while :; do case $1 in --unit=*) unit=\${1#--unit=}; shift;; -p) shift 2;; -*) shift;; *) break;; esac; done
     echo "$unit" >>"$SANDBOX/started"
-    setsid "$@" >"$SANDBOX/units/$unit.log" 2>&1 </dev/null &
+    setsid "$@" >"$SANDBOX/units/$unit.log" 2>&1 </dev/null 9>&- &
     echo $! >"$SANDBOX/units/$unit.pid"`,
   systemctl: `
     verb=$1; shift; value=no; what=
@@ -36,6 +36,7 @@ const standIns: Readonly<Record<string, string>> = {
     esac`,
   journalctl: `cat "$SANDBOX"/units/*.log 2>/dev/null; exit 0`,
   losetup: ``,
+  ip: `echo "10.0.0.1 dev eth0 src 10.0.0.2 uid 0"`,
   findmnt: `cat "$SANDBOX/filesystem"`,
   nbdinfo: `[ -e "$SANDBOX/source" ] || { echo "cannot connect" >&2; exit 1; }; stat -c %s "$SANDBOX/source"`,
   nbdcopy: `
