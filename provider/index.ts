@@ -1,4 +1,6 @@
 /** What a Pulumi program imports. */
+export { generations, type RetentionPolicy } from "./backup/generations.js";
+export { type Image, listImages } from "./backup/listImages.js";
 export { type ErrorCode, errorCodes } from "./core/errors.js";
 export {
   BackupImage,

@@ -85,6 +85,8 @@ export const errorCodes = {
     "The copy broke off; what had been copied was removed, and an earlier copy of that name is untouched. The last lines of the job are in the message. Put right what they name and run again.",
   COPY_MISMATCH:
     "The image does not read back as what the source serves. It was removed, and an earlier copy of that name is untouched. Check the destination's disk and memory, and that the source is a snapshot and nothing that is written meanwhile; run again.",
+  SNAPSHOT_INACTIVE:
+    "The snapshot is not active, so LVM cannot tell whether it is valid. What was copied is kept. Activate its volume group (`vgchange -ay`) and run again.",
   COPY_STALLED:
     "The copy made no progress for minutes; it was stopped and removed. Look at the export, at the network and at the destination's disk, then run again.",
   COPY_UNCERTIFIED:

@@ -193,6 +193,15 @@ if [ "$seen_record" != - ] || [ ! -e "$part" ]; then stop_job "$unit" && drop_al
 rm -f "$file" && rm -f "$manifest" "$manifest.new" && sync "\${file%/*}/"
 `;
 
+/** Prints the arguments, each the name of a copy's unit without `lvm-nbd-copy-` and `.service`, that are of use still. */
+export const livingCopiesScript = `
+for name in "$@"; do
+  state=$(systemctl show -p ActiveState --value "lvm-nbd-copy-$name.service") || exit 1
+  case $state in inactive|failed) ;; *) echo "runs $name"; continue;; esac
+  if [ -e "/run/lvm-nbd-copy-$name" ]; then echo "waits $name"; fi
+done
+`;
+
 /** Reads the image's checksum again. Arguments: format, file. Exit code 70: it cannot be read. 71: that cannot be told. */
 export const checkImageScript = `${imageFunctions}
 hash_file "$1" "$2" 3>/dev/null && exit 0

@@ -2,14 +2,14 @@
  * BackupImage: one moment of a volume as a verified image on another host.
  *
  * The volume is snapshotted (frozen by `quiesce`), the snapshot is exported to the image's host alone, copied, verified, and
- * everything on the source is taken down again. Snapshot and export belong to a series, all backups of this volume to this
- * folder, so that what a killed run has left is found by the next one, whatever generation that makes. An image once made
- * is history: nothing but `triggers` ever makes `pulumi up` put another moment in its place.
+ * everything on the source is taken down again. Snapshot and export carry the mark of a series, all backups of this volume to
+ * this folder, so that what a killed run has left is found by the next one, whatever generation that makes. An image once
+ * made is history: nothing but `triggers` ever makes `pulumi up` put another moment in its place.
  */
 import { createHash, randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { succeed } from "../core/command.js";
+import { script, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { commonInputs, hostInput, refusing } from "../core/inputs.js";
 import { generationMark, ownerMark, ownerOf } from "../core/owner.js";
@@ -25,7 +25,8 @@ import {
 } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import { clientProblem } from "../linux/addresses.js";
-import { copyPaths } from "../linux/copyJob.js";
+import { copyName, copyPaths } from "../linux/copyJob.js";
+import { livingCopiesScript } from "../linux/copyScripts.js";
 import { nbdServers } from "../linux/nbd.js";
 import { hostName } from "../ssh/config.js";
 import {
@@ -37,15 +38,18 @@ import {
   imageState,
   inspectImage,
   isAsMade,
+  isDecided,
   isRotten,
   keepImage,
   noImage,
   observeImage,
   removeImage,
   requireDestination,
+  takenAtOf,
 } from "./image.js";
 import { type LvSnapshotOutputs, lvSnapshot, lvSnapshotInputs } from "./lvSnapshot.js";
 import { type NbdExportOutputs, nbdExport, nbdExportInputs } from "./nbdExport.js";
+import { volumes } from "./volumes.js";
 
 const { volumeGroup, origin, size, chunkSize, quiesce } = lvSnapshotInputs.shape;
 const { listenAddress, port } = nbdExportInputs.shape;
@@ -113,10 +117,12 @@ function generationOf(wanted: Inputs): string {
 /** What a backup makes on the source, and takes down again. */
 interface Parts {
   readonly context: Context;
-  readonly snapshot: CommonInputs;
+  readonly snapshot: CommonInputs & { readonly name: string };
   /** Its port, where none is declared, is found by trying. */
   readonly exported: CommonInputs & { readonly port: number };
   readonly ports: readonly number[];
+  /** What the names of all snapshots of the series begin with. */
+  readonly series: string;
 }
 
 const portsTried = 10;
@@ -127,10 +133,11 @@ async function partsOf(context: Context, wanted: Inputs, clientAddress: string):
   const folder = file.slice(0, file.lastIndexOf("/")) || "/";
   const [organization = "", project = "", stack = ""] = owner.split("/");
   const volume = `${source.volumeGroup}/${source.origin}`;
-  const series = `${hostName(source.host)} ${volume} to ${context.host.name}:${folder}`;
-  const digest = createHash("sha256").update(`${organization}/${project}/${stack} ${series}`).digest();
-  const name = `backup-${digest.toString("hex").slice(0, 16)}`;
-  const common = { host: source.host, owner: ownerOf(organization, project, stack, `backups of ${series}`) };
+  const what = `${hostName(source.host)} ${volume} to ${context.host.name}:${folder}`;
+  const digest = createHash("sha256").update(`${organization}/${project}/${stack} ${what}`).digest();
+  const series = `backup-${digest.toString("hex").slice(0, 16)}-`;
+  const name = `${series}${copyName(file)}`;
+  const common = { host: source.host, owner: ownerOf(organization, project, stack, `backups of ${what}`) };
   const first = 20_000 + (digest.readUInt32BE(20) % 999) * portsTried;
   const ports = source.port === undefined ? consecutive(first, portsTried) : [source.port];
   const host = await context.open(source.host);
@@ -140,7 +147,7 @@ async function partsOf(context: Context, wanted: Inputs, clientAddress: string):
       ...common,
       ...{ volumeGroup: source.volumeGroup, origin: source.origin, name },
       ...{ size: source.size, chunkSize: source.chunkSize, quiesce: source.quiesce },
-      triggers: [file, ...wanted.triggers],
+      triggers: wanted.triggers,
     }),
     exported: nbdExportInputs.parse({
       ...common,
@@ -149,6 +156,7 @@ async function partsOf(context: Context, wanted: Inputs, clientAddress: string):
       port: ports[0],
     }),
     ports,
+    series,
   };
 }
 
@@ -174,7 +182,9 @@ async function clientAddressOf(context: Context, { source }: Inputs): Promise<st
   });
 }
 
-/** One backup of a series at a time: they share their snapshot's name. */
+/** One backup of a series at a time in this process, by whatever credentials its hosts are reached. */
+const series = {};
+
 async function backUp(
   context: Context,
   wanted: Inputs,
@@ -184,8 +194,9 @@ async function backUp(
   // What cannot end well is refused before the VM is frozen for it.
   await requireDestination(context, wanted, seen);
   const parts = await partsOf(context, wanted, await clientAddressOf(context, wanted));
-  await serially(context.host, `backup ${parts.snapshot.owner}`, async () => {
+  await serially(series, parts.series, async () => {
     try {
+      await sweep(context, parts);
       if (!(await goesOn(parts, wanted, seen))) await takeDown(parts);
       const snapshot = (await made(lvSnapshot, parts.context, parts.snapshot)) as LvSnapshotOutputs;
       const uri = await exportMoment(parts);
@@ -205,6 +216,39 @@ async function backUp(
       throw error;
     }
   });
+}
+
+/** So long a snapshot waits for the next run of a backup whose copy is complete, or broke off unseen. */
+const waitingHours = 12;
+
+/**
+ * Takes down what other backups of the series have left: for which no copy runs, and none has waited for less than
+ * `waitingHours` to be gone on with.
+ */
+async function sweep(context: Context, parts: Parts): Promise<void> {
+  const mark = ownerMark(parts.snapshot.owner);
+  const left = (await volumes(parts.context)).filter(
+    ({ name, tags }) => name.startsWith(parts.series) && name !== parts.snapshot.name && tags.includes(mark),
+  );
+  if (left.length === 0) return;
+  const copyOf = (name: string) => name.slice(parts.series.length);
+  const command = {
+    argv: script(livingCopiesScript, ...left.map(({ name }) => copyOf(name))),
+    ...({ kind: "read", deadlineSeconds: 60 } as const),
+  };
+  const { stdout } = await succeed(context, command, "the copies under way could not be listed");
+  const living = new Set(stdout.split("\n"));
+  for (const { name, volumeGroup, createdAt } of left) {
+    const waits = living.has(`waits ${copyOf(name)}`) && Date.now() / 1000 - createdAt < waitingHours * 3600;
+    if (living.has(`runs ${copyOf(name)}`) || waits) continue;
+    context.progress(`taking down ${volumeGroup}/${name}, which an earlier backup has left`);
+    const device = `/dev/${volumeGroup}/${name}`;
+    await takeDown({
+      ...parts,
+      snapshot: { ...parts.snapshot, name },
+      exported: { ...parts.exported, exportName: name, device } as Parts["exported"],
+    });
+  }
 }
 
 /** True if a copy of ours is under way, from the moment that is kept for it. Any other moment left is too old to be meant. */
@@ -286,34 +330,29 @@ async function converge(
   seen: ImageObservation,
   old: State | undefined,
 ): Promise<void> {
-  const asDeclared = seen.file !== undefined && seen.manifest?.generation === generationOf(wanted);
+  const asDeclared = seen.manifest?.generation === generationOf(wanted);
   // A create over an image that somebody has changed is no history.
-  if (!asDeclared || (old === undefined && !isAsMade(seen)))
-    return backUp(context, wanted, seen, old?.copyId);
+  const isHistory = seen.file !== undefined && (old !== undefined || isAsMade(seen));
+  if (!asDeclared || !(isHistory || isDecided(seen))) return backUp(context, wanted, seen, old?.copyId);
   await keepImage(context, wanted, seen, old?.copyId);
-  await takeDown(await partsOf(context, wanted, ""));
+  await takeDownLeft(context, wanted);
 }
 
-async function remove(context: Context, state: State, seen: ImageObservation): Promise<void> {
-  await removeImage(context, state, seen);
-  // Only what a broken backup of just this image left: another one of the series may be about to go on.
+/** What a broken backup of this image has left. A source that is gone for good must not keep its images from being managed. */
+async function takeDownLeft(context: Context, wanted: Inputs): Promise<void> {
   try {
-    const parts = await partsOf(context, state, "");
-    const snapshot = lvSnapshotInputs.parse(parts.snapshot);
-    const kept = await lvSnapshot.observe(parts.context, snapshot);
-    if (kept?.mark !== ownerMark(snapshot.owner) || lvSnapshot.isStale?.(kept, snapshot) !== false) return;
-    await takeDown(parts);
+    const parts = await partsOf(context, wanted, "");
+    await serially(series, parts.series, () => takeDown(parts));
   } catch (error) {
-    // A source that is gone for good must not keep its backups from being removed.
     context.warn(
-      `whether a broken backup left a snapshot on ${hostName(state.source.host)} cannot be told: ${firstLine(error)}`,
+      `whether a broken backup left a snapshot on ${hostName(wanted.source.host)} cannot be told: ${firstLine(error)}`,
     );
   }
 }
 
-function takenAtOf({ manifest }: ImageObservation): string | undefined {
-  return z.object({ snapshot: z.object({ takenAt: z.string() }) }).safeParse(manifest?.source).data?.snapshot
-    .takenAt;
+async function remove(context: Context, state: State, seen: ImageObservation): Promise<void> {
+  await removeImage(context, state, seen);
+  await takeDownLeft(context, state);
 }
 
 function toState(declared: Inputs | State, seen: ImageObservation): State {
@@ -322,7 +361,7 @@ function toState(declared: Inputs | State, seen: ImageObservation): State {
   return {
     ...declared,
     ...imageState(declared.file, before, seen),
-    takenAt: takenAtOf(seen) ?? before?.takenAt ?? "",
+    takenAt: (seen.manifest && takenAtOf(seen.manifest)) ?? before?.takenAt ?? "",
     state: isAsMade(seen) ? rotten : "changed",
   };
 }
@@ -343,10 +382,17 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
 
 function validate(
   wanted: Partial<Inputs>,
-  _old: Partial<Inputs> | undefined,
+  old: Partial<Inputs> | undefined,
   unknown: ReadonlySet<string>,
 ): Problem[] {
-  return compressProblems(wanted, unknown);
+  const problems = compressProblems(wanted, unknown);
+  const moves = old?.file !== undefined && wanted.file !== undefined && old.file !== wanted.file;
+  // A moment that is kept is not given up for one of now without a word.
+  if (moves && !unknown.has("triggers") && isDeepStrictEqual(old.triggers ?? [], wanted.triggers ?? [])) {
+    const reason = `would give up the moment in ${old.file} for one of now in ${wanted.file}: declare another resource for that, or change \`triggers\` as well`;
+    problems.push({ property: "file", reason });
+  }
+  return problems;
 }
 
 /** The resource as the reconciler sees it. */

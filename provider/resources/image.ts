@@ -97,7 +97,10 @@ export const imageOutputs = {
   allocatedBytes: z.number().describe("What the image takes on the disk, in bytes; informational."),
   seconds: z.number().describe("How long copying and verifying took."),
   bytesPerSecond: z.number().describe("`sizeBytes` by `seconds`."),
-  completedAt: z.string().describe("When the image was verified (ISO 8601, by the host's clock)."),
+  completedAt: z.string().describe("When the image was complete (ISO 8601, by the host's clock)."),
+  verified: z
+    .boolean()
+    .describe("Whether its source was read a second time and had the same SHA-256; see `verify`."),
   filesystem: z
     .string()
     .describe("UUID of the file system that holds the image, or its source where it has none."),
@@ -279,8 +282,22 @@ function parsed<T>(text: string | undefined, shape: z.ZodType<T>): T | undefined
   }
 }
 
+/** The manifest in a text; `undefined` for what is none of ours. `takenAt`: the moment of the snapshot. */
+export function readManifest(
+  text: string,
+): (Manifest & { readonly takenAt: string | undefined }) | undefined {
+  const manifest = parsed(text, manifestShape);
+  return manifest && { ...manifest, takenAt: takenAtOf(manifest) };
+}
+
+/** The moment that an image holds (ISO 8601); `undefined` for one of no known snapshot. */
+export function takenAtOf(manifest: Manifest): string | undefined {
+  return z.object({ snapshot: z.object({ takenAt: z.string() }) }).safeParse(manifest.source).data?.snapshot
+    .takenAt;
+}
+
 /** Size and time of what `facts` tells: an inode is another one after a restore, the content is not. */
-function contentFacts(facts: string): string {
+export function contentFacts(facts: string): string {
   return facts.split(" ").slice(1).join(" ");
 }
 
@@ -474,11 +491,7 @@ export async function copyImage(
   // Also of a known snapshot another `uri` is another source: that it serves the snapshot is the program's word alone.
   const generation = generationMark([identity.generation, uri, reference?.uuid ?? "", format, compress]);
   let { part } = seen;
-  if (
-    part?.record !== undefined &&
-    isDecided(seen, part) &&
-    seen.manifest?.generation === identity.generation
-  ) {
+  if (part?.record !== undefined && isDecided(seen) && seen.manifest?.generation === identity.generation) {
     await commit(context, paths, seen, part.recordDigest, part.imageFacts, seen.manifest);
     return;
   }
@@ -510,7 +523,7 @@ export async function copyImage(
       takenAt: new Date(lv.createdAt * 1000).toISOString(),
     };
     const manifest = manifestOf(wanted, identity, result, snapshot);
-    context.progress("the image is verified: giving it its name");
+    context.progress("the image is complete: giving it its name");
     committing = true;
     await commit(context, paths, seen, recordDigest, result.facts, manifest);
   } catch (error) {
@@ -523,8 +536,9 @@ export async function copyImage(
 }
 
 /** True for a copy whose commit was begun: its manifest is in place, its image not yet. */
-function isDecided(seen: ImageObservation, part: Part): boolean {
-  return part.imageFacts !== "-" && seen.manifest?.image.facts === contentFacts(part.imageFacts);
+export function isDecided({ part, manifest }: ImageObservation): boolean {
+  if (part?.record === undefined || part.imageFacts === "-") return false;
+  return manifest?.image.facts === contentFacts(part.imageFacts);
 }
 
 async function start(
@@ -754,7 +768,14 @@ function manifestOf(
   snapshotFacts: object | undefined,
 ): Manifest {
   const { snapshot } = wanted;
-  const source = snapshot && { ...snapshot, host: hostName(snapshot.host), ...snapshotFacts };
+  // Nothing else of it: a manifest lies in plain text wherever the image goes.
+  const source = snapshot && {
+    host: hostName(snapshot.host),
+    volumeGroup: snapshot.volumeGroup,
+    name: snapshot.name,
+    uuid: snapshot.uuid,
+    ...snapshotFacts,
+  };
   return {
     kind: "lvm-nbd image",
     mark: ownerMark(wanted.owner),
@@ -842,7 +863,7 @@ function refuseOthers(
   );
 }
 
-/** Keeps the image as it is, removes an unfinished copy beside it, and makes it this resource's; see `bring`. */
+/** Keeps the image as it is, or finishes the commit that was begun on it; removes an unfinished copy beside it, and makes it this resource's; see `bring`. */
 export async function keepImage(
   context: Context,
   { file, owner }: Pick<CopyWanted, "file" | "owner">,
@@ -852,6 +873,11 @@ export async function keepImage(
   refuseOthers(context, { file, owner }, seen);
   const paths = copyPaths(file);
   const own = ownerMark(owner);
+  if (seen.part !== undefined && seen.manifest !== undefined && isDecided(seen)) {
+    const { recordDigest, imageFacts } = seen.part;
+    const decided = { ...seen.manifest, mark: own, copyId: copyId ?? seen.manifest.copyId };
+    return commit(context, paths, seen, recordDigest, imageFacts, decided);
+  }
   if (seen.part !== undefined) await discard(context, paths, seen.part.recordDigest);
   // Taken over by a create, it is this resource's from now on, and no longer goes with the one that made it.
   if (seen.manifest === undefined || (copyId !== undefined && seen.mark === own)) return;
@@ -898,6 +924,7 @@ export function imageState(
     seconds,
     bytesPerSecond: Math.round(sizeBytes / Math.max(1, seconds)),
     completedAt: manifest?.completedAt ?? before?.completedAt ?? "",
+    verified: manifest?.image.verified ?? before?.verified ?? false,
     filesystem,
     copyId: manifest?.copyId ?? before?.copyId ?? "",
   };

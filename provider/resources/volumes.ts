@@ -58,6 +58,10 @@ export async function certify(context: Context, snapshot: SnapshotReference): Pr
       advice: "Run `pulumi up --refresh`: it takes the snapshot anew and copies that.",
     });
   }
+  // Of an inactive one LVM says neither that it is valid nor that it is not.
+  if (lv.kind === "cow" && !lv.active) {
+    throw new LvmNbdError("SNAPSHOT_INACTIVE", { ...where, message: `the snapshot ${path} is not active` });
+  }
   if (lv.kind === "cow" && lv.invalid) {
     throw new LvmNbdError("SNAPSHOT_OVERFLOWED", {
       ...where,

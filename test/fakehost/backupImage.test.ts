@@ -134,6 +134,42 @@ function expectSourceClean(): void {
   expectOthersUntouched(world, before);
 }
 
+describe("bad input is refused before any host is asked", () => {
+  const source = { host: "server1", volumeGroup: "VgVm", origin: "vm1", listenAddress: "10.0.0.1" };
+  it.each([
+    ["a source without its address", { listenAddress: undefined }, /^source\.listenAddress: is required/],
+    ["a source on an interface", { listenAddress: "eth0" }, /^source\.listenAddress: .*IP address/],
+    ["a group that LVM refuses", { volumeGroup: "a/b" }, /^source\.volumeGroup: /],
+    ["a size without a unit that cannot be meant", { size: "1" }, /^source\.size: /],
+    ["a port out of range", { port: 70_000 }, /^source\.port: .*65535/],
+    ["a client that is no address", { clientAddress: "backup1" }, /^source\.clientAddress: /],
+    ["a quiesce without thaw", { quiesce: { freeze: "true" } }, /^source\.quiesce\.thaw: is required/],
+    ["a server that is none", { server: "nbdd" }, /^source\.server: .*nbdkit/],
+    ["what is no property of a source", { name: "vm1" }, /^source\.name: is no property/],
+  ])("%s", async (_what, change, message) => {
+    const wanted = {
+      ...{ host: backupHost, owner: "o/p/s/b", file: "/b.raw" },
+      source: { ...source, ...change },
+    };
+    const { problems } = await handlers().check(undefined, wanted, none);
+    expect(problems.map(({ property, reason }) => `${property}: ${reason}`)).toEqual([
+      expect.stringMatching(message),
+    ]);
+    expect(sent).toEqual([]);
+  });
+
+  it.each([
+    ["a compressed raw image", { compress: true }, /^compress: .*qcow2/],
+    ["a relative file", { file: "b.raw" }, /^file: .*absolute path/],
+  ])("%s", async (_what, change, message) => {
+    const wanted = { host: backupHost, owner: "o/p/s/b", file: "/b.raw", source, ...change };
+    const { problems } = await handlers().check(undefined, wanted, none);
+    expect(problems.map(({ property, reason }) => `${property}: ${reason}`)).toEqual([
+      expect.stringMatching(message),
+    ]);
+  });
+});
+
 describe("a backup", () => {
   it("is the moment of the volume, and leaves nothing on the source", async () => {
     const state = await made({
@@ -195,6 +231,42 @@ describe("a backup", () => {
     expect(content()).toBe(later);
     expect(destination.left()).toEqual(complete);
     expectSourceClean();
+  });
+
+  it("in another file would be one of now: refused unless that is said", async () => {
+    const state = await made();
+    const source = state.source;
+    const moved = { host: backupHost, owner: state.owner, file: image("moved.raw"), source };
+    const { problems } = await handlers().check(state, moved, none);
+    expect(problems).toEqual([
+      { property: "file", reason: expect.stringMatching(/give up the moment in .*vm\.raw.*`triggers`/) },
+    ]);
+    expect((await handlers().check(state, { ...moved, triggers: [2] }, none)).problems).toEqual([]);
+  });
+
+  it("that was not verified says so, whatever is declared later", async () => {
+    const state = await made({ verify: false });
+    expect(state.verified).toBe(false);
+    expect(await handlers().update(state, await checked({ verify: true }, state))).toMatchObject({
+      verified: false,
+    });
+  });
+
+  it("tells nothing of the commands that froze the VM", async () => {
+    await made({ source: { quiesce: { freeze: ": --password hunter2", thaw: ": thawed" } } });
+    expect(Object.keys(manifest().source.snapshot).sort()).toEqual(
+      ["host", "name", "origin", "originUuid", "takenAt", "uuid", "volumeGroup"].sort(),
+    );
+    expect(JSON.stringify(manifest())).not.toContain("hunter2");
+  });
+
+  it("is renamed without its source, which may be gone for good", async () => {
+    const state = await made();
+    const gone = { ...(state.source as object), host: { ...backupHost, address: "127.0.0.1", port: 1 } };
+    const wanted = await checked({ owner: "organization/p/s/renamed", source: gone }, state);
+    expect(await handlers().update(state, wanted)).toMatchObject({ state: "complete" });
+    expect(manifest().mark).toContain("renamed");
+    expect(warnings.join()).toMatch(/cannot be told/);
   });
 
   it("takes another port where its own is in use, and says so where one is declared", async () => {
@@ -450,19 +522,107 @@ describe("whatever cuts it, the next run finishes the work", () => {
     expect(ours(world.server1)).toEqual([]);
   });
 
+  const tuesday = () => made({ file: image("tuesday.raw"), owner: "organization/p/s/tuesday" });
+
   it("what a killed run has left is taken down by the next backup of the volume, of whatever day", async () => {
+    onCommand = () => {
+      if (ours(world.server1).length > 1) throw new Died("the provider died");
+      return undefined;
+    };
+    await expect(made()).rejects.toThrow(Died);
+    onCommand = () => undefined;
+    await tuesday();
+    expectSourceClean();
+    expect(existsSync(image("tuesday.raw"))).toBe(true);
+  });
+
+  it.each([
+    ["for which a copy runs", true, 99],
+    ["whose copy waits for the next run", false, 1],
+  ])("a moment of another day stays, %s", async (_what, runs, hours) => {
+    world.clock.now = Date.now() - hours * 3600_000;
     destination.set("hold", "");
     onCommand = () => {
       if (destination.started > 0) throw new Died("the provider died");
       return undefined;
     };
     await expect(made()).rejects.toThrow(Died);
+    onCommand = () => {
+      if (!runs || destination.started > 1) destination.set("hold", undefined);
+      return undefined;
+    };
+    write(later);
+    await tuesday();
+    expect(content("tuesday.raw")).toBe(later);
+    expect(ours(world.server1)).not.toEqual([]);
+    await made();
+    // What a stand-in reads when it is let go is what was served last, to whomever.
+    if (!runs) expect(content()).toBe(before);
+    expect(destination.started).toBe(2);
+    expect(ours(world.server1)).toEqual([]);
+  });
+
+  it("a moment whose copy has waited for longer than half a day is given up by the next backup", async () => {
+    world.clock.now = Date.now() - 13 * 3600_000;
+    destination.set("hold", "");
+    onCommand = () => {
+      if (destination.started > 0) throw new Died("the provider died");
+      return undefined;
+    };
+    await expect(made()).rejects.toThrow(Died);
+    destination.set("hold", undefined);
+    onCommand = () => undefined;
+    await expect.poll(() => destination.left()).toContain("vm.raw.part/result");
+    await tuesday();
+    expectSourceClean();
+  });
+
+  it("a backup anew whose script is killed at each of its steps leaves the old moment or the new one, whole", {
+    timeout,
+  }, async () => {
+    for (let step = 1; ; step++) {
+      await end();
+      await anew();
+      const state = await made();
+      write(later);
+      destination.kill({ step, when: "after" });
+      const wanted = await checked({ triggers: [2] }, state);
+      const after = await handlers().update(state, wanted);
+      expect(content()).toBe(later);
+      expect(after).toMatchObject({ state: "complete", verified: true });
+      expect(destination.left()).toEqual(complete);
+      expect(ours(world.server1)).toEqual([]);
+      if (destination.stepsTaken < step) {
+        expect(step).toBeGreaterThan(10);
+        return;
+      }
+    }
+  });
+
+  it("a destroy after a broken update takes down what that had begun", async () => {
+    const state = await made();
+    destination.set("hold", "");
+    onCommand = () => {
+      if (destination.started > 1) throw new Died("the provider died");
+      return undefined;
+    };
+    const wanted = await checked({ triggers: [2] }, state);
+    await expect(handlers().update(state, wanted)).rejects.toThrow(Died);
     expect(ours(world.server1)).not.toEqual([]);
     onCommand = () => undefined;
-    destination.set("hold", undefined);
-    await made({ file: image("tuesday.raw"), owner: "organization/p/s/tuesday" });
+    await handlers().remove(state);
+    expect(destination.left()).toEqual([]);
     expectSourceClean();
-    expect(existsSync(image("tuesday.raw"))).toBe(true);
+  });
+
+  it("one that is made already is claimed beside another that runs, and takes nothing of it", async () => {
+    await made();
+    const both = await checked({ file: image("other.raw"), owner: "organization/p/s/other" });
+    const again = await checked();
+    const { create } = handlers();
+    await Promise.all([create(both), create(again)]);
+    expect(content("other.raw")).toBe(before);
+    expectSourceClean();
   });
 
   it("a backup host that cannot be looked at keeps what its copy needs", async () => {

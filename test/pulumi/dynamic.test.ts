@@ -80,6 +80,23 @@ describe("a declared resource", () => {
       expect(plainText(inputs.host)).not.toContain("planted");
     }
   });
+
+  it("keeps those of a second host secret as well", async () => {
+    const { BackupImage, VolumeCopy } = await import("../../provider/index.js");
+    const host = { address: "a", privateKey: "planted-1", password: "planted-2" };
+    const backup = await declare(() => {
+      const source = { host, volumeGroup: "VgVm", origin: "vm1", listenAddress: "10.0.0.1" };
+      return new BackupImage("b", { host: "h", file: "/b", source });
+    });
+    const copy = await declare(() => {
+      const snapshot = { host, volumeGroup: "VgVm", name: "vm1", uuid: "u" };
+      return new VolumeCopy("c", { host: "h", file: "/c", uri: "nbd://a/b", snapshot });
+    });
+    for (const value of [backup.inputs.source, copy.inputs.snapshot]) {
+      expect(secretsIn(value)).toEqual(expect.arrayContaining(["planted-1", "planted-2"]));
+      expect(plainText(value)).not.toContain("planted");
+    }
+  });
 });
 
 const secretKey = "4dabf18193072939515e22adb298388d";

@@ -153,7 +153,7 @@ describe("a copy", () => {
       manifest: manifestPath(),
     });
     expect(Date.parse(String(state.completedAt))).toBeGreaterThan(Date.now() - 60_000);
-    expect(lines.join("\n")).toMatch(/copying nbd:\/\/10.*verified: giving it its name/s);
+    expect(lines.join("\n")).toMatch(/copying nbd:\/\/10.*is complete: giving it its name/s);
   });
 
   it("says in its manifest what it is, without a secret", async () => {
@@ -824,6 +824,11 @@ describe("whatever cuts it, the next up finishes the work", () => {
 
   it.each([
     ["a look at it that fails", () => undefined, "COMMAND_FAILED"],
+    [
+      "a snapshot that is not active",
+      () => validVolumes().replaceAll('"sri-a-s---"', '"sri---s---"').replaceAll('"active"', '""'),
+      "SNAPSHOT_INACTIVE",
+    ],
     ["a volume group that is not there now", () => recordedLvs("empty"), "VOLUME_GROUP_NOT_FOUND"],
   ])("a verified image waits, whatever cannot be told: %s", async (_what, listing, code) => {
     destination.onCommand = ({ argv }) => {

@@ -1,9 +1,11 @@
 /** Copies of volumes that are written to all the while, through the CLI: what they hold, and what may cut them. */
 import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
+import { listImages } from "../../../provider/backup/listImages.js";
 import type { Guest, Lab } from "../lab.mts";
 import { freshLab } from "../support.mts";
 import { waitFor } from "../wait.mts";
 import {
+  backupImage,
   type Declared,
   FaultStack,
   nbdExport,
@@ -285,6 +287,80 @@ describe("a run that is cut:", () => {
     (await stack.up()).succeeded("1 created");
     expect((await lastJobsOf("interrupted.raw")).at(-1)).toBe(job);
     expect(await sum("/backup/interrupted.raw")).toBe(await momentOf());
+  });
+});
+
+describe("a whole backup:", () => {
+  const backup = (day: string, slow: { readonly bandwidthLimit?: string } = {}) =>
+    backupImage(day, { origin: "LV-VM1", size: "16M", quiesce }, { file: `/backup/${day}.raw`, ...slow });
+  const days = (...backups: Declared[]) => stack.declare(taken(1), ...base, ...backups);
+  /** What backups could have left on their source. */
+  const onSource = async () =>
+    (
+      await lab.server1.run(
+        "lvs --noheadings -o lv_name VgVm | grep backup; systemctl list-units --all --plain --no-legend 'lvm-nbd-export-backup-*'; ls /etc/systemd/system | grep lvm-nbd-export-backup; true",
+      )
+    ).stdout.trim();
+  const running = async (day: string) =>
+    waitFor(async () => ((await jobOf(`${day}.raw`)) === "" ? undefined : true), {
+      timeoutSeconds: 300,
+      what: "the copy to run",
+    });
+  const frozen = async () => (await lab.server1.run("stat -c %y /root/moment")).stdout;
+
+  it("the VM is frozen, its moment is copied, and nothing is left on its server", async () => {
+    days(backup("monday"));
+    (await stack.up()).succeeded("1 created");
+    expect(await sum("/backup/monday.raw")).toBe(await momentOf());
+    expect(await copyState("monday")).toMatchObject({
+      ...{ sha256: await momentOf(), state: "complete" },
+      takenAt: expect.stringMatching(/^\d{4}-\d\d-\d\dT/),
+    });
+    expect(await onSource()).toBe("");
+    expect((await lab.server1.run("fsfreeze -u /vm", { allowFailure: true })).exitCode).not.toBe(0);
+    await stack.isAsDeclared();
+  });
+
+  it("Pulumi is killed: the next up goes on from the same moment, and takes everything down", async () => {
+    days(backup("monday"), backup("tuesday", { bandwidthLimit: "1M" }));
+    const { pid, end } = stack.startUp();
+    await running("tuesday");
+    const job = await jobOf("tuesday.raw");
+    process.kill(-pid, "SIGKILL");
+    await end;
+    await stack.cancel();
+    const at = await frozen();
+    (await stack.up()).succeeded("1 created");
+    expect((await lastJobsOf("tuesday.raw")).at(-1)).toBe(job);
+    expect(await frozen()).toBe(at);
+    expect(await sum("/backup/tuesday.raw")).toBe(await momentOf());
+    expect(await onSource()).toBe("");
+  });
+
+  it("the images are listed by their manifests, for a program to choose from", async () => {
+    const images = await listImages("server2", "/backup");
+    expect(images.map(({ generation }) => generation)).toEqual(
+      expect.arrayContaining(["tuesday", "monday", "vm1", "limited"]),
+    );
+    const [newest] = images;
+    expect(newest).toMatchObject({
+      generation: "tuesday",
+      sha256: await momentOf(),
+      verified: true,
+      sound: true,
+    });
+    expect(newest?.takenAt).toBe((await copyState("tuesday")).takenAt);
+  });
+
+  it("Ctrl-C stops it, and leaves nothing of it on either server", async () => {
+    days(backup("monday"), backup("tuesday"), backup("wednesday", { bandwidthLimit: "1M" }));
+    const { pid, end } = stack.startUp();
+    await running("wednesday");
+    process.kill(-pid, "SIGINT");
+    const run = await end;
+    expect(run.text).toMatch(/CANCELLED: BackupImage wednesday/);
+    expect(await files()).not.toContain("wednesday");
+    expect(await onSource()).toBe("");
   });
 });
 

@@ -19,7 +19,7 @@ const root = join(import.meta.dirname, "..", "..", "..");
 
 /** A resource as the program of these tests declares it. Names are unique in a stack. */
 export interface Declared {
-  readonly type: "LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy";
+  readonly type: "LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy" | "BackupImage";
   readonly name: string;
   readonly args: Values;
   readonly dependsOn?: readonly string[];
@@ -51,6 +51,12 @@ export function volumeCopy(name: string, source: string, args: Values): Declared
   const snapshotOf = { host: "server1", volumeGroup: "VgVm", name: source, uuid: output(source, "uuid") };
   const uri = output(`${source}-export`, "uri");
   return { type: "VolumeCopy", name, args: { host: "server2", uri, snapshot: snapshotOf, ...args } };
+}
+
+/** A backup on server2 of a volume of server1. */
+export function backupImage(name: string, source: Values, args: Values): Declared {
+  const from = { host: "server1", volumeGroup: "VgVm", listenAddress: GUESTS[0].privateAddress, ...source };
+  return { type: "BackupImage", name, args: { host: "server2", source: from, ...args } };
 }
 
 /** What a command of the CLI did and said. */

@@ -1,0 +1,95 @@
+/** The images that are in a folder of a host, by their manifests. */
+import { parseOutput, script, succeed } from "../core/command.js";
+import type { Context } from "../core/resource.js";
+import { imageFunctions } from "../linux/copyJob.js";
+import { contentFacts, readManifest } from "../resources/image.js";
+import { createHostPool } from "../ssh/pool.js";
+import type { HostArgs, RemoteCommand } from "../ssh/types.js";
+
+/** An image of a VolumeCopy or BackupImage. Times are ISO 8601. */
+export interface Image {
+  /** Absolute path. */
+  readonly file: string;
+  /** Name of the file without its last extension: the key, where a stack names its files by generation. */
+  readonly generation: string;
+  readonly format: string;
+  /** SHA-256 of the content. */
+  readonly sha256: string;
+  /** Of the content, in bytes. */
+  readonly sizeBytes: number;
+  /** When the image was complete. */
+  readonly completedAt: string;
+  /** The moment of the volume; `undefined` for a copy of no known snapshot. */
+  readonly takenAt: string | undefined;
+  /** Whether its source was read a second time and was the same. */
+  readonly verified: boolean;
+  /** Whether the file is there, with the size and time of modification that its manifest tells. */
+  readonly sound: boolean;
+}
+
+const listScript = `${imageFunctions}
+folder=$1
+[ -d "$folder" ] || exit 70
+[ -r "$folder" ] && [ -x "$folder" ] || { echo "the folder cannot be read" >&2; exit 1; }
+for manifest in "$folder"/*.manifest.json; do
+  [ -f "$manifest" ] || continue
+  file=\${manifest%.manifest.json}
+  text=$(base64 -w0 <"$manifest") && seen=$(facts "$file") || exit 1
+  printf '%s %s %s\\n' "$(printf %s "$file" | base64 -w0)" "$text" "$(printf %s "$seen" | base64 -w0)"
+done
+echo end
+`;
+
+/**
+ * What images are in a folder of a host, the newest first: for a program to loop over, and for `generations` to
+ * choose from. Files without a manifest of this package are passed over, and so are folders in it.
+ *
+ * @param host - as the `host` of a resource
+ * @param folder - absolute path
+ * @throws LvmNbdError of the codes of a host that cannot be reached, and DIRECTORY_NOT_FOUND: never an empty list where
+ *   it cannot be told
+ */
+export async function listImages(host: HostArgs, folder: string): Promise<Image[]> {
+  const pool = createHostPool();
+  try {
+    const opened = await pool.get(host);
+    const context: Context = {
+      host: opened,
+      resource: "listImages",
+      signal: new AbortController().signal,
+      progress: () => undefined,
+      warn: () => undefined,
+      open: (other) => pool.get(other),
+    };
+    const command: RemoteCommand = {
+      argv: script(listScript, folder),
+      kind: "read",
+      deadlineSeconds: 120,
+    };
+    const result = await succeed(context, command, `the images in ${folder} could not be listed`, (failed) =>
+      failed.exitCode === 70 ? "DIRECTORY_NOT_FOUND" : undefined,
+    );
+    return parseOutput(context, command, result, parseImages);
+  } finally {
+    pool.close();
+  }
+}
+
+function parseImages(stdout: string): Image[] {
+  const lines = stdout.trim().split("\n");
+  if (lines.pop() !== "end") throw new Error("the output was cut short");
+  const images = lines.flatMap((line): Image[] => {
+    const [file = "", text = "", facts = ""] = line
+      .split(" ")
+      .map((word) => Buffer.from(word, "base64").toString("utf8"));
+    const manifest = readManifest(text);
+    if (manifest === undefined) return [];
+    const { format, sha256, sizeBytes, verified } = manifest.image;
+    const sound = manifest.image.facts === contentFacts(facts);
+    const name = file.slice(file.lastIndexOf("/") + 1);
+    const generation = name.replace(/(?<=.)\.[^.]*$/, "");
+    const { completedAt, takenAt } = manifest;
+    return [{ file, generation, format, sha256, sizeBytes, completedAt, takenAt, verified, sound }];
+  });
+  return images.sort((one, other) => Date.parse(other.completedAt) - Date.parse(one.completedAt));
+}

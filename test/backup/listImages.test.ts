@@ -1,0 +1,105 @@
+import { spawn } from "node:child_process";
+import { createHash } from "node:crypto";
+import { appendFileSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
+import { listImages } from "../../provider/backup/listImages.js";
+import type { HostArgs } from "../../provider/ssh/types.js";
+import { connection, type FakeServer, startFakeServer } from "../ssh/fakeServer.js";
+
+let server: FakeServer;
+let host: HostArgs;
+let folder: string;
+
+beforeAll(async () => {
+  // A server that runs what it is told in a real shell.
+  server = await startFakeServer({
+    run: ({ line, channel }) => {
+      const child = spawn("sh", ["-c", line]);
+      child.stdout.on("data", (data) => channel.write(data));
+      child.stderr.on("data", (data) => channel.stderr.write(data));
+      child.on("close", (code) => {
+        channel.exit(code ?? 255);
+        channel.end();
+      });
+    },
+  });
+  host = { ...connection({ port: server.port }), hostKey: server.publicKey, sudo: false };
+});
+afterAll(() => server.close());
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), "lvm-nbd-images-"));
+  return () => rmSync(folder, { recursive: true });
+});
+
+const sha256 = createHash("sha256").update("x").digest("hex");
+
+/** An image as it is made, of that content. */
+async function image(name: string, completedAt: string, content = "x"): Promise<void> {
+  const file = join(folder, name);
+  writeFileSync(file, content);
+  const { stdout } = await new Promise<{ stdout: string }>((resolve) => {
+    const child = spawn("stat", ["-c", "%s %.9Y", file]);
+    let stdout = "";
+    child.stdout.on("data", (data) => {
+      stdout += data;
+    });
+    child.on("close", () => resolve({ stdout: stdout.trim() }));
+  });
+  const manifest = {
+    ...{ kind: "lvm-nbd image", mark: "lvm-nbd.owner=o/p/s/vm", copyId: "1", generation: "g" },
+    image: { format: "raw", sha256, sizeBytes: 1, verified: true, facts: stdout },
+    source: { uri: "nbd://10.0.0.1/vm", snapshot: { takenAt: "2026-01-01T00:00:00.000Z" } },
+    ...{ seconds: 1, startedAt: completedAt, completedAt, tools: "nbdcopy" },
+  };
+  writeFileSync(`${file}.manifest.json`, JSON.stringify(manifest));
+}
+
+describe("the images in a folder", () => {
+  it("are told by their manifests, the newest first", async () => {
+    await image("2026-01-01.raw", "2026-01-01T01:00:00.000Z");
+    await image("2026-01-02.qcow2", "2026-01-02T01:00:00.000Z");
+    const images = await listImages(host, folder);
+    expect(images.map(({ generation }) => generation)).toEqual(["2026-01-02", "2026-01-01"]);
+    expect(images[1]).toEqual({
+      ...{ file: join(folder, "2026-01-01.raw"), generation: "2026-01-01", format: "raw", sha256 },
+      ...{ sizeBytes: 1, verified: true, sound: true },
+      ...{ completedAt: "2026-01-01T01:00:00.000Z", takenAt: "2026-01-01T00:00:00.000Z" },
+    });
+  });
+
+  it("are none in an empty folder, among files of others, and of an unfinished copy", async () => {
+    expect(await listImages(host, folder)).toEqual([]);
+    writeFileSync(join(folder, "letter.txt"), "x");
+    writeFileSync(join(folder, "notes.manifest.json"), "{}");
+    writeFileSync(join(folder, "broken.manifest.json"), "no JSON");
+    mkdirSync(join(folder, "a.part"));
+    mkdirSync(join(folder, "folder.manifest.json"));
+    expect(await listImages(host, folder)).toEqual([]);
+  });
+
+  it("are not sound where the file is gone or was written to", async () => {
+    await image("gone.raw", "2026-01-01T01:00:00.000Z");
+    await image("written.raw", "2026-01-02T01:00:00.000Z");
+    rmSync(join(folder, "gone.raw"));
+    appendFileSync(join(folder, "written.raw"), "more");
+    expect((await listImages(host, folder)).map(({ sound }) => sound)).toEqual([false, false]);
+  });
+
+  it("have any name", async () => {
+    await image("a b'$(id)\n\"ä.raw", "2026-01-01T01:00:00.000Z");
+    await image(".hidden", "2026-01-01T01:00:00.000Z");
+    expect((await listImages(host, folder)).map(({ generation }) => generation)).toEqual(["a b'$(id)\n\"ä"]);
+  });
+
+  it("cannot be told of a folder that is not there: an error, and no empty list", async () => {
+    await expect(listImages(host, join(folder, "none"))).rejects.toThrow(/DIRECTORY_NOT_FOUND.*listImages/);
+  });
+
+  it("cannot be told of a host that does not answer: an error, and no empty list", async () => {
+    await expect(
+      listImages({ ...connection({ port: 1 }), hostKey: server.publicKey }, folder),
+    ).rejects.toThrow(/HOST_UNREACHABLE/);
+  }, 60_000);
+});
