@@ -413,6 +413,16 @@ function dies(at: number, when: "before" | "after"): void {
   };
 }
 
+/** The provider is killed as soon as the copy has begun, which waits to be let go on (`hold`). */
+async function killedWhileCopying(): Promise<void> {
+  destination.set("hold", "");
+  onCommand = () => {
+    if (destination.started > 0) throw new Died("the provider died");
+    return undefined;
+  };
+  await expect(made()).rejects.toThrow(Died);
+}
+
 /** Each cut runs shell scripts. */
 const timeout = 240_000;
 
@@ -492,12 +502,7 @@ describe("whatever cuts it, the next run finishes the work", () => {
   });
 
   it("a copy that was on its way is gone on with: its moment is the one that was frozen", async () => {
-    destination.set("hold", "");
-    onCommand = () => {
-      if (destination.started > 0) throw new Died("the provider died");
-      return undefined;
-    };
-    await expect(made()).rejects.toThrow(Died);
+    await killedWhileCopying();
     onCommand = () => {
       destination.set("hold", undefined);
       return undefined;
@@ -541,12 +546,7 @@ describe("whatever cuts it, the next run finishes the work", () => {
     ["whose copy waits for the next run", false, 1],
   ])("a moment of another day stays, %s", async (_what, runs, hours) => {
     world.clock.now = Date.now() - hours * 3600_000;
-    destination.set("hold", "");
-    onCommand = () => {
-      if (destination.started > 0) throw new Died("the provider died");
-      return undefined;
-    };
-    await expect(made()).rejects.toThrow(Died);
+    await killedWhileCopying();
     onCommand = () => {
       if (!runs || destination.started > 1) destination.set("hold", undefined);
       return undefined;
@@ -564,12 +564,7 @@ describe("whatever cuts it, the next run finishes the work", () => {
 
   it("a moment whose copy has waited for longer than half a day is given up by the next backup", async () => {
     world.clock.now = Date.now() - 13 * 3600_000;
-    destination.set("hold", "");
-    onCommand = () => {
-      if (destination.started > 0) throw new Died("the provider died");
-      return undefined;
-    };
-    await expect(made()).rejects.toThrow(Died);
+    await killedWhileCopying();
     destination.set("hold", undefined);
     onCommand = () => undefined;
     await expect.poll(() => destination.left()).toContain("vm.raw.part/result");
