@@ -2,7 +2,7 @@
 import { parseOutput, script, succeed } from "../core/command.js";
 import type { Context } from "../core/resource.js";
 import { imageFunctions } from "../linux/copyJob.js";
-import { contentFacts, readManifest } from "../resources/image.js";
+import { contentFacts, readManifest, takenAtOf } from "../resources/image.js";
 import { createHostPool } from "../ssh/pool.js";
 import type { HostArgs, RemoteCommand } from "../ssh/types.js";
 
@@ -88,7 +88,8 @@ function parseImages(stdout: string): Image[] {
     const sound = manifest.image.facts === contentFacts(facts);
     const name = file.slice(file.lastIndexOf("/") + 1);
     const generation = name.replace(/(?<=.)\.[^.]*$/, "");
-    const { completedAt, takenAt } = manifest;
+    const { completedAt } = manifest;
+    const takenAt = takenAtOf(manifest);
     return [{ file, generation, format, sha256, sizeBytes, completedAt, takenAt, verified, sound }];
   });
   return images.sort((one, other) => Date.parse(other.completedAt) - Date.parse(one.completedAt));

@@ -86,5 +86,8 @@ export const commonInputs = {
     .describe("Take over an existing thing of this name that carries no owner mark, instead of refusing."),
 } as const;
 
+/** Values of which a change makes a thing anew. */
+export const triggersInput = z.array(z.union([z.string(), z.number(), z.boolean()])).default([]);
+
 /** Names that become part of unit names and paths. */
 export const plainName = /^[A-Za-z0-9][A-Za-z0-9_.:+-]*$/;

@@ -5,7 +5,7 @@
  * somebody else's is refused with its owner named. After a lost link nothing is repeated blindly: the host
  * is looked at again and the work goes on from what is there.
  */
-import { isLvmNbdError, LvmNbdError } from "./errors.js";
+import { firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
 import { ownerMark, ownerOfMark } from "./owner.js";
 import {
   type AnyResourceType,
@@ -227,8 +227,4 @@ function refuseForeign(
 
 function ownerPhrase(seen: CommonObservation): string {
   return seen.mark === undefined ? "and carries no owner mark" : `and belongs to ${ownerOfMark(seen.mark)}`;
-}
-
-function firstLine(error: unknown): string {
-  return (error instanceof Error ? error.message : String(error)).split("\n")[0] ?? "";
 }

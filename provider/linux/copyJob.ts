@@ -20,6 +20,11 @@ export interface CopyPaths {
   readonly run: string;
 }
 
+/** The folder of an absolute path. */
+export function folderOf(file: string): string {
+  return file.slice(0, file.lastIndexOf("/")) || "/";
+}
+
 /** What tells copies to one file from all others, in names: 16 hexadecimal digits. */
 export function copyName(file: string): string {
   return createHash("sha256").update(file).digest("hex").slice(0, 16);

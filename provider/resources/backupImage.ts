@@ -10,8 +10,8 @@ import { createHash, randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { script, succeed } from "../core/command.js";
-import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
-import { commonInputs, hostInput, refusing } from "../core/inputs.js";
+import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { commonInputs, hostInput, refusing, triggersInput } from "../core/inputs.js";
 import { generationMark, ownerMark, ownerOf } from "../core/owner.js";
 import { converge as convergeOn, PartialSuccess, remove as removeFrom } from "../core/reconciler.js";
 import {
@@ -25,7 +25,7 @@ import {
 } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import { clientProblem } from "../linux/addresses.js";
-import { copyName, copyPaths } from "../linux/copyJob.js";
+import { copyName, folderOf } from "../linux/copyJob.js";
 import { livingCopiesScript } from "../linux/copyScripts.js";
 import { nbdServers } from "../linux/nbd.js";
 import { hostName } from "../ssh/config.js";
@@ -35,8 +35,8 @@ import {
   type ImageObservation,
   imageInputs,
   imageOutputs,
+  imageResource,
   imageState,
-  inspectImage,
   isAsMade,
   isDecided,
   isRotten,
@@ -83,12 +83,9 @@ const inputs = z.strictObject({
     })
     .describe("The volume, how its moment is kept (as of an LvSnapshot) and how it is served."),
   ...imageInputs,
-  triggers: z
-    .array(z.union([z.string(), z.number(), z.boolean()]))
-    .default([])
-    .describe(
-      "Any values; a change of one backs up anew. The earlier image is kept until the new one is verified.",
-    ),
+  triggers: triggersInput.describe(
+    "Any values; a change of one backs up anew. The earlier image is kept until the new one is verified.",
+  ),
 });
 
 const outputs = z.object({
@@ -130,10 +127,9 @@ const portsTried = 10;
 /** `clientAddress`: "" where it does not matter. */
 async function partsOf(context: Context, wanted: Inputs, clientAddress: string): Promise<Parts> {
   const { source, file, owner } = wanted;
-  const folder = file.slice(0, file.lastIndexOf("/")) || "/";
   const [organization = "", project = "", stack = ""] = owner.split("/");
   const volume = `${source.volumeGroup}/${source.origin}`;
-  const what = `${hostName(source.host)} ${volume} to ${context.host.name}:${folder}`;
+  const what = `${hostName(source.host)} ${volume} to ${context.host.name}:${folderOf(file)}`;
   const digest = createHash("sha256").update(`${organization}/${project}/${stack} ${what}`).digest();
   const series = `backup-${digest.toString("hex").slice(0, 16)}-`;
   const name = `${series}${copyName(file)}`;
@@ -183,7 +179,7 @@ async function clientAddressOf(context: Context, { source }: Inputs): Promise<st
 }
 
 /** One backup of a series at a time in this process, by whatever credentials its hosts are reached. */
-const series = {};
+const queue = {};
 
 async function backUp(
   context: Context,
@@ -194,7 +190,7 @@ async function backUp(
   // What cannot end well is refused before the VM is frozen for it.
   await requireDestination(context, wanted, seen);
   const parts = await partsOf(context, wanted, await clientAddressOf(context, wanted));
-  await serially(series, parts.series, async () => {
+  await serially(queue, parts.series, async () => {
     try {
       await sweep(context, parts);
       if (!(await goesOn(parts, wanted, seen))) await takeDown(parts);
@@ -320,10 +316,6 @@ async function takeDownAfter(parts: Parts): Promise<void> {
   }
 }
 
-function firstLine(error: unknown): string {
-  return (error instanceof Error ? error.message : String(error)).split("\n")[0] ?? "";
-}
-
 async function converge(
   context: Context,
   wanted: Inputs,
@@ -342,7 +334,7 @@ async function converge(
 async function takeDownLeft(context: Context, wanted: Inputs): Promise<void> {
   try {
     const parts = await partsOf(context, wanted, "");
-    await serially(series, parts.series, () => takeDown(parts));
+    await serially(queue, parts.series, () => takeDown(parts));
   } catch (error) {
     context.warn(
       `whether a broken backup left a snapshot on ${hostName(wanted.source.host)} cannot be told: ${firstLine(error)}`,
@@ -402,17 +394,10 @@ export const backupImage: ResourceType<Inputs, State, ImageObservation> = {
   inputs,
   outputs,
   validate,
-  predict: ({ file }) => (file === undefined ? {} : { manifest: copyPaths(file).manifest }),
-  id: (wanted, name) => `${name}${wanted.file}`,
-  observe: observeImage,
-  inspect: inspectImage,
-  isSame: (seen, state) => seen.manifest !== undefined && seen.manifest.copyId === state.copyId,
-  isSuperseded: (seen, state) => seen.manifest !== undefined && seen.manifest.copyId !== state.copyId,
+  ...imageResource,
   isStale: (seen, wanted) => !isAsMade(seen) || seen.manifest?.generation !== generationOf(wanted),
   toState,
   diff,
-  // The new image is verified under a name of its own before it takes the old one's.
-  collides: () => false,
   create: (context, wanted) => backUp(context, wanted, noImage, undefined),
   converge,
   remove,

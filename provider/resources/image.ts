@@ -9,7 +9,7 @@ import { createHash, randomUUID } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
-import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { readableBy, refusing } from "../core/inputs.js";
 import { generationMark, ownerMark } from "../core/owner.js";
 import { ChangedMeanwhile, type Context, type Problem } from "../core/resource.js";
@@ -24,6 +24,7 @@ import {
   copyPaths,
   copyPrograms,
   copyResult,
+  folderOf,
   parseProgress,
   parseRate,
   progressPhrase,
@@ -236,7 +237,7 @@ function readObservation(
 ): ImageObservation & { readonly parent: boolean } {
   const kind = fields.get("kind");
   const [blocks, blockSize] = (fields.get("blocks") ?? "").split(" ").map(Number);
-  const manifest = parsed(fields.get("manifest"), manifestShape);
+  const manifest = readManifest(fields.get("manifest"));
   const part = readPart(fields);
   return {
     // A file without a manifest of ours carries no mark, whatever lies beside it.
@@ -282,12 +283,9 @@ function parsed<T>(text: string | undefined, shape: z.ZodType<T>): T | undefined
   }
 }
 
-/** The manifest in a text; `undefined` for what is none of ours. `takenAt`: the moment of the snapshot. */
-export function readManifest(
-  text: string,
-): (Manifest & { readonly takenAt: string | undefined }) | undefined {
-  const manifest = parsed(text, manifestShape);
-  return manifest && { ...manifest, takenAt: takenAtOf(manifest) };
+/** The manifest in a text; `undefined` for what is none of ours. */
+export function readManifest(text: string | undefined): Manifest | undefined {
+  return parsed(text, manifestShape);
 }
 
 /** The moment that an image holds (ISO 8601); `undefined` for one of no known snapshot. */
@@ -377,7 +375,7 @@ async function requireHost(
   uri: string,
 ): Promise<{ readonly exitCode: string | undefined; readonly text: string }> {
   const paths = copyPaths(wanted.file);
-  const folder = wanted.file.slice(0, wanted.file.lastIndexOf("/")) || "/";
+  const folder = folderOf(wanted.file);
   const command: RemoteCommand = {
     ...quick,
     argv: scriptOn(paths, preflightCopyScript, uri, ...copyPrograms(planOf({ ...wanted, uri }))),
@@ -812,8 +810,7 @@ async function discardAfter(context: Context, paths: CopyPaths, recordDigest: st
   try {
     await discard({ ...context, signal: AbortSignal.timeout(90_000) }, paths, recordDigest);
   } catch (error) {
-    const reason = (error instanceof Error ? error.message : String(error)).split("\n")[0];
-    context.warn(`${paths.part} is left on the host, the next \`pulumi up\` removes it: ${reason}`);
+    context.warn(`${paths.part} is left on the host, the next \`pulumi up\` removes it: ${firstLine(error)}`);
   }
 }
 
@@ -831,8 +828,8 @@ export async function bring(
     generation,
   }: { readonly isRight: boolean; readonly copyId: string | undefined; readonly generation: string },
 ): Promise<void> {
-  refuseOthers(context, wanted, seen);
   if (isRight) return keepImage(context, wanted, seen, copyId);
+  refuseOthers(context, wanted, seen);
   await copyImage(context, wanted, seen, { copyId: copyId ?? randomUUID(), generation });
 }
 
@@ -953,4 +950,19 @@ export const noImage: ImageObservation = {
     manifestDigest: "-",
   },
   ...{ part: undefined, running: false, filesystem: "", content: "unread" },
+};
+
+/** What a resource that is an image is to the reconciler, whatever makes it. */
+export const imageResource = {
+  predict: ({ file }: { readonly file?: string }): Readonly<Record<string, unknown>> =>
+    file === undefined ? {} : { manifest: copyPaths(file).manifest },
+  id: ({ file }: { readonly file: string }, name: string): string => `${name}${file}`,
+  observe: observeImage,
+  inspect: inspectImage,
+  isSame: ({ manifest }: ImageObservation, state: { readonly copyId: string }): boolean =>
+    manifest !== undefined && manifest.copyId === state.copyId,
+  isSuperseded: ({ manifest }: ImageObservation, state: { readonly copyId: string }): boolean =>
+    manifest !== undefined && manifest.copyId !== state.copyId,
+  // A new image is verified under a name of its own before it takes the old one's.
+  collides: (): boolean => false,
 };

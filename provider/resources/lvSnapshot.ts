@@ -5,7 +5,7 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
-import { commonInputs, readableBy, refusing } from "../core/inputs.js";
+import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
 import {
   generationMark,
   isOfAnotherGeneration,
@@ -103,10 +103,7 @@ export const lvSnapshotInputs = z.strictObject({
     .describe(
       "Commands run around the taking of the snapshot, as root. They are shown in errors: let them name no secret.",
     ),
-  triggers: z
-    .array(z.union([z.string(), z.number(), z.boolean()]))
-    .default([])
-    .describe("Any values; a change of one takes a new snapshot."),
+  triggers: triggersInput.describe("Any values; a change of one takes a new snapshot."),
 });
 
 const outputs = z.object({

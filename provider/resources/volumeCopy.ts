@@ -4,10 +4,9 @@
 import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { commonInputs, hostInput, readableBy } from "../core/inputs.js";
+import { commonInputs, hostInput, readableBy, triggersInput } from "../core/inputs.js";
 import { generationMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
-import { copyPaths } from "../linux/copyJob.js";
 import { parseNbdUri } from "../linux/nbd.js";
 import {
   bring,
@@ -16,12 +15,11 @@ import {
   type ImageObservation,
   imageInputs,
   imageOutputs,
+  imageResource,
   imageState,
-  inspectImage,
   isAsMade,
   isRotten,
   noImage,
-  observeImage,
   removeImage,
 } from "./image.js";
 
@@ -44,12 +42,9 @@ const inputs = z.strictObject({
         "another snapshot is copied anew.",
     ),
   ...imageInputs,
-  triggers: z
-    .array(z.union([z.string(), z.number(), z.boolean()]))
-    .default([])
-    .describe(
-      "Any values; a change of one copies anew. The earlier image is kept until the new one is verified.",
-    ),
+  triggers: triggersInput.describe(
+    "Any values; a change of one copies anew. The earlier image is kept until the new one is verified.",
+  ),
 });
 
 const outputs = z.object({
@@ -138,17 +133,10 @@ export const volumeCopy: ResourceType<Inputs, State, ImageObservation> = {
   inputs,
   outputs,
   validate,
-  predict: ({ file }) => (file === undefined ? {} : { manifest: copyPaths(file).manifest }),
-  id: (wanted, name) => `${name}${wanted.file}`,
-  observe: observeImage,
-  inspect: inspectImage,
-  isSame: (seen, state) => seen.manifest !== undefined && seen.manifest.copyId === state.copyId,
-  isSuperseded: (seen, state) => seen.manifest !== undefined && seen.manifest.copyId !== state.copyId,
+  ...imageResource,
   isStale: (seen, wanted) => stateOf(seen, wanted) !== "complete",
   toState,
   diff,
-  // The new image is verified under a name of its own before it takes the old one's.
-  collides: () => false,
   create: (context, wanted) =>
     copyImage(context, wanted, noImage, { copyId: randomUUID(), generation: generationOf(wanted) }),
   converge,
