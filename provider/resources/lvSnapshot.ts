@@ -1,6 +1,7 @@
 /**
  * LvSnapshot: a moment of a logical volume, as a COW snapshot (with `size`) or a thin one (without).
  */
+import { createHash } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
@@ -44,6 +45,7 @@ import {
 } from "../linux/lvm.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
 import { hostName } from "../ssh/config.js";
+import { quoteAll } from "../ssh/quoting.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import { listed, observeSeconds, requireGroup, volumes } from "./volumes.js";
 
@@ -274,58 +276,78 @@ async function suitableOrigin(context: Context, wanted: Inputs): Promise<Logical
   return origin;
 }
 
-/** Says that what lvcreate made is a snapshot by now. */
-const madeCommand = `lvchange -y --deltag ${makingMark} "$group/$name" </dev/null`;
+/**
+ * `each COMMAND GROUP NAME LVCREATE...`: the command for each snapshot. `say_made`: that what lvcreate made is a
+ * snapshot by now.
+ */
+const eachFunction = `
+each() {
+  each_do=$1; shift
+  while [ $# -gt 0 ]; do "$each_do" "$1" "$2" "$3" || return; shift 3; done
+}
+say_made() { lvchange -y --deltag ${makingMark} "$1/$2" </dev/null; }
+`;
 
-const takeScript = `
-group=$1 name=$2; shift 2
-"$@" </dev/null && ${madeCommand}
+/** Arguments, for each snapshot: its group, its name, the command that takes it. */
+const takeScript = `${eachFunction}
+take() { sh -c "$3" </dev/null && say_made "$1" "$2"; }
+each take "$@"
 `;
 
 /**
- * Freezes, runs the command, thaws. The thaw is a trap of the script on the host, so it is run whatever happens to
- * the command, to the link or to Pulumi. One of them at a time for an origin: a script whose link was lost goes on,
- * and a second freeze beside it would thaw beneath its snapshot. LVM's lock is waited for before the freeze and
- * never for more than two seconds during it. Exit code 90: freeze failed; 91: thaw failed; 92: it failed and no
- * snapshot was taken; 77: the snapshot is there already.
+ * Freezes, takes each snapshot, thaws. The thaw is a trap of the script on the host, so it is run whatever happens to
+ * the commands, to the link or to Pulumi. One of them at a time for an origin, and for a freeze: a script whose link was
+ * lost goes on, and a second freeze beside it would thaw beneath its snapshot. LVM's lock is waited for before the freeze
+ * and never for more than two seconds during it. Exit code 90: freeze failed; 91: thaw failed; 92: it failed and no
+ * snapshot was taken; 77: one of the snapshots is there already.
  */
-const quiesceScript = `
-freeze=$1 thaw=$2 limit=$3 group=$4 name=$5 lock=$6; shift 6
+const quiesceScript = `${eachFunction}
+freeze=$1 thaw=$2 limit=$3 origin_lock=$4 freeze_lock=$5; shift 5
 trap '' PIPE
 thawed=yes thaw_rc=0
 thaw() {
   [ "$thawed" = no ] || return 0
   thawed=yes
-  timeout -k 5 "$limit" sh -c "$thaw" </dev/null >&2 9>&- || thaw_rc=$?
+  timeout -k 5 "$limit" sh -c "$thaw" </dev/null >&2 8>&- 9>&- || thaw_rc=$?
 }
 trap 'thaw' EXIT
 trap 'exit 143' HUP INT TERM
-exec 9>"$lock" && flock -w 120 9 || { echo "another snapshot of the origin is being taken for more than 120 s" >&2; exit 1; }
-lvs "$group/$name" >/dev/null 2>&1 9>&- && exit ${changedMeanwhile}
-tries=0
-while :; do
-  vgs "$group" >/dev/null 9>&- || exit 1
-  thawed=no
-  timeout -k 5 "$limit" sh -c "$freeze" </dev/null >&2 9>&- || exit 90
-  # Whoever only looks has the lock for a moment: that is worth a second or two of standing still.
+exec 9>"$origin_lock" && flock -w 120 9 && exec 8>"$freeze_lock" && flock -w 120 8 ||
+  { echo "another snapshot of the origin is being taken for more than 120 s" >&2; exit 1; }
+refuse_there() { if lvs "$1/$2" >/dev/null 2>&1 8>&- 9>&-; then exit ${changedMeanwhile}; fi; }
+await_lock() { vgs "$1" >/dev/null 8>&- 9>&-; }
+# Whoever only looks has the lock for a moment: that is worth a second or two of standing still.
+take() {
   short=0
   while :; do
-    said=$("$@" --config 'global{wait_for_locks=0}' 2>&1 </dev/null 9>&-)
+    said_now=$(sh -c "$3" 2>&1 </dev/null 8>&- 9>&-)
     rc=$?
-    case $said in *"Can't get lock for"*) locked=yes;; *) locked=no;; esac
+    case $said_now in *"Can't get lock for"*) locked=yes;; *) locked=no;; esac
     short=$((short+1))
     [ "$locked" = yes ] && [ "$short" -lt 8 ] || break
     sleep 0.2
   done
+  said="$said$said_now
+"
+  [ "$rc" = 0 ] || return "$rc"
+  taken=yes
+}
+each refuse_there "$@"
+tries=0
+while :; do
+  each await_lock "$@" || exit 1
+  thawed=no said='' taken=no
+  timeout -k 5 "$limit" sh -c "$freeze" </dev/null >&2 8>&- 9>&- || exit 90
+  each take "$@"
   thaw
-  printf '%s\\n' "$said" >&2
+  printf '%s' "$said" >&2
   tries=$((tries+1))
-  [ "$locked" = yes ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
+  [ "$locked" = yes ] && [ "$taken" = no ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
 done
 [ "$thaw_rc" = 0 ] || { [ "$rc" = 0 ] && exit 91; exit 92; }
 [ "$rc" = 0 ] || exit "$rc"
-exec 9>&-
-${madeCommand}
+exec 8>&- 9>&-
+each say_made "$@"
 `;
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
@@ -335,35 +357,52 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 
 /** Of an origin that was found suitable. */
 async function take(context: Context, wanted: Inputs): Promise<void> {
-  const { volumeGroup, origin, name, quiesce } = wanted;
-  context.progress(
-    quiesce === undefined
-      ? `taking the snapshot ${volumeGroup}/${name} of ${origin}`
-      : `freezing, taking the snapshot ${volumeGroup}/${name}, thawing`,
-  );
-  const command = takeCommand(wanted);
-  const result = await serially(context.host, volumeGroup, () => context.host.run(command, context.signal));
-  if (result.exitCode !== 0) throw takeFailure(context, wanted, command, result);
+  await takeTogether(context, [wanted], wanted.quiesce);
 }
 
-function takeCommand(wanted: Inputs): RemoteCommand {
-  const { volumeGroup, origin, name, quiesce } = wanted;
-  const argv = createSnapshotCommand({
-    volumeGroup,
-    origin,
-    name,
-    size: wanted.size === undefined ? undefined : parseSize(wanted.size),
-    readOnly: wanted.readOnly,
-    chunkSize: chunkSizeBytes(wanted.chunkSize) ?? 64 * KiB,
-    tags: [...marks(wanted), makingMark, ...wanted.tags],
+/**
+ * Takes several snapshots as one moment: frozen once, all taken, thawed at once. Without `quiesce` they are taken one
+ * after the other. Of a failure some may be left, with their marks.
+ */
+export async function takeTogether(
+  context: Context,
+  wanted: readonly Inputs[],
+  quiesce: Inputs["quiesce"],
+): Promise<void> {
+  const [first] = wanted;
+  if (first === undefined) return;
+  const names = wanted.map(({ volumeGroup, name }) => `${volumeGroup}/${name}`).join(", ");
+  const what =
+    wanted.length === 1 ? `the snapshot ${names} of ${first.origin}` : `${wanted.length} snapshots, ${names}`;
+  context.progress(quiesce === undefined ? `taking ${what}` : `freezing, taking ${what}, thawing`);
+  const command = takeCommand(wanted, first, quiesce);
+  const result = await serially(context.host, first.volumeGroup, () =>
+    context.host.run(command, context.signal),
+  );
+  if (result.exitCode !== 0) throw takeFailure(context, wanted, quiesce, command, result);
+}
+
+function takeCommand(wanted: readonly Inputs[], first: Inputs, quiesce: Inputs["quiesce"]): RemoteCommand {
+  const snapshots = wanted.flatMap(({ volumeGroup, origin, name, ...rest }) => {
+    const argv = createSnapshotCommand({
+      ...{ volumeGroup, origin, name, readOnly: rest.readOnly },
+      size: rest.size === undefined ? undefined : parseSize(rest.size),
+      chunkSize: chunkSizeBytes(rest.chunkSize) ?? 64 * KiB,
+      tags: [...marks({ ...rest, volumeGroup, origin, name }), makingMark, ...rest.tags],
+    });
+    const unlocked = quiesce === undefined ? [] : ["--config", "global{wait_for_locks=0}"];
+    return [volumeGroup, name, quoteAll([...argv, ...unlocked])];
   });
-  if (quiesce === undefined) return { ...changing, argv: script(takeScript, volumeGroup, name, ...argv) };
+  const most = wanted.length * changeSeconds;
+  if (quiesce === undefined)
+    return { ...changing, deadlineSeconds: most, argv: script(takeScript, ...snapshots) };
   const { freeze, thaw, timeoutSeconds } = quiesce;
-  const lock = `/run/lvm-nbd-quiesce.${volumeGroup}.${origin}`;
+  const lock = `/run/lvm-nbd-quiesce.${first.volumeGroup}.${first.origin}`;
+  const freezeLock = `/run/lvm-nbd-freeze.${createHash("sha256").update(freeze).digest("hex").slice(0, 16)}`;
   return {
     kind: "change",
-    argv: script(quiesceScript, freeze, thaw, String(timeoutSeconds), volumeGroup, name, lock, ...argv),
-    deadlineSeconds: 2 * changeSeconds + quiesceTries * 2 * timeoutSeconds,
+    argv: script(quiesceScript, freeze, thaw, String(timeoutSeconds), lock, freezeLock, ...snapshots),
+    deadlineSeconds: 2 * changeSeconds + most + quiesceTries * 2 * timeoutSeconds,
     graceSeconds: changeSeconds + 2 * (timeoutSeconds + 10),
   };
 }
@@ -371,7 +410,8 @@ function takeCommand(wanted: Inputs): RemoteCommand {
 /** A snapshot that is there already is another one's, or that of a command which ended after its link was lost. */
 function takeFailure(
   context: Context,
-  { volumeGroup, origin, quiesce }: Inputs,
+  wanted: readonly Inputs[],
+  quiesce: Inputs["quiesce"],
   command: RemoteCommand,
   result: CommandResult,
 ): LvmNbdError | ChangedMeanwhile {
@@ -387,7 +427,7 @@ function takeFailure(
     context,
     command,
     result,
-    `no snapshot of ${volumeGroup}/${origin} could be taken`,
+    `no snapshot of ${wanted.map(({ volumeGroup, origin }) => `${volumeGroup}/${origin}`).join(", ")} could be taken`,
     lvmFailure(stderr) ?? "COMMAND_FAILED",
     lvmSilence(stderr),
   );

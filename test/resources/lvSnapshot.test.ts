@@ -336,7 +336,7 @@ describe("create looks first", () => {
 
 /** The program that a command is about: a script that takes a snapshot runs lvcreate. */
 function programOf({ argv }: RemoteCommand): string | undefined {
-  return argv.find((argument) => /^lv[a-z]+$/.test(argument));
+  return argv.map((argument) => /^'?(lv[a-z]+)\b/.exec(argument)?.[1]).find((program) => program);
 }
 
 /** The recorded snapshot as a plain volume, with these tags beside its owner's. */

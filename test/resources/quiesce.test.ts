@@ -4,6 +4,8 @@ import { chmodSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, it, vi } from "vitest";
+import type { Context } from "../../provider/core/resource.js";
+import { lvSnapshotInputs, takeTogether } from "../../provider/resources/lvSnapshot.js";
 import { fakeHost, handlersOn } from "../support/fakeHost.js";
 import { recordedLvs } from "../support/recorded.js";
 
@@ -36,6 +38,19 @@ async function command(freeze: string, thaw: string, timeoutSeconds = 5): Promis
     quiesce: { freeze, thaw, timeoutSeconds },
   });
   await expect(made).rejects.toThrow(/QUIESCE_FAILED/);
+  return (asked.changes[0]?.argv ?? []).map((argument) => argument.replace("/run/", `${folder}/`));
+}
+
+/** The same for two snapshots of one moment. */
+async function commandOfTwo(freeze: string, thaw: string): Promise<readonly string[]> {
+  const asked = fakeHost(() => ({}));
+  const one = { host: "server1", owner: "o/p/s/vm1", volumeGroup: "VgVm", origin: "vm1", size: "16M" };
+  const snapshots = ["a", "b"].map((name) => lvSnapshotInputs.parse({ ...one, name }));
+  const context: Context = {
+    ...{ host: asked, resource: "BackupImage vm1", signal: new AbortController().signal },
+    ...{ progress: () => undefined, warn: () => undefined, open: async () => asked },
+  };
+  await takeTogether(context, snapshots, { freeze, thaw, timeoutSeconds: 5 });
   return (asked.changes[0]?.argv ?? []).map((argument) => argument.replace("/run/", `${folder}/`));
 }
 
@@ -153,4 +168,44 @@ it("gives up when LVM's lock is taken from it again and again, thawed", async ()
   const argv = await command(note("freeze"), note("thaw"));
   expect(await ended(start(argv, `echo "Can't get lock for VgVm" >&2; exit 5`))).toBe(5);
   expect(log()).toEqual(["freeze", "thaw", "freeze", "thaw", "freeze", "thaw"]);
+});
+
+it("takes the snapshots of one moment while the VM stands still once", async () => {
+  const argv = await commandOfTwo(note("freeze"), note("thaw"));
+  expect(await ended(start(argv, note('"lvcreate $*"')))).toBe(0);
+  const of = (name: string) => expect.stringMatching(new RegExp(`^lvcreate -s .*-n ${name} .* --config `));
+  expect(log()).toEqual(["freeze", of("a"), of("b"), "thaw"]);
+});
+
+it("takes no second snapshot after a first that failed, thaws, and tells its exit code", async () => {
+  const argv = await commandOfTwo(note("freeze"), note("thaw"));
+  expect(await ended(start(argv, `${note("lvcreate")}; exit 5`))).toBe(5);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
+});
+
+it("freezes no second time a moment of which a part was taken", async () => {
+  const argv = await commandOfTwo(note("freeze"), note("thaw"));
+  const second = `case "$*" in *"-n b"*) echo "Can't get lock for VgVm" >&2; exit 5;; esac; ${note("lvcreate")}`;
+  expect(await ended(start(argv, second))).toBe(5);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
+});
+
+it("freezes nothing where one of the snapshots is there already", async () => {
+  const argv = await commandOfTwo(note("freeze"), note("thaw"));
+  const lvs = 'case "$*" in VgVm/b) exit 0;; esac; exit 5';
+  expect(await ended(start(argv, note("lvcreate"), lvs))).toBe(77);
+  expect(log()).toEqual([]);
+});
+
+it("freezes one VM once at a time, whichever of its volumes is snapshotted", async () => {
+  const freeze = note("freeze");
+  const one = await commandOfTwo(freeze, note("thaw"));
+  const other = (await command(freeze, note("thaw"))).map((argument) =>
+    argument.replace("quiesce.VgVm.vm1", "quiesce.VgVm.other"),
+  );
+  const first = ended(start(one, `${note("lvcreate")}; sleep 0.3`));
+  await vi.waitFor(() => expect(log()).toContain("lvcreate"), { timeout: 10_000 });
+  expect(await ended(start(other, note("lvcreate")))).toBe(0);
+  expect(await first).toBe(0);
+  expect(log()).toEqual(["freeze", "lvcreate", "lvcreate", "thaw", "freeze", "lvcreate", "thaw"]);
 });
