@@ -40,6 +40,11 @@ function table(head: readonly string[], body: readonly (readonly string[])[]): s
   return [line(head), line(head.map(() => "---")), ...body.map(line)].join("\n");
 }
 
+function outputTable(of: readonly (readonly [string, Json, boolean])[]): string {
+  const body = of.map(([key, node]) => [`\`${key}\``, cell(typeText(node)), cell(node.description)]);
+  return table(["output", "type", "meaning"], body);
+}
+
 const blocks: Record<string, string> = {
   errors: table(
     ["code", "what it means and what to do"],
@@ -63,14 +68,10 @@ for (const type of resourceTypes) {
       key === "host" ? "The server." : cell(node.description),
     ]),
   );
-  blocks[`${type.type} outputs`] = table(
-    ["output", "type", "meaning"],
-    rows(type.outputs, "output").map(([key, node]) => [
-      `\`${key}\``,
-      cell(typeText(node)),
-      cell(node.description),
-    ]),
-  );
+  blocks[`${type.type} outputs`] = outputTable(rows(type.outputs, "output"));
+  for (const [key, value] of Object.entries(type.outputs.shape))
+    if (value instanceof z.ZodArray && value.element instanceof z.ZodObject)
+      blocks[`${type.type} ${key}`] = outputTable(rows(value.element, "output"));
 }
 const connection = rows(resourceTypes[0]?.inputs as z.ZodObject, "input").find(
   ([key]) => key === "host",

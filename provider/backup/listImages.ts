@@ -2,7 +2,7 @@
 import { parseOutput, script, succeed } from "../core/command.js";
 import type { Context } from "../core/resource.js";
 import { imageFunctions } from "../linux/copyJob.js";
-import { contentFacts, readManifest, takenAtOf } from "../resources/image.js";
+import { contentFacts, readManifest, snapshotOf } from "../resources/image.js";
 import { createHostPool } from "../ssh/pool.js";
 import type { HostArgs, RemoteCommand } from "../ssh/types.js";
 
@@ -23,8 +23,13 @@ export interface Image {
   readonly takenAt: string | undefined;
   /** Whether its source was read a second time and was the same. */
   readonly verified: boolean;
-  /** Whether the file is there, with the size and time of modification that its manifest tells. */
+  /** Whether the file has the size and time of modification that its manifest tells. */
   readonly sound: boolean;
+  /** The volume, where it is an image of a known snapshot. */
+  readonly volumeGroup: string | undefined;
+  readonly origin: string | undefined;
+  /** The files of all images of the same moment, this one's too. */
+  readonly together: readonly string[];
 }
 
 const listScript = `${imageFunctions}
@@ -42,7 +47,7 @@ echo end
 
 /**
  * What images are in a folder of a host, the newest first: for a program to loop over, and for `generations` to
- * choose from. Files without a manifest of this package are passed over, and so are folders in it.
+ * choose from. Files without a manifest of this package are passed over, manifests whose image is gone too, and folders.
  *
  * @param host - as the `host` of a resource
  * @param folder - absolute path
@@ -83,14 +88,20 @@ function parseImages(stdout: string): Image[] {
       .split(" ")
       .map((word) => Buffer.from(word, "base64").toString("utf8"));
     const manifest = readManifest(text);
-    if (manifest === undefined) return [];
+    if (manifest === undefined || facts === "-") return [];
     const { format, sha256, sizeBytes, verified } = manifest.image;
     const sound = manifest.image.facts === contentFacts(facts);
     const name = file.slice(file.lastIndexOf("/") + 1);
     const generation = name.replace(/(?<=.)\.[^.]*$/, "");
     const { completedAt } = manifest;
-    const takenAt = takenAtOf(manifest);
-    return [{ file, generation, format, sha256, sizeBytes, completedAt, takenAt, verified, sound }];
+    const { takenAt, volumeGroup, origin } = snapshotOf(manifest) ?? {};
+    const { together = [file] } = manifest;
+    return [
+      {
+        ...{ file, generation, format, sha256, sizeBytes, completedAt, takenAt, verified, sound },
+        ...{ volumeGroup, origin, together },
+      },
+    ];
   });
   return images.sort((one, other) => Date.parse(other.completedAt) - Date.parse(one.completedAt));
 }

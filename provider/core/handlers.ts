@@ -126,6 +126,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
       else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
         const sameHost = await isSameHost(state.host, wanted.host as HostArgs);
+        if (!sameHost) type.refuseMove?.(state, wanted);
         changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
       }
       if (wanted.adopt !== undefined && wanted.adopt !== state.adopt)

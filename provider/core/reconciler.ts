@@ -183,7 +183,7 @@ async function removeOnce(type: AnyResourceType, context: Context, state: Common
   }
   await type.remove(context, state, seen);
   const left = await type.observe(context, state);
-  if (left === undefined || !isOurs(type, left, state, state)) return;
+  if (left === undefined || !isOurs(type, left, state, state) || type.isSuperseded?.(left, state)) return;
   throw new LvmNbdError("COMMAND_FAILED", {
     message: "it was removed without an error and is still there",
     host: context.host.name,
@@ -215,7 +215,7 @@ function refuseForeign(
     return;
   }
   throw new LvmNbdError("FOREIGN_RESOURCE", {
-    message: `${type.id(wanted, context.host.name)} exists already ${ownerPhrase(seen)}`,
+    message: `${seen.what ?? type.id(wanted, context.host.name)} exists already ${ownerPhrase(seen)}`,
     host: context.host.name,
     resource: context.resource,
     advice:

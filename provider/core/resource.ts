@@ -20,6 +20,8 @@ export interface CommonObservation {
   readonly mark: string | undefined;
   /** True for what an interrupted create of ours left that is not yet the thing: it counts as not there. */
   readonly halfMade?: boolean;
+  /** What of the resource the mark is on, where it is several things. */
+  readonly what?: string | undefined;
 }
 
 /** Where an operation runs and how it reports. */
@@ -96,6 +98,8 @@ export interface ResourceType<
   toState(declared: Inputs | State, observed: Observed): State;
   /** What differs between the state and the declaration, `host` aside. `unknown` are properties only known later. */
   diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[];
+  /** Refuses, with INVALID_INPUT, a declaration for another host that would lose what is kept. */
+  refuseMove?(state: State, wanted: Partial<Inputs>): void;
   /** True if, were they on one host, old and new could not exist beside one another, so that the old is removed first. */
   collides(state: State, wanted: Partial<Inputs>): boolean;
   /** Refuses, by looking only, what `create` would refuse: asked before an old thing is removed for a new one. */

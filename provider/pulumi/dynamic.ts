@@ -133,18 +133,11 @@ export class VolumeCopy extends LvmNbdResource {
   }
 }
 
-/** One moment of a volume, as a verified image in a file of another host. */
+/** One moment of the volumes of a VM, as verified images in files of another host. */
 export class BackupImage extends LvmNbdResource {
-  declare readonly file: pulumi.Output<string>;
-  declare readonly manifest: pulumi.Output<BackupImageOutputs["manifest"]>;
-  declare readonly sha256: pulumi.Output<BackupImageOutputs["sha256"]>;
-  declare readonly sizeBytes: pulumi.Output<BackupImageOutputs["sizeBytes"]>;
-  declare readonly allocatedBytes: pulumi.Output<BackupImageOutputs["allocatedBytes"]>;
-  declare readonly seconds: pulumi.Output<BackupImageOutputs["seconds"]>;
-  declare readonly bytesPerSecond: pulumi.Output<BackupImageOutputs["bytesPerSecond"]>;
+  declare readonly volumes: pulumi.Output<BackupImageOutputs["volumes"]>;
+  declare readonly images: pulumi.Output<BackupImageOutputs["images"]>;
   declare readonly takenAt: pulumi.Output<BackupImageOutputs["takenAt"]>;
-  declare readonly completedAt: pulumi.Output<BackupImageOutputs["completedAt"]>;
-  declare readonly filesystem: pulumi.Output<BackupImageOutputs["filesystem"]>;
   declare readonly state: pulumi.Output<BackupImageOutputs["state"]>;
 
   constructor(name: string, args: BackupImageArgs, options?: pulumi.CustomResourceOptions) {

@@ -1,69 +1,80 @@
 /**
- * BackupImage: one moment of a volume as a verified image on another host.
+ * BackupImage: one moment of the volumes of a VM, as verified images on another host.
  *
- * The volume is snapshotted (frozen by `quiesce`), the snapshot is exported to the image's host alone, copied, verified, and
- * everything on the source is taken down again. Snapshot and export carry the mark of a series, all backups of this volume to
- * this folder, so that what a killed run has left is found by the next one, whatever generation that makes. An image once
- * made is history: nothing but `triggers` ever makes `pulumi up` put another moment in its place.
+ * The volumes are snapshotted as one moment (frozen by `quiesce`), each snapshot is exported to the images' host alone and
+ * copied, all are verified, then all get their names, and everything on the source is taken down again. An image once made
+ * is history: nothing but `triggers` ever makes `pulumi up` put another moment in its place.
  */
-import { createHash, randomUUID } from "node:crypto";
+import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { script, succeed } from "../core/command.js";
+import { succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { commonInputs, hostInput, refusing, triggersInput } from "../core/inputs.js";
-import { generationMark, ownerMark, ownerOf } from "../core/owner.js";
-import { converge as convergeOn, PartialSuccess, remove as removeFrom } from "../core/reconciler.js";
+import { generationMark, ownerMark, ownerOfMark } from "../core/owner.js";
 import {
-  type AnyResourceType,
   type Change,
   ChangedMeanwhile,
-  type CommonInputs,
+  type CommonObservation,
   type Context,
   type Problem,
   type ResourceType,
 } from "../core/resource.js";
-import { serially } from "../core/serial.js";
 import { clientProblem } from "../linux/addresses.js";
-import { copyName, folderOf } from "../linux/copyJob.js";
-import { livingCopiesScript } from "../linux/copyScripts.js";
 import { nbdServers } from "../linux/nbd.js";
 import { hostName } from "../ssh/config.js";
 import {
+  commitCopy,
   compressProblems,
-  copyImage,
+  discardUnfinished,
   type ImageObservation,
   imageInputs,
   imageOutputs,
-  imageResource,
   imageState,
+  inspectImage,
   isAsMade,
   isDecided,
+  isFinalFailure,
   isRotten,
   keepImage,
   noImage,
   observeImage,
   removeImage,
   requireDestination,
+  snapshotOf,
   takenAtOf,
+  type VerifiedCopy,
+  verifiedCopy,
 } from "./image.js";
-import { type LvSnapshotOutputs, lvSnapshot, lvSnapshotInputs } from "./lvSnapshot.js";
-import { type NbdExportOutputs, nbdExport, nbdExportInputs } from "./nbdExport.js";
-import { volumes } from "./volumes.js";
+import { type LvSnapshotOutputs, lvSnapshotInputs } from "./lvSnapshot.js";
+import {
+  alone,
+  endExport,
+  exportPart,
+  keptMoment,
+  type Moment,
+  momentOf,
+  sweep,
+  takeDown,
+  takeMoment,
+} from "./moment.js";
+import { nbdExportInputs } from "./nbdExport.js";
 
 const { volumeGroup, origin, size, chunkSize, quiesce } = lvSnapshotInputs.shape;
 const { listenAddress, port } = nbdExportInputs.shape;
+const { file, ...copyInputs } = imageInputs;
 
 const inputs = z.strictObject({
   ...commonInputs,
   source: z
     .strictObject({
       host: hostInput,
-      volumeGroup: volumeGroup.describe("Volume group of the volume."),
-      origin: origin.describe("Logical volume that is backed up."),
-      ...{ size, chunkSize, quiesce },
+      quiesce: quiesce.describe(
+        "Commands run around the taking of all snapshots, as root: the volumes are then of one moment. Without them each is " +
+          "as after a power failure, and several are taken one after the other. They are shown in errors: let them name no secret.",
+      ),
       listenAddress: listenAddress.describe(
-        "Address of the source at which the image's host reaches it. The moment is exported there, to that host alone, while " +
+        "Address of the source at which the images' host reaches it. The moment is exported there, to that host alone, while " +
           "it is copied.",
       ),
       clientAddress: z
@@ -71,7 +82,7 @@ const inputs = z.strictObject({
         .superRefine(refusing(clientProblem))
         .optional()
         .describe(
-          "Address with which the image's host comes to the source. Default: the one that its routes give.",
+          "Address with which the images' host comes to the source. Default: the one that its routes give.",
         ),
       port: port
         .unwrap()
@@ -81,21 +92,56 @@ const inputs = z.strictObject({
         ),
       server: z.enum(nbdServers).default("nbdkit").describe("Program that serves."),
     })
-    .describe("The volume, how its moment is kept (as of an LvSnapshot) and how it is served."),
-  ...imageInputs,
+    .describe("Where the volumes are, how they are brought to rest and how they are served."),
+  volumes: z
+    .array(
+      z.strictObject({
+        volumeGroup: volumeGroup.describe("Volume group of the volume."),
+        origin: origin.describe("Logical volume that is backed up."),
+        ...{ size, chunkSize },
+        file: file.describe("Absolute path of its image on the host. The folder must exist."),
+      }),
+    )
+    .min(1)
+    .describe("The volumes of the VM, how the moment of each is kept (as of an LvSnapshot), and its image."),
+  ...copyInputs,
+  existing: z
+    .boolean()
+    .default(false)
+    .describe(
+      "Whether only images that exist are meant, e.g. of a day that has passed: nothing is ever backed up, and an image that is not there is an error.",
+    ),
   triggers: triggersInput.describe(
-    "Any values; a change of one backs up anew. The earlier image is kept until the new one is verified.",
+    "Any values; a change of one backs up anew. The earlier images are kept until all new ones are verified.",
   ),
 });
 
+const imageStates = ["complete", "changed", "corrupt", "missing"] as const;
+type ImageState = (typeof imageStates)[number];
+
+const { copyId, ...factsOfImage } = imageOutputs;
+
 const outputs = z.object({
-  ...imageOutputs,
-  takenAt: z.string().describe("The moment that the image holds (ISO 8601, by the source's clock)."),
-  state: z
-    .enum(["complete", "changed", "corrupt"])
-    .describe(
-      "`complete`; `changed` (size or time of modification differ from the manifest); `corrupt` (`deepCheck` read something else).",
-    ),
+  images: z
+    .array(
+      z.object({
+        file: z.string().describe("Absolute path of the image."),
+        volumeGroup: z.string().describe("Volume group of the volume."),
+        origin: z.string().describe("Logical volume that was backed up."),
+        ...factsOfImage,
+        takenAt: z.string().describe("The moment that the image holds (ISO 8601, by the source's clock)."),
+        state: z
+          .enum(imageStates)
+          .describe(
+            "`complete`; `changed` (size or time of modification differ from the manifest); `corrupt` (`deepCheck` read something " +
+              "else); `missing`.",
+          ),
+      }),
+    )
+    .describe("The image of each volume, in the order of `volumes`."),
+  takenAt: z.string().describe("The moment of the volumes (ISO 8601, by the source's clock)."),
+  copyId,
+  state: z.enum(imageStates).describe("The worst state of an image."),
 });
 
 type Inputs = z.infer<typeof inputs>;
@@ -106,61 +152,71 @@ export type BackupImageDeclaration = z.input<typeof inputs>;
 /** What a program can read of it. */
 export type BackupImageOutputs = State;
 
-/** Of the declaration only this makes another moment of an image there is. */
+/** What was seen of the images, by their files: of those of which anything is there. */
+interface Observed extends CommonObservation {
+  readonly images: ReadonlyMap<string, ImageObservation>;
+}
+
+/** Of the declaration only this makes another moment of images there are. */
 function generationOf(wanted: Inputs): string {
   return generationMark(["backup", wanted.triggers]);
 }
 
-/** What a backup makes on the source, and takes down again. */
-interface Parts {
-  readonly context: Context;
-  readonly snapshot: CommonInputs & { readonly name: string };
-  /** Its port, where none is declared, is found by trying. */
-  readonly exported: CommonInputs & { readonly port: number };
-  readonly ports: readonly number[];
-  /** What the names of all snapshots of the series begin with. */
-  readonly series: string;
-}
-
-const portsTried = 10;
-
-/** `clientAddress`: "" where it does not matter. */
-async function partsOf(context: Context, wanted: Inputs, clientAddress: string): Promise<Parts> {
-  const { source, file, owner } = wanted;
-  const [organization = "", project = "", stack = ""] = owner.split("/");
-  const volume = `${source.volumeGroup}/${source.origin}`;
-  const what = `${hostName(source.host)} ${volume} to ${context.host.name}:${folderOf(file)}`;
-  const digest = createHash("sha256").update(`${organization}/${project}/${stack} ${what}`).digest();
-  const series = `backup-${digest.toString("hex").slice(0, 16)}-`;
-  const name = `${series}${copyName(file)}`;
-  const common = { host: source.host, owner: ownerOf(organization, project, stack, `backups of ${what}`) };
-  const first = 20_000 + (digest.readUInt32BE(20) % 999) * portsTried;
-  const ports = source.port === undefined ? consecutive(first, portsTried) : [source.port];
-  const host = await context.open(source.host);
+async function observe(context: Context, declared: Inputs | State): Promise<Observed | undefined> {
+  const before = "images" in declared ? declared : undefined;
+  const images = await observeFiles(context, declared.volumes, before);
+  const present = [...images];
+  if (present.length === 0) return undefined;
+  const own = present.filter(([, image]) => isOwn(image, declared, before));
+  const others = present.filter(([, image]) => !isOwn(image, declared, before));
+  // A create is refused by anything of somebody else's; an image that is ours stays so whatever lies beside it.
+  const [decisive] = before === undefined ? [...others, ...own] : [...own, ...others];
   return {
-    context: { ...context, host },
-    snapshot: lvSnapshotInputs.parse({
-      ...common,
-      ...{ volumeGroup: source.volumeGroup, origin: source.origin, name },
-      ...{ size: source.size, chunkSize: source.chunkSize, quiesce: source.quiesce },
-      triggers: wanted.triggers,
-    }),
-    exported: nbdExportInputs.parse({
-      ...common,
-      ...{ device: `/dev/${source.volumeGroup}/${name}`, exportName: name, server: source.server },
-      ...{ listenAddress: source.listenAddress, clients: clientAddress === "" ? [] : [clientAddress] },
-      port: ports[0],
-    }),
-    ports,
-    series,
+    images,
+    what: decisive?.[0],
+    mark: decisive?.[1].mark,
+    halfMade: present.every(([, image]) => image.halfMade),
   };
 }
 
-function consecutive(first: number, count: number): number[] {
-  return Array.from({ length: count }, (_, index) => first + index);
+async function observeFiles(
+  context: Context,
+  files: readonly { readonly file: string }[],
+  before: State | undefined,
+): Promise<Map<string, ImageObservation>> {
+  const seen = await Promise.all(
+    files.map(async ({ file }) => {
+      const filesystem = before?.images.find((image) => image.file === file)?.filesystem || undefined;
+      return [file, await observeImage(context, { file, ...(filesystem && { filesystem }) })] as const;
+    }),
+  );
+  return new Map(seen.flatMap(([file, image]) => (image === undefined ? [] : [[file, image] as const])));
 }
 
-/** With which address the image's host comes to the source. */
+function isOwn(image: ImageObservation, { owner }: Inputs, before: State | undefined): boolean {
+  return (
+    image.mark === ownerMark(owner) ||
+    (before !== undefined &&
+      (image.mark === ownerMark(before.owner) || image.manifest?.copyId === before.copyId))
+  );
+}
+
+/** What tells the images' host from all others, however it is reached: for names on the source. */
+async function destinationOf(context: Context): Promise<string> {
+  const result = await succeed(
+    context,
+    {
+      argv: ["sh", "-c", "uname -n; cat /etc/machine-id 2>/dev/null || :"],
+      kind: "read",
+      deadlineSeconds: 30,
+    },
+    "the host could not be asked for its name",
+  );
+  const [name = "", id = ""] = result.stdout.trim().split("\n");
+  return `${name} ${id.slice(0, 12)}`.trim();
+}
+
+/** With which address the images' host comes to the source. */
 async function clientAddressOf(context: Context, { source }: Inputs): Promise<string> {
   if (source.clientAddress !== undefined) return source.clientAddress;
   const result = await succeed(
@@ -178,120 +234,153 @@ async function clientAddressOf(context: Context, { source }: Inputs): Promise<st
   });
 }
 
-/** One backup of a series at a time in this process, by whatever credentials its hosts are reached. */
-const queue = {};
-
 async function backUp(
   context: Context,
   wanted: Inputs,
-  seen: ImageObservation,
-  copyId: string | undefined,
+  seen: ReadonlyMap<string, ImageObservation>,
+  copyId: string,
 ): Promise<void> {
+  const images = new Map(seen);
   // What cannot end well is refused before the VM is frozen for it.
-  await requireDestination(context, wanted, seen);
-  const parts = await partsOf(context, wanted, await clientAddressOf(context, wanted));
-  await serially(queue, parts.series, async () => {
+  for (const { file } of wanted.volumes)
+    await requireDestination(context, { ...wanted, file }, images.get(file) ?? noImage);
+  const clientAddress = await clientAddressOf(context, wanted);
+  const moment = await momentOf(context, wanted, await destinationOf(context), clientAddress);
+  await alone(moment, async () => {
+    let committing = false;
     try {
-      await sweep(context, parts);
-      if (!(await goesOn(parts, wanted, seen))) await takeDown(parts);
-      const snapshot = (await made(lvSnapshot, parts.context, parts.snapshot)) as LvSnapshotOutputs;
-      const uri = await exportMoment(parts);
-      const copied = { ...wanted, uri, snapshot };
-      await copyImage(context, copied, seen, {
-        copyId: copyId ?? randomUUID(),
-        generation: generationOf(wanted),
-      });
+      await sweep(context, moment);
+      let snapshots = await goesOn(moment, wanted, images);
+      if (snapshots === undefined) {
+        await giveUp(context, wanted, images, copyId);
+        await takeDown(moment);
+        snapshots = await takeMoment(moment);
+      }
+      const verified = await copyAll(context, moment, wanted, images, snapshots, copyId);
+      committing = true;
+      for (const { file } of wanted.volumes) {
+        const [image, copy] = [images.get(file) ?? noImage, verified.get(file)];
+        if (copy === undefined) await keepImage(context, { ...wanted, file }, image, copyId);
+        else await commitCopy(context, { file }, image, copy);
+      }
     } catch (error) {
-      if (!(await mayGoOn(context, wanted, error))) await takeDownAfter(parts);
+      if (!(await mayGoOn(context, wanted, error, committing))) {
+        for (const { file } of wanted.volumes) await discardUnfinished(context, { ...wanted, file });
+        await takeDownAfter(moment);
+      }
       throw error;
     }
     try {
-      await takeDown(parts);
+      await takeDown(moment);
     } catch (error) {
-      if (isLvmNbdError(error, "CANCELLED")) await takeDownAfter(parts);
+      if (isLvmNbdError(error, "CANCELLED")) await takeDownAfter(moment);
       throw error;
     }
   });
 }
 
-/** So long a snapshot waits for the next run of a backup whose copy is complete, or broke off unseen. */
-const waitingHours = 12;
+/**
+ * The moment that is kept for copies of ours that are under way or done; `undefined` if there is none. A moment that was
+ * left for no copy is too old to be meant.
+ */
+async function goesOn(
+  moment: Moment,
+  wanted: Inputs,
+  images: ReadonlyMap<string, ImageObservation>,
+): Promise<LvSnapshotOutputs[] | undefined> {
+  const kept = await keptMoment(moment);
+  // All of them are of one moment.
+  const isOther = wanted.volumes.some(({ file }, index) => {
+    const { manifest } = images.get(file) ?? noImage;
+    return (
+      manifest !== undefined &&
+      isDecided(images.get(file) ?? noImage) &&
+      snapshotOf(manifest)?.uuid !== kept?.[index]?.uuid
+    );
+  });
+  if (isOther) return undefined;
+  const isBegun = wanted.volumes.some(({ file }, index) => {
+    const image = images.get(file);
+    return isOwnPart(image, wanted) || isCopyOf(image, wanted, kept?.[index]);
+  });
+  return isBegun ? kept : undefined;
+}
+
+function isOwnPart(image: ImageObservation | undefined, { owner }: Inputs): boolean {
+  return image?.part?.record?.mark === ownerMark(owner);
+}
+
+/** True if the image has its name already, of this very snapshot. */
+function isCopyOf(
+  image: ImageObservation | undefined,
+  wanted: Inputs,
+  snapshot: LvSnapshotOutputs | undefined,
+): boolean {
+  if (image?.file === undefined || image.manifest === undefined || !isAsMade(image)) return false;
+  if (snapshot === undefined || image.manifest.generation !== generationOf(wanted)) return false;
+  return snapshotOf(image.manifest)?.uuid === snapshot.uuid;
+}
+
+/** Gives up what was begun on another moment. An image that only lacks its name gets it: it is good until all are anew. */
+async function giveUp(
+  context: Context,
+  wanted: Inputs,
+  images: Map<string, ImageObservation>,
+  copyId: string,
+): Promise<void> {
+  for (const { file } of wanted.volumes) {
+    const image = images.get(file);
+    if (image === undefined || !isOwnPart(image, wanted)) continue;
+    if (isDecided(image)) await keepImage(context, { ...wanted, file }, image, copyId);
+    else await discardUnfinished(context, { ...wanted, file });
+    images.set(file, (await observeImage(context, { file })) ?? noImage);
+  }
+}
+
+/** Copies and verifies what does not have its name yet. */
+async function copyAll(
+  context: Context,
+  moment: Moment,
+  wanted: Inputs,
+  images: ReadonlyMap<string, ImageObservation>,
+  snapshots: readonly LvSnapshotOutputs[],
+  copyId: string,
+): Promise<Map<string, VerifiedCopy>> {
+  const verified = new Map<string, VerifiedCopy>();
+  const files = wanted.volumes.map(({ file }) => file);
+  const together = files.length > 1 ? { together: files } : {};
+  for (const [index, part] of moment.parts.entries()) {
+    const [file, snapshot] = [files[index], snapshots[index]];
+    if (file === undefined || snapshot === undefined || isCopyOf(images.get(file), wanted, snapshot))
+      continue;
+    const uri = await exportPart(moment, part);
+    const copied = { ...wanted, file, uri, snapshot, ...together };
+    const identity = { copyId, generation: generationOf(wanted) };
+    verified.set(file, await verifiedCopy(context, copied, images.get(file) ?? noImage, identity));
+    await endExport(moment, part);
+  }
+  return verified;
+}
 
 /**
- * Takes down what other backups of the series have left: for which no copy runs, and none has waited for less than
- * `waitingHours` to be gone on with.
+ * True if a copy goes on without us, or waits for its name, or if that cannot be told: then the moment stays, and the next
+ * run goes on from there.
  */
-async function sweep(context: Context, parts: Parts): Promise<void> {
-  const mark = ownerMark(parts.snapshot.owner);
-  const left = (await volumes(parts.context)).filter(
-    ({ name, tags }) => name.startsWith(parts.series) && name !== parts.snapshot.name && tags.includes(mark),
-  );
-  if (left.length === 0) return;
-  const copyOf = (name: string) => name.slice(parts.series.length);
-  const command = {
-    argv: script(livingCopiesScript, ...left.map(({ name }) => copyOf(name))),
-    ...({ kind: "read", deadlineSeconds: 60 } as const),
-  };
-  const { stdout } = await succeed(context, command, "the copies under way could not be listed");
-  const living = new Set(stdout.split("\n"));
-  for (const { name, volumeGroup, createdAt } of left) {
-    const waits = living.has(`waits ${copyOf(name)}`) && Date.now() / 1000 - createdAt < waitingHours * 3600;
-    if (living.has(`runs ${copyOf(name)}`) || waits) continue;
-    context.progress(`taking down ${volumeGroup}/${name}, which an earlier backup has left`);
-    const device = `/dev/${volumeGroup}/${name}`;
-    await takeDown({
-      ...parts,
-      snapshot: { ...parts.snapshot, name },
-      exported: { ...parts.exported, exportName: name, device } as Parts["exported"],
-    });
-  }
-}
-
-/** True if a copy of ours is under way, from the moment that is kept for it. Any other moment left is too old to be meant. */
-async function goesOn(parts: Parts, wanted: Inputs, seen: ImageObservation): Promise<boolean> {
-  if (seen.part?.record?.mark !== ownerMark(wanted.owner)) return false;
-  const snapshot = lvSnapshotInputs.parse(parts.snapshot);
-  const kept = await lvSnapshot.observe(parts.context, snapshot);
-  return kept?.mark === ownerMark(parts.snapshot.owner) && lvSnapshot.isStale?.(kept, snapshot) === false;
-}
-
-/** A part by its own handlers: what a cut left is found by its mark and finished. */
-async function made(type: AnyResourceType, context: Context, wanted: CommonInputs): Promise<CommonInputs> {
-  try {
-    return await convergeOn(type, context, wanted, undefined);
-  } catch (error) {
-    throw error instanceof PartialSuccess ? error.cause : error;
-  }
-}
-
-/** Returns the uri. */
-async function exportMoment(parts: Parts): Promise<string> {
-  const kept = await nbdExport.observe(parts.context, nbdExportInputs.parse(parts.exported));
-  const ports = kept?.plan !== undefined && parts.ports.length > 1 ? [kept.plan.port] : [];
-  let taken: unknown;
-  for (const port of [...ports, ...parts.ports]) {
-    try {
-      const exported = await made(nbdExport, parts.context, { ...parts.exported, port } as CommonInputs);
-      return (exported as NbdExportOutputs).uri;
-    } catch (error) {
-      if (!isLvmNbdError(error, "PORT_IN_USE")) throw error;
-      taken = error;
-    }
-  }
-  throw taken;
-}
-
-/**
- * True if the copy goes on without us, or if that cannot be told: then its snapshot and its export stay, and the next run
- * goes on from there.
- */
-async function mayGoOn(context: Context, wanted: Inputs, error: unknown): Promise<boolean> {
-  // The same run looks again and goes on.
-  if (error instanceof ChangedMeanwhile || isLvmNbdError(error, "LINK_LOST")) return true;
+async function mayGoOn(
+  context: Context,
+  wanted: Inputs,
+  error: unknown,
+  committing: boolean,
+): Promise<boolean> {
+  if (isLvmNbdError(error, "LINK_LOST")) return true;
+  // While they get their names, verified images are kept.
+  if (committing ? isLvmNbdError(error, "COPY_FAILED") : isFinalFailure(error)) return false;
   try {
     const looking = { ...context, signal: AbortSignal.timeout(60_000) };
-    const seen = await observeImage(looking, wanted);
-    return seen?.part?.record?.mark === ownerMark(wanted.owner);
+    const images = [...(await observeFiles(looking, wanted.volumes, undefined)).values()];
+    // The same run looks again and goes on, unless it will find somebody else's there.
+    if (error instanceof ChangedMeanwhile) return images.every((image) => isOwn(image, wanted, undefined));
+    return images.some((image) => isOwnPart(image, wanted));
   } catch (reason) {
     context.warn(
       `whether the copy goes on cannot be told (${firstLine(reason)}): its snapshot and export stay for the next \`pulumi up\``,
@@ -300,41 +389,110 @@ async function mayGoOn(context: Context, wanted: Inputs, error: unknown): Promis
   }
 }
 
-async function takeDown({ context, exported, snapshot }: Parts): Promise<void> {
-  await removeFrom(nbdExport, context, exported);
-  await removeFrom(lvSnapshot, context, snapshot);
-}
-
 /** After a failure, or a cancel, whose signal is aborted already. */
-async function takeDownAfter(parts: Parts): Promise<void> {
+async function takeDownAfter(moment: Moment): Promise<void> {
+  const { context } = moment;
   try {
-    await takeDown({ ...parts, context: { ...parts.context, signal: AbortSignal.timeout(180_000) } });
+    await takeDown({ ...moment, context: { ...context, signal: AbortSignal.timeout(180_000) } });
   } catch (error) {
-    parts.context.warn(
-      `the snapshot or the export is left on the source, the next backup takes it down: ${firstLine(error)}`,
+    context.warn(
+      `a snapshot or an export is left on the source, the next backup takes it down: ${firstLine(error)}`,
     );
   }
+}
+
+async function create(context: Context, wanted: Inputs): Promise<void> {
+  requireMaking(context, wanted, []);
+  await backUp(context, wanted, new Map(), randomUUID());
+}
+
+/** `there`: files whose images exist. */
+function requireMaking(context: Context, wanted: Inputs, there: readonly string[]): void {
+  const missing = wanted.volumes.map(({ file }) => file).filter((file) => !there.includes(file));
+  if (!wanted.existing || missing.length === 0) return;
+  throw new LvmNbdError("INVALID_INPUT", {
+    message: `existing: ${missing.join(", ")} is not there, and a backup of now would not be what it was`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "existing",
+    advice:
+      "Bring the image back with its manifest, or remove the resource (of a VmBackup: the manifest) so that it is no longer meant.",
+  });
 }
 
 async function converge(
   context: Context,
   wanted: Inputs,
-  seen: ImageObservation,
+  seen: Observed,
   old: State | undefined,
 ): Promise<void> {
-  const asDeclared = seen.manifest?.generation === generationOf(wanted);
-  // A create over an image that somebody has changed is no history.
-  const isHistory = seen.file !== undefined && (old !== undefined || isAsMade(seen));
-  if (!asDeclared || !(isHistory || isDecided(seen))) return backUp(context, wanted, seen, old?.copyId);
-  await keepImage(context, wanted, seen, old?.copyId);
-  await takeDownLeft(context, wanted);
+  const images = new Map(seen.images);
+  const unseen = wanted.volumes.filter(({ file }) => !old?.volumes.some((one) => one.file === file));
+  if (old !== undefined)
+    for (const [file, image] of await observeFiles(context, unseen, undefined)) images.set(file, image);
+  for (const { file } of wanted.volumes) refuseForeign(context, wanted, file, images.get(file), old);
+  const copyId = old?.copyId ?? randomUUID();
+  const there = wanted.volumes
+    .map(({ file }) => file)
+    .filter((file) => images.get(file)?.file !== undefined || isDecided(images.get(file) ?? noImage));
+  if (isKept(wanted, images, there, old)) {
+    for (const { file } of wanted.volumes) {
+      const image = images.get(file);
+      if (image !== undefined) await keepImage(context, { ...wanted, file }, image, copyId);
+    }
+    await takeDownLeft(context, wanted);
+  } else {
+    requireMaking(context, wanted, there);
+    await backUp(context, wanted, images, copyId);
+  }
+  for (const { file } of old?.volumes ?? [])
+    if (!wanted.volumes.some((one) => one.file === file))
+      await removeOwn(context, file, images.get(file), old);
 }
 
-/** What a broken backup of this image has left. A source that is gone for good must not keep its images from being managed. */
+/** True if what is there is what is meant, or is history. */
+function isKept(
+  wanted: Inputs,
+  images: ReadonlyMap<string, ImageObservation>,
+  there: readonly string[],
+  old: State | undefined,
+): boolean {
+  if (old !== undefined && generationOf(old) === generationOf(wanted)) return there.length > 0;
+  if (there.length < wanted.volumes.length) return false;
+  if (wanted.existing) return true;
+  return wanted.volumes.every(({ file }) => {
+    const image = images.get(file) ?? noImage;
+    // A create over an image that somebody has changed is no history.
+    return image.manifest?.generation === generationOf(wanted) && (isAsMade(image) || isDecided(image));
+  });
+}
+
+function refuseForeign(
+  context: Context,
+  wanted: Inputs,
+  file: string,
+  image: ImageObservation | undefined,
+  old: State | undefined,
+): void {
+  if (image === undefined || isOwn(image, wanted, old)) return;
+  if (wanted.adopt && image.mark === undefined) return;
+  throw new LvmNbdError("FOREIGN_RESOURCE", {
+    message:
+      image.mark === undefined
+        ? `${file} exists already and carries no owner mark`
+        : `${file} exists already and belongs to ${ownerOfMark(image.mark)}`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "volumes",
+    advice: "Nothing was touched. Choose another `file`, or move away what is there.",
+  });
+}
+
+/** What a broken backup has left. A source that is gone for good must not keep its images from being managed. */
 async function takeDownLeft(context: Context, wanted: Inputs): Promise<void> {
   try {
-    const parts = await partsOf(context, wanted, "");
-    await serially(queue, parts.series, () => takeDown(parts));
+    const moment = await momentOf(context, wanted, await destinationOf(context), "");
+    await alone(moment, () => takeDown(moment));
   } catch (error) {
     context.warn(
       `whether a broken backup left a snapshot on ${hostName(wanted.source.host)} cannot be told: ${firstLine(error)}`,
@@ -342,32 +500,85 @@ async function takeDownLeft(context: Context, wanted: Inputs): Promise<void> {
   }
 }
 
-async function remove(context: Context, state: State, seen: ImageObservation): Promise<void> {
-  await removeImage(context, state, seen);
+async function remove(context: Context, state: State, { images }: Observed): Promise<void> {
+  for (const { file } of state.volumes) await removeOwn(context, file, images.get(file), state);
   await takeDownLeft(context, state);
 }
 
-function toState(declared: Inputs | State, seen: ImageObservation): State {
-  const before = "sha256" in declared ? declared : undefined;
-  const rotten = isRotten(before, seen) ? "corrupt" : "complete";
+/** What has become somebody else's, or another resource's of ours, is left alone. */
+async function removeOwn(
+  context: Context,
+  file: string,
+  image: ImageObservation | undefined,
+  state: State | undefined,
+): Promise<void> {
+  if (image === undefined || state === undefined) return;
+  const isSuperseded = image.manifest !== undefined && image.manifest.copyId !== state.copyId;
+  if (isOwn(image, state, state) && !isSuperseded) return removeImage(context, { ...state, file }, image);
+  context.warn(`${file} is not what was made here; it is left alone`);
+}
+
+function toState(declared: Inputs | State, { images: seen }: Observed): State {
+  const before = "images" in declared ? declared : undefined;
+  const images = declared.volumes.map(({ file, volumeGroup, origin }) => {
+    const image = seen.get(file) ?? noImage;
+    const was = before?.images.find((one) => one.file === file);
+    const { copyId: _, ...facts } = imageState(file, was && { ...was, copyId: "" }, image);
+    return {
+      ...{ file, volumeGroup, origin, ...facts },
+      filesystem: facts.filesystem || (was?.filesystem ?? ""),
+      takenAt: (image.manifest && takenAtOf(image.manifest)) ?? was?.takenAt ?? "",
+      state: stateOf(image, was),
+    };
+  });
+  const takenAt = images.map((image) => image.takenAt).filter((time) => time !== "");
+  const made = [...seen.values()].find(({ manifest }) => manifest !== undefined)?.manifest;
+  const states = images.map(({ state }) => state);
   return {
     ...declared,
-    ...imageState(declared.file, before, seen),
-    takenAt: (seen.manifest && takenAtOf(seen.manifest)) ?? before?.takenAt ?? "",
-    state: isAsMade(seen) ? rotten : "changed",
+    images,
+    takenAt: takenAt.sort()[0] ?? "",
+    copyId: before?.copyId ?? made?.copyId ?? "",
+    state: imageStates.findLast((state) => states.includes(state)) ?? "complete",
   };
+}
+
+function stateOf(
+  image: ImageObservation,
+  before: { readonly state: string; readonly completedAt: string } | undefined,
+): ImageState {
+  if (image.file === undefined) return "missing";
+  if (!isAsMade(image)) return "changed";
+  return isRotten(before, image) ? "corrupt" : "complete";
+}
+
+async function inspect(context: Context, state: State, seen: Observed): Promise<Observed> {
+  const images = new Map(seen.images);
+  for (const [file, image] of images)
+    images.set(file, await inspectImage(context, { file, deepCheck: state.deepCheck }, image));
+  return { ...seen, images };
+}
+
+type Volumes = Partial<Inputs>["volumes"];
+
+function filesOf(volumes: Volumes): string[] {
+  return (volumes ?? []).map(({ file }) => file).sort();
 }
 
 function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
   const changes: Change[] = [];
   const changed = (property: keyof Inputs & string) =>
     unknown.has(property) || !isDeepStrictEqual(wanted[property], state[property]);
-  if (changed("file")) changes.push({ property: "file", effect: "replace" });
   for (const property of ["triggers", "owner"] as const)
     if (changed(property)) changes.push({ property, effect: "update" });
+  if (changed("volumes")) {
+    const sameFiles =
+      !unknown.has("volumes") && isDeepStrictEqual(filesOf(wanted.volumes), filesOf(state.volumes));
+    changes.push({ property: "volumes", effect: sameFiles ? "connection" : "update" });
+  }
   // How the next one is to be made.
   const later = ["source", "format", "compress", "connections", "bandwidthLimit", "verify", "deepCheck"];
-  for (const property of later as (keyof Inputs)[])
+  for (const property of [...later, "existing"] as (keyof Inputs)[])
     if (changed(property)) changes.push({ property, effect: "connection" });
   return changes;
 }
@@ -378,38 +589,89 @@ function validate(
   unknown: ReadonlySet<string>,
 ): Problem[] {
   const problems = compressProblems(wanted, unknown);
-  const moves = old?.file !== undefined && wanted.file !== undefined && old.file !== wanted.file;
-  // A moment that is kept is not given up for one of now without a word.
-  if (moves && !unknown.has("triggers") && isDeepStrictEqual(old.triggers ?? [], wanted.triggers ?? [])) {
-    const reason = `would give up the moment in ${old.file} for one of now in ${wanted.file}: declare another resource for that, or change \`triggers\` as well`;
-    problems.push({ property: "file", reason });
+  const { volumes = [] } = wanted;
+  const twice = (values: readonly string[]) => values.find((value, index) => values.indexOf(value) < index);
+  const file = twice(volumes.map((volume) => volume.file));
+  if (file !== undefined)
+    problems.push({ property: "volumes", reason: `two of them have the image ${file}` });
+  const volume = twice(volumes.map(nameOf));
+  if (volume !== undefined) problems.push({ property: "volumes", reason: `${volume} is there twice` });
+  if (old === undefined || unknown.has("triggers") || unknown.has("volumes")) return problems;
+  if (!isDeepStrictEqual(old.triggers ?? [], wanted.triggers ?? [])) {
+    if (wanted.existing === true)
+      problems.push({
+        property: "triggers",
+        reason: "would back up anew, which `existing: true` forbids: leave them as they were",
+      });
+    return problems;
+  }
+  // A moment that is kept is not given up for one of now without a word, nor is another one put beside it.
+  for (const one of volumes) {
+    if ((old.volumes ?? []).some((other) => other.file === one.file)) continue;
+    const before = (old.volumes ?? []).find((other) => nameOf(other) === nameOf(one));
+    const reason =
+      before === undefined
+        ? `${nameOf(one)} was not part of this moment: declare another resource for it, or change \`triggers\` as well to back up all of them anew`
+        : `would give up the moment in ${before.file} for one of now in ${one.file}: declare another resource for that, or change \`triggers\` as well`;
+    problems.push({ property: "volumes", reason });
   }
   return problems;
 }
 
+function nameOf({ volumeGroup, origin }: { readonly volumeGroup: string; readonly origin: string }): string {
+  return `${volumeGroup}/${origin}`;
+}
+
 /** The resource as the reconciler sees it. */
-export const backupImage: ResourceType<Inputs, State, ImageObservation> = {
+export const backupImage: ResourceType<Inputs, State, Observed> = {
   type: "BackupImage",
-  description: "One moment of a volume, as a verified image in a file of another host.",
+  description: "One moment of the volumes of a VM, as verified images in files of another host.",
   inputs,
   outputs,
   validate,
-  ...imageResource,
-  isStale: (seen, wanted) => !isAsMade(seen) || seen.manifest?.generation !== generationOf(wanted),
+  predict: () => ({}),
+  id: ({ volumes }, name) => `${name}${volumes.map(({ file }) => file).join(",")}`,
+  observe,
+  inspect,
+  isSame: ({ images }, state) =>
+    [...images.values()].some(({ manifest }) => manifest !== undefined && manifest.copyId === state.copyId),
+  isSuperseded({ images }, state) {
+    const manifests = [...images.values()].flatMap(({ manifest }) => manifest ?? []);
+    return manifests.length > 0 && manifests.every((manifest) => manifest.copyId !== state.copyId);
+  },
+  isStale: ({ images }, wanted) =>
+    wanted.volumes.some(({ file }) => {
+      const image = images.get(file) ?? noImage;
+      return !isAsMade(image) || image.manifest?.generation !== generationOf(wanted);
+    }),
+  // New images are verified under names of their own before they take the old ones'.
+  collides: () => false,
   toState,
   diff,
-  create: (context, wanted) => backUp(context, wanted, noImage, undefined),
+  refuseMove(state, wanted) {
+    if (!isDeepStrictEqual(state.triggers, wanted.triggers ?? [])) return;
+    const host = wanted.host === undefined ? "another host" : hostName(wanted.host);
+    throw new LvmNbdError("INVALID_INPUT", {
+      message: `host: would give up the moment on ${hostName(state.host)} for one of now on ${host}`,
+      property: "host",
+      advice:
+        "Nothing was changed. Declare another resource for that, or change `triggers` as well; if it is the same machine with another address, refresh first.",
+    });
+  },
+  create,
   converge,
   remove,
   drift(state, seen) {
-    const now = toState(state, seen).state;
-    if (now === "complete") return [];
-    const what =
-      now === "changed"
-        ? "was changed: its size or time of modification are not those of the manifest"
-        : "does not read back as it was made";
-    return [
-      `${state.file} ${what}. It is left as it is, since a backup of now would not be what it was: remove the resource, or change \`triggers\` to put one of now in its place`,
-    ];
+    return toState(state, seen).images.flatMap(({ file, state: now }) => {
+      if (now === "complete") return [];
+      const what = {
+        changed: "was changed: its size or time of modification are not those of the manifest",
+        corrupt: "does not read back as it was made",
+        missing: "is not there any more",
+      }[now];
+      return [
+        `${file} ${what}. It is left as it is, since a backup of now would not be what it was: remove the resource, or change \`triggers\` to put one of now in its place`,
+      ];
+    });
   },
 };

@@ -113,6 +113,8 @@ export interface CopyWanted extends z.infer<z.ZodObject<Omit<typeof imageInputs,
   readonly owner: string;
   readonly uri: string;
   readonly snapshot?: SnapshotReference | undefined;
+  /** The files of all images of the same moment, where they are several. */
+  readonly together?: readonly string[] | undefined;
 }
 
 /** Only a qcow2 image can be compressed. */
@@ -161,8 +163,10 @@ const manifestShape = z.object({
   startedAt: z.string(),
   completedAt: z.string(),
   tools: z.string(),
+  /** The files of all images of the same moment, this one's too. */
+  together: z.array(z.string()).optional(),
 });
-type Manifest = z.infer<typeof manifestShape>;
+export type Manifest = z.infer<typeof manifestShape>;
 
 /** In the folder of an unfinished copy: whose it is, what for, and whether its job reads the source a second time. */
 const recordShape = z.object({ mark: z.string(), generation: z.string(), verify: z.boolean() });
@@ -288,10 +292,23 @@ export function readManifest(text: string | undefined): Manifest | undefined {
   return parsed(text, manifestShape);
 }
 
+const snapshotShape = z.object({
+  snapshot: z.object({
+    uuid: z.string().optional(),
+    volumeGroup: z.string().optional(),
+    origin: z.string().optional(),
+    takenAt: z.string(),
+  }),
+});
+
+/** The snapshot that an image is of; `undefined` for one of no known snapshot. */
+export function snapshotOf({ source }: Manifest): z.infer<typeof snapshotShape>["snapshot"] | undefined {
+  return snapshotShape.safeParse(source).data?.snapshot;
+}
+
 /** The moment that an image holds (ISO 8601); `undefined` for one of no known snapshot. */
 export function takenAtOf(manifest: Manifest): string | undefined {
-  return z.object({ snapshot: z.object({ takenAt: z.string() }) }).safeParse(manifest.source).data?.snapshot
-    .takenAt;
+  return snapshotOf(manifest)?.takenAt;
 }
 
 /** Size and time of what `facts` tells: an inode is another one after a restore, the content is not. */
@@ -471,28 +488,56 @@ const failures: readonly ErrorCode[] = [
   ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED"] as const),
 ];
 
+/** What cannot be served as declared: then nothing of a copy is of use either. */
+const notServed: readonly ErrorCode[] = [
+  ...(["ADDRESS_NOT_LOCAL", "CLIENTS_NOT_ENFORCED", "EXPORT_NOT_SERVING", "EXPORT_UNREACHABLE"] as const),
+  ...(["FOREIGN_RESOURCE", "PORT_IN_USE", "PROGRAM_MISSING"] as const),
+];
+
+/** True for a failure after which nothing will go on with the copy. */
+export function isFinalFailure(error: unknown): boolean {
+  return isLvmNbdError(error, ...failures, ...notServed);
+}
+
 /** Whose life an image belongs to, and the mark of what it was made for. */
 export interface ImageIdentity {
   readonly copyId: string;
   readonly generation: string;
 }
 
-/** Makes the copy, or goes on with one of ours that runs or has ended. */
+/** A copy that is complete and verified, and does not have its name yet. */
+export interface VerifiedCopy {
+  readonly recordDigest: string;
+  readonly imageFacts: string;
+  readonly manifest: Manifest;
+}
+
+/** Makes the copy and gives it its name, or goes on with one of ours that runs or has ended. */
 export async function copyImage(
   context: Context,
   wanted: CopyWanted,
   seen: ImageObservation,
   identity: ImageIdentity,
 ): Promise<void> {
+  await commitCopy(context, wanted, seen, await verifiedCopy(context, wanted, seen, identity));
+}
+
+/** Makes the copy up to its name, or goes on with one of ours. What has failed for good is removed. */
+export async function verifiedCopy(
+  context: Context,
+  wanted: CopyWanted,
+  seen: ImageObservation,
+  identity: ImageIdentity,
+): Promise<VerifiedCopy> {
   const paths = copyPaths(wanted.file);
-  const { uri, snapshot: reference, format, compress } = wanted;
-  // Also of a known snapshot another `uri` is another source: that it serves the snapshot is the program's word alone.
-  const generation = generationMark([identity.generation, uri, reference?.uuid ?? "", format, compress]);
+  const { snapshot: reference, format, compress } = wanted;
+  const generation = generationMark([identity.generation, reference?.uuid ?? "", format, compress]);
   let { part } = seen;
-  if (part?.record !== undefined && isDecided(seen) && seen.manifest?.generation === identity.generation) {
-    await commit(context, paths, seen, part.recordDigest, part.imageFacts, seen.manifest);
-    return;
-  }
+  if (part?.record !== undefined && isDecided(seen) && seen.manifest?.generation === identity.generation)
+    return {
+      ...{ recordDigest: part.recordDigest, imageFacts: part.imageFacts },
+      manifest: { ...seen.manifest, mark: ownerMark(wanted.owner), copyId: identity.copyId },
+    };
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = seen.running || (part?.result !== undefined && wanted.snapshot !== undefined);
   const asDeclared = part?.record?.generation === generation && (part.record.verify || !wanted.verify);
@@ -503,7 +548,6 @@ export async function copyImage(
   }
   let recordDigest = part?.recordDigest;
   let progress: CopyProgress | undefined;
-  let committing = false;
   try {
     if (recordDigest === undefined) {
       const sizeBytes = await preflight(context, wanted, seen);
@@ -520,16 +564,51 @@ export async function copyImage(
       ...{ origin: lv.origin, originUuid: lv.originUuid },
       takenAt: new Date(lv.createdAt * 1000).toISOString(),
     };
-    const manifest = manifestOf(wanted, identity, result, snapshot);
-    context.progress("the image is complete: giving it its name");
-    committing = true;
-    await commit(context, paths, seen, recordDigest, result.facts, manifest);
+    return {
+      recordDigest,
+      imageFacts: result.facts,
+      manifest: manifestOf(wanted, identity, result, snapshot),
+    };
   } catch (error) {
     if (recordDigest === undefined || !isLvmNbdError(error, ...failures)) throw error;
-    // A verified image is kept: its manifest may have its name already, and the next run goes on from there.
-    if (committing && error.code !== "COPY_FAILED") throw error;
     await discardAfter(context, paths, recordDigest);
     throw await explained(context, wanted, error, progress);
+  }
+}
+
+/** Gives a verified copy its name. */
+export async function commitCopy(
+  context: Context,
+  { file }: Pick<CopyWanted, "file">,
+  seen: ImageObservation,
+  { recordDigest, imageFacts, manifest }: VerifiedCopy,
+): Promise<void> {
+  const paths = copyPaths(file);
+  context.progress(`the image is complete: giving it its name ${file}`);
+  try {
+    await commit(context, paths, seen, recordDigest, imageFacts, manifest);
+  } catch (error) {
+    // Of any other failure the image is kept: its manifest may have its name already, and the next run goes on from there.
+    if (isLvmNbdError(error, "COPY_FAILED")) await discardAfter(context, paths, recordDigest);
+    throw error;
+  }
+}
+
+/** Removes an unfinished copy that nothing will go on with. */
+export async function discardUnfinished(
+  context: Context,
+  { file, owner }: Pick<CopyWanted, "file" | "owner">,
+): Promise<void> {
+  const looking = { ...context, signal: AbortSignal.timeout(90_000) };
+  try {
+    const seen = await observeImage(looking, { file });
+    // One whose manifest has its name already is finished by the next run.
+    if (seen?.part?.record?.mark !== ownerMark(owner) || isDecided(seen)) return;
+    await discard(looking, copyPaths(file), seen.part.recordDigest);
+  } catch (error) {
+    context.warn(
+      `whether an unfinished copy to ${file} is left cannot be told: ${firstLine(error)}; the next \`pulumi up\` removes it`,
+    );
   }
 }
 
@@ -790,6 +869,7 @@ function manifestOf(
     startedAt: new Date(result.startedAt * 1000).toISOString(),
     completedAt: new Date(result.endedAt * 1000).toISOString(),
     tools: result.tools,
+    ...(wanted.together === undefined ? {} : { together: [...wanted.together] }),
   };
 }
 
@@ -877,7 +957,7 @@ export async function keepImage(
   }
   if (seen.part !== undefined) await discard(context, paths, seen.part.recordDigest);
   // Taken over by a create, it is this resource's from now on, and no longer goes with the one that made it.
-  if (seen.manifest === undefined || (copyId !== undefined && seen.mark === own)) return;
+  if (seen.manifest === undefined || (copyId === seen.manifest.copyId && seen.mark === own)) return;
   const manifest = { ...seen.manifest, mark: own, copyId: copyId ?? randomUUID() };
   await change(
     context,

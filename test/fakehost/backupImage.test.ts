@@ -24,6 +24,9 @@ const backupHost = {
   hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
 };
 const complete = ["vm.raw", "vm.raw.manifest.json"];
+/** What the VM's other volume holds. */
+const dataBefore = "records";
+const completeBoth = ["data.raw", "data.raw.manifest.json", ...complete];
 
 class Died extends Error {}
 
@@ -44,6 +47,7 @@ async function anew(): Promise<void> {
   world = new FakeWorld();
   furnish(world);
   world.server1.lvm.addVolume("VgVm", "small", 4 * MiB, before);
+  world.server1.lvm.addVolume("VgVm", "data", 4 * MiB, dataBefore);
   await world.open();
   destination = new CopyHost();
   destination.kill(undefined);
@@ -100,19 +104,32 @@ function handlers(): Handlers {
 
 const image = (name = "vm.raw") => join(destination.disk, name);
 const content = (name?: string) => readFileSync(image(name), "utf8").replaceAll("\0", "");
-const manifest = () => JSON.parse(readFileSync(`${image()}.manifest.json`, "utf8"));
+const manifest = (name?: string) => JSON.parse(readFileSync(`${image(name)}.manifest.json`, "utf8"));
 
-async function checked(change: Values = {}, old?: Values): Promise<Values> {
-  const { source, ...rest } = change;
-  const wanted = {
-    ...{ host: backupHost, owner: "organization/p/s/monday", file: image() },
+/** The declaration of one volume, or of those that `volumes` names; `file`, `origin` of the first. */
+function declared({ source, file, origin, volumes, ...rest }: Values = {}): Values {
+  const small = { volumeGroup: "VgVm", origin: origin ?? "small", size: "4M", file: file ?? image() };
+  return {
+    ...{ host: backupHost, owner: "organization/p/s/monday", volumes: volumes ?? [small] },
     source: {
-      ...{ host: world.host(world.server1), volumeGroup: "VgVm", origin: "small", size: "4M" },
-      listenAddress: world.server1.address,
+      ...{ host: world.host(world.server1), listenAddress: world.server1.address },
       ...(source as object | undefined),
     },
     ...rest,
   };
+}
+
+/** Both volumes of the VM, as one moment. */
+const both = () => ({
+  volumes: [
+    { volumeGroup: "VgVm", origin: "small", size: "4M", file: image() },
+    { volumeGroup: "VgVm", origin: "data", size: "4M", file: image("data.raw") },
+  ],
+  source: { quiesce: { freeze: ": frozen", thaw: ": thawed" } },
+});
+
+async function checked(change: Values = {}, old?: Values): Promise<Values> {
+  const wanted = declared(change);
   const { inputs, problems } = await handlers().check(old, wanted, none);
   expect(problems).toEqual([]);
   return inputs;
@@ -135,38 +152,40 @@ function expectSourceClean(): void {
 }
 
 describe("bad input is refused before any host is asked", () => {
-  const source = { host: "server1", volumeGroup: "VgVm", origin: "vm1", listenAddress: "10.0.0.1" };
+  const source = { host: "server1", listenAddress: "10.0.0.1" };
+  const volume = { volumeGroup: "VgVm", origin: "vm1", size: "1G", file: "/b.raw" };
+  const wanted = { host: backupHost, owner: "o/p/s/b", source, volumes: [volume] };
+  const refused = async (change: Values) => {
+    const { problems } = await handlers().check(undefined, { ...wanted, ...change }, none);
+    expect(sent).toEqual([]);
+    return problems.map(({ property, reason }) => `${property}: ${reason}`);
+  };
   it.each([
     ["a source without its address", { listenAddress: undefined }, /^source\.listenAddress: is required/],
     ["a source on an interface", { listenAddress: "eth0" }, /^source\.listenAddress: .*IP address/],
-    ["a group that LVM refuses", { volumeGroup: "a/b" }, /^source\.volumeGroup: /],
-    ["a size without a unit that cannot be meant", { size: "1" }, /^source\.size: /],
     ["a port out of range", { port: 70_000 }, /^source\.port: .*65535/],
     ["a client that is no address", { clientAddress: "backup1" }, /^source\.clientAddress: /],
     ["a quiesce without thaw", { quiesce: { freeze: "true" } }, /^source\.quiesce\.thaw: is required/],
     ["a server that is none", { server: "nbdd" }, /^source\.server: .*nbdkit/],
-    ["what is no property of a source", { name: "vm1" }, /^source\.name: is no property/],
+    ["what is no property of a source", { origin: "vm1" }, /^source\.origin: is no property/],
   ])("%s", async (_what, change, message) => {
-    const wanted = {
-      ...{ host: backupHost, owner: "o/p/s/b", file: "/b.raw" },
-      source: { ...source, ...change },
-    };
-    const { problems } = await handlers().check(undefined, wanted, none);
-    expect(problems.map(({ property, reason }) => `${property}: ${reason}`)).toEqual([
-      expect.stringMatching(message),
-    ]);
-    expect(sent).toEqual([]);
+    expect(await refused({ source: { ...source, ...change } })).toEqual([expect.stringMatching(message)]);
   });
 
   it.each([
-    ["a compressed raw image", { compress: true }, /^compress: .*qcow2/],
-    ["a relative file", { file: "b.raw" }, /^file: .*absolute path/],
-  ])("%s", async (_what, change, message) => {
-    const wanted = { host: backupHost, owner: "o/p/s/b", file: "/b.raw", source, ...change };
-    const { problems } = await handlers().check(undefined, wanted, none);
-    expect(problems.map(({ property, reason }) => `${property}: ${reason}`)).toEqual([
-      expect.stringMatching(message),
-    ]);
+    ["a group that LVM refuses", [{ ...volume, volumeGroup: "a/b" }], /^volumes\.0\.volumeGroup: /],
+    ["a size that cannot be meant", [{ ...volume, size: "1" }], /^volumes\.0\.size: /],
+    ["a relative file", [{ ...volume, file: "b.raw" }], /^volumes\.0\.file: .*absolute path/],
+    ["a volume without its image", [{ ...volume, file: undefined }], /^volumes\.0\.file: is required/],
+    ["two images of one name", [volume, { ...volume, origin: "vm2" }], /^volumes: .*\/b\.raw/],
+    ["a volume twice", [volume, { ...volume, file: "/c.raw" }], /^volumes: VgVm\/vm1 is there twice/],
+    ["no volume", [], /^volumes: /],
+  ])("%s", async (_what, volumes, message) => {
+    expect(await refused({ volumes })).toEqual([expect.stringMatching(message)]);
+  });
+
+  it("a compressed raw image", async () => {
+    expect(await refused({ compress: true })).toEqual([expect.stringMatching(/^compress: .*qcow2/)]);
   });
 });
 
@@ -178,7 +197,7 @@ describe("a backup", () => {
     expect(content()).toBe(before);
     expect(destination.left()).toEqual(complete);
     expectSourceClean();
-    expect(state).toMatchObject({ state: "complete", sizeBytes: 4 * MiB });
+    expect(state).toMatchObject({ state: "complete", images: [{ state: "complete", sizeBytes: 4 * MiB }] });
     const { volumeGroup, origin, originUuid, takenAt } = manifest().source.snapshot;
     expect([volumeGroup, origin, originUuid]).toEqual([
       "VgVm",
@@ -206,7 +225,7 @@ describe("a backup", () => {
     ["format", { format: "qcow2" }],
     ["verify", { verify: false }],
     ["bandwidthLimit", { bandwidthLimit: "20M" }],
-    ["source", { source: { volumeGroup: "VgNew", origin: "elsewhere" } }],
+    ["source", { source: { server: "qemu-nbd" } }],
   ])("once made is history: another %s is for those to come", async (property, change) => {
     const state = await made();
     write(later);
@@ -215,7 +234,7 @@ describe("a backup", () => {
       { property, effect: "connection" },
     ]);
     sent = [];
-    expect(await handlers().update(state, wanted)).toMatchObject({ sha256: state.sha256 });
+    expect(await handlers().update(state, wanted)).toMatchObject({ images: state.images });
     expect(sent).toEqual([]);
     expect(content()).toBe(before);
   });
@@ -235,21 +254,40 @@ describe("a backup", () => {
 
   it("in another file would be one of now: refused unless that is said", async () => {
     const state = await made();
-    const source = state.source;
-    const moved = { host: backupHost, owner: state.owner, file: image("moved.raw"), source };
-    const { problems } = await handlers().check(state, moved, none);
+    const moved = { file: image("moved.raw") };
+    const { problems } = await handlers().check(state, declared(moved), none);
     expect(problems).toEqual([
-      { property: "file", reason: expect.stringMatching(/give up the moment in .*vm\.raw.*`triggers`/) },
+      { property: "volumes", reason: expect.stringMatching(/give up the moment in .*vm\.raw.*`triggers`/) },
     ]);
-    expect((await handlers().check(state, { ...moved, triggers: [2] }, none)).problems).toEqual([]);
+    expect((await handlers().check(state, declared({ ...moved, triggers: [2] }), none)).problems).toEqual([]);
+  });
+
+  it("moved with other triggers is made anew there, and gone where it was", async () => {
+    const state = await made();
+    write(later);
+    const wanted = await checked({ file: image("moved.raw"), triggers: [2] }, state);
+    await handlers().update(state, wanted);
+    expect(content("moved.raw")).toBe(later);
+    expect(destination.left()).toEqual(complete.map((name) => name.replace("vm", "moved")));
+    expectSourceClean();
+  });
+
+  it("on another machine would be one of now: refused unless that is said", async () => {
+    const state = await made();
+    const moved = { ...state, host: { ...backupHost, address: "192.0.2.77" } };
+    await expect(handlers().diff(state, moved, none)).rejects.toThrow(/INVALID_INPUT.*give up the moment/s);
+    expect((await handlers().diff(state, { ...moved, triggers: [2] }, none)).changes).toEqual([
+      { property: "triggers", effect: "update" },
+      { property: "host", effect: "replace" },
+    ]);
   });
 
   it("that was not verified says so, whatever is declared later", async () => {
     const state = await made({ verify: false });
-    expect(state.verified).toBe(false);
-    expect(await handlers().update(state, await checked({ verify: true }, state))).toMatchObject({
-      verified: false,
-    });
+    const unverified = { images: [{ verified: false }] };
+    expect(state).toMatchObject(unverified);
+    const after = await handlers().update(state, await checked({ verify: true }, state));
+    expect(after).toMatchObject(unverified);
   });
 
   it("tells nothing of the commands that froze the VM", async () => {
@@ -291,6 +329,144 @@ describe("a backup", () => {
     await Promise.all([create(one), create(both)]);
     expect([content(), content("other.raw")]).toEqual([before, before]);
     expectSourceClean();
+  });
+});
+
+describe("a VM of two volumes", () => {
+  it("is frozen once, and both images are of that moment", async () => {
+    const state = await made(both());
+    expect([content(), content("data.raw")]).toEqual([before, dataBefore]);
+    expect(destination.left()).toEqual(completeBoth);
+    expectSourceClean();
+    const taking = sent.filter(({ text }) => text.includes("lvcreate"));
+    expect(taking).toHaveLength(1);
+    expect(taking[0]?.text).toContain(": frozen");
+    expect(state).toMatchObject({
+      ...{ state: "complete", takenAt: manifest().source.snapshot.takenAt },
+      images: [
+        { file: image(), origin: "small", state: "complete" },
+        { file: image("data.raw"), origin: "data", state: "complete" },
+      ],
+    });
+    expect(await handlers().read(state)).toEqual(state);
+    expect((await handlers().diff(state, await checked(both(), state), none)).changes).toEqual([]);
+  });
+
+  it("one copy of which fails is no backup: nothing is left of the other", async () => {
+    // The second copy waits until it has been told to fail.
+    onCommand = () => {
+      if (destination.started === 1) destination.set("hold", undefined);
+      if (destination.left().includes("vm.raw.part/result"))
+        destination.set("broken", "nbd: connection reset\n");
+      return undefined;
+    };
+    await expect(made(both())).rejects.toThrow(/COPY_FAILED/);
+    expect(destination.left()).toEqual([]);
+    expectSourceClean();
+  });
+
+  it("a volume of which does not exist is not frozen", async () => {
+    const { volumes, source } = both();
+    const wrong = volumes.map((volume, index) => (index === 1 ? { ...volume, origin: "dat" } : volume));
+    await expect(made({ volumes: wrong, source })).rejects.toThrow(/ORIGIN_NOT_FOUND.*"dat"/s);
+    expect(sent.some(({ text }) => text.includes("lvcreate"))).toBe(false);
+    expectSourceClean();
+  });
+
+  it("an image of which is somebody's is refused, naming it, and nothing is frozen", async () => {
+    writeFileSync(image("data.raw"), "somebody's only copy");
+    await expect(made(both())).rejects.toThrow(/FOREIGN_RESOURCE.*data\.raw exists already/s);
+    expect(sent.filter(({ kind }) => kind === "change")).toEqual([]);
+    expect(destination.left()).toEqual(["data.raw"]);
+  });
+
+  it("one image of which is gone: that is told, and no other moment is put beside what is left", async () => {
+    const state = await made(both());
+    write(later);
+    rmSync(image("data.raw"));
+    const seen = await handlers().read(state);
+    expect(seen).toMatchObject({
+      state: "missing",
+      images: [{ state: "complete" }, { state: "missing", filesystem: "1111-2222" }],
+    });
+    expect(warnings.join()).toMatch(/data\.raw is not there any more/);
+    const wanted = await checked({ ...both(), owner: "organization/p/s/renamed" }, state);
+    expect(await handlers().update(seen ?? {}, wanted)).toMatchObject({ state: "missing" });
+    expect(content()).toBe(before);
+    await handlers().remove({ ...seen, owner: "organization/p/s/renamed" });
+    expect(destination.left()).toEqual([]);
+  });
+
+  it("one volume of which is no longer backed up: its image goes, the other stays as it is", async () => {
+    const state = await made(both());
+    write(later);
+    const wanted = await checked({ source: both().source }, state);
+    expect((await handlers().diff(state, wanted, none)).changes).toEqual([
+      { property: "volumes", effect: "update" },
+    ]);
+    expect(await handlers().update(state, wanted)).toMatchObject({
+      state: "complete",
+      takenAt: state.takenAt,
+    });
+    expect(content()).toBe(before);
+    expect(destination.left()).toEqual(complete);
+  });
+
+  it("takes no volume into a moment that has passed", async () => {
+    const state = await made();
+    const { problems } = await handlers().check(state, declared(both()), none);
+    expect(problems).toEqual([
+      { property: "volumes", reason: expect.stringMatching(/VgVm\/data was not part of this moment/) },
+    ]);
+    expect((await handlers().check(state, declared({ ...both(), triggers: [2] }), none)).problems).toEqual(
+      [],
+    );
+  });
+
+  it("an image that became somebody else's is left alone when the backup is removed", async () => {
+    const state = await made(both());
+    writeFileSync(image("data.raw"), "somebody's");
+    rmSync(`${image("data.raw")}.manifest.json`);
+    await handlers().remove(state);
+    expect(warnings.join()).toMatch(/data\.raw is not what was made here; it is left alone/);
+    expect(destination.left()).toEqual(["data.raw"]);
+  });
+});
+
+describe("a backup of a day that has passed (existing)", () => {
+  const existing = { existing: true };
+
+  it("is taken over as it is, also changed", async () => {
+    await made();
+    write(later);
+    appendFileSync(image(), "x");
+    expect(await made(existing)).toMatchObject({ state: "changed" });
+    expectSourceClean();
+  });
+
+  it("is never made: what is not there is an error", async () => {
+    await expect(made(existing)).rejects.toThrow(/INVALID_INPUT.*vm\.raw is not there/s);
+    await made();
+    const two = { ...both(), ...existing };
+    await expect(made(two)).rejects.toThrow(/INVALID_INPUT.*data\.raw is not there/s);
+    expect(destination.left()).toEqual(complete);
+  });
+
+  it("is what today's becomes tomorrow, without a command", async () => {
+    const state = await made();
+    const wanted = await checked(existing, state);
+    sent = [];
+    expect((await handlers().diff(state, wanted, none)).changes).toEqual([
+      { property: "existing", effect: "connection" },
+    ]);
+    await handlers().update(state, wanted);
+    expect(sent).toEqual([]);
+  });
+
+  it("is not made anew by other triggers", async () => {
+    const state = await made();
+    const { problems } = await handlers().check(state, declared({ ...existing, triggers: [2] }), none);
+    expect(problems).toEqual([{ property: "triggers", reason: expect.stringMatching(/forbids/) }]);
   });
 });
 
@@ -336,7 +512,7 @@ describe("a backup that fails leaves nothing but its reason", () => {
     expect(sent.filter(({ kind }) => kind === "change")).toEqual([]);
   });
 
-  it("no such volume", () => fails("ORIGIN_NOT_FOUND", { source: { origin: "smal" } }));
+  it("no such volume", () => fails("ORIGIN_NOT_FOUND", { origin: "smal" }));
 
   it("freeze fails", () =>
     fails("QUIESCE_FAILED", { source: { quiesce: { freeze: "false", thaw: ": thawed" } } }));
@@ -366,7 +542,7 @@ describe("a backup that fails leaves nothing but its reason", () => {
     const error = await handlers()
       .update(state, await checked({ triggers: [2] }, state))
       .catch((reason: unknown) => reason);
-    expect((error as PartialFailure).state).toMatchObject({ sha256: state.sha256, triggers: [] });
+    expect((error as PartialFailure).state).toMatchObject({ images: state.images, triggers: [] });
     expect(content()).toBe(before);
     expect(destination.left()).toEqual(complete);
     expectSourceClean();
@@ -432,6 +608,15 @@ describe("whatever cuts it, the next run finishes the work", () => {
     expect(destination.left()).toEqual(complete);
     expectSourceClean();
   };
+  const bothDone = () => {
+    expect([content(), content("data.raw")]).toEqual([before, dataBefore]);
+    expect(destination.left()).toEqual(completeBoth);
+    expectSourceClean();
+    const [one, other] = [manifest(), manifest("data.raw")];
+    expect(one.together).toEqual([image(), image("data.raw")]);
+    expect(other.together).toEqual(one.together);
+    expect(other.copyId).toBe(one.copyId);
+  };
 
   it.each(["before", "after"] as const)(
     "the provider is killed %s each command",
@@ -441,15 +626,15 @@ describe("whatever cuts it, the next run finishes the work", () => {
         await end();
         await anew();
         dies(at, when);
-        const result = await made().catch((error: unknown) => error);
+        const result = await made(both()).catch((error: unknown) => error);
         onCommand = () => undefined;
         if (!(result instanceof Error)) {
           expect(at).toBeGreaterThan(15);
           return;
         }
         await world.settle();
-        await made();
-        done();
+        await made(both());
+        bothDone();
       }
     },
   );
@@ -468,8 +653,8 @@ describe("whatever cuts it, the next run finishes the work", () => {
           throw new LvmNbdError("LINK_LOST", { message: "lost" });
         };
       };
-      await made();
-      done();
+      await made(both());
+      bothDone();
       if (!reached) return;
     }
   });
@@ -482,7 +667,7 @@ describe("whatever cuts it, the next run finishes the work", () => {
         if (index === at) cancel.abort();
         return undefined;
       };
-      const result = await made().catch((error: unknown) => error);
+      const result = await made(both()).catch((error: unknown) => error);
       onCommand = () => undefined;
       if (!(result instanceof Error)) {
         expect(at).toBeGreaterThan(15);
@@ -491,13 +676,13 @@ describe("whatever cuts it, the next run finishes the work", () => {
       expect(result.message).toMatch(/^CANCELLED/);
       await world.settle();
       const left = destination.left();
-      // Cancelled while it gets its name, a verified image waits for that.
-      if (!left.includes("vm.raw.part/result")) {
-        expect(left).toEqual(result instanceof PartialFailure ? complete : []);
+      // Cancelled while they get their names, verified images wait for that.
+      if (!left.some((name) => name.endsWith(".part/result"))) {
+        expect(left).toEqual(result instanceof PartialFailure ? completeBoth : []);
         expectSourceClean();
       }
-      await made();
-      done();
+      await made(both());
+      bothDone();
     }
   });
 
@@ -584,7 +769,7 @@ describe("whatever cuts it, the next run finishes the work", () => {
       const wanted = await checked({ triggers: [2] }, state);
       const after = await handlers().update(state, wanted);
       expect(content()).toBe(later);
-      expect(after).toMatchObject({ state: "complete", verified: true });
+      expect(after).toMatchObject({ state: "complete", images: [{ verified: true }] });
       expect(destination.left()).toEqual(complete);
       expect(ours(world.server1)).toEqual([]);
       if (destination.stepsTaken < step) {

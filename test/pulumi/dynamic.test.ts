@@ -85,8 +85,9 @@ describe("a declared resource", () => {
     const { BackupImage, VolumeCopy } = await import("../../provider/index.js");
     const host = { address: "a", privateKey: "planted-1", password: "planted-2" };
     const backup = await declare(() => {
-      const source = { host, volumeGroup: "VgVm", origin: "vm1", listenAddress: "10.0.0.1" };
-      return new BackupImage("b", { host: "h", file: "/b", source });
+      const source = { host, listenAddress: "10.0.0.1" };
+      const volumes = [{ volumeGroup: "VgVm", origin: "vm1", file: "/b" }];
+      return new BackupImage("b", { host: "h", source, volumes });
     });
     const copy = await declare(() => {
       const snapshot = { host, volumeGroup: "VgVm", name: "vm1", uuid: "u" };

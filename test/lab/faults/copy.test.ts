@@ -292,7 +292,7 @@ describe("a run that is cut:", () => {
 
 describe("a whole backup:", () => {
   const backup = (day: string, slow: { readonly bandwidthLimit?: string } = {}) =>
-    backupImage(day, { origin: "LV-VM1", size: "16M", quiesce }, { file: `/backup/${day}.raw`, ...slow });
+    backupImage(day, { quiesce }, [{ origin: "LV-VM1", size: "16M", file: `/backup/${day}.raw` }], slow);
   const days = (...backups: Declared[]) => stack.declare(taken(1), ...base, ...backups);
   /** What backups could have left on their source. */
   const onSource = async () =>
@@ -313,8 +313,8 @@ describe("a whole backup:", () => {
     (await stack.up()).succeeded("1 created");
     expect(await sum("/backup/monday.raw")).toBe(await momentOf());
     expect(await copyState("monday")).toMatchObject({
-      ...{ sha256: await momentOf(), state: "complete" },
-      takenAt: expect.stringMatching(/^\d{4}-\d\d-\d\dT/),
+      ...{ state: "complete", takenAt: expect.stringMatching(/^\d{4}-\d\d-\d\dT/) },
+      images: [{ sha256: await momentOf(), state: "complete" }],
     });
     expect(await onSource()).toBe("");
     expect((await lab.server1.run("fsfreeze -u /vm", { allowFailure: true })).exitCode).not.toBe(0);

@@ -19,7 +19,7 @@ const root = join(import.meta.dirname, "..", "..", "..");
 
 /** A resource as the program of these tests declares it. Names are unique in a stack. */
 export interface Declared {
-  readonly type: "LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy" | "BackupImage";
+  readonly type: "LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy" | "BackupImage" | "VmBackup";
   readonly name: string;
   readonly args: Values;
   readonly dependsOn?: readonly string[];
@@ -54,9 +54,15 @@ export function volumeCopy(name: string, source: string, args: Values): Declared
 }
 
 /** A backup on server2 of a volume of server1. */
-export function backupImage(name: string, source: Values, args: Values): Declared {
-  const from = { host: "server1", volumeGroup: "VgVm", listenAddress: GUESTS[0].privateAddress, ...source };
-  return { type: "BackupImage", name, args: { host: "server2", source: from, ...args } };
+export function backupImage(name: string, source: Values, volumes: Values[], args: Values): Declared {
+  const from = { host: "server1", listenAddress: GUESTS[0].privateAddress, ...source };
+  const inGroup = volumes.map((volume) => ({ volumeGroup: "VgVm", ...volume }));
+  return { type: "BackupImage", name, args: { host: "server2", source: from, volumes: inGroup, ...args } };
+}
+
+/** The backups on server2 of a VM of server1. */
+export function vmBackup(name: string, source: Values, volumes: Values[], args: Values): Declared {
+  return { ...backupImage(name, source, volumes, args), type: "VmBackup" };
 }
 
 /** What a command of the CLI did and said. */

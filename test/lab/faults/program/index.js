@@ -1,7 +1,8 @@
 // Declares what the configuration lists: `resources` is a list of { type, name, args, dependsOn? }. A value
-// { "$output": ["NAME", "PROPERTY"] } inside `args` is that output of a resource listed before.
+// { "$output": ["NAME", "PROPERTY"] } inside `args` is that output of a resource listed before. A VmBackup is told what
+// there is in its folder, and may be told what day it is.
 const pulumi = require("@pulumi/pulumi");
-const types = require("pulumi-lvm-nbd");
+const { listImages, ...types } = require("pulumi-lvm-nbd");
 
 const made = new Map();
 
@@ -15,9 +16,15 @@ function resolved(value) {
   return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, resolved(inner)]));
 }
 
-for (const { type, name, args, dependsOn = [] } of new pulumi.Config().requireObject("resources")) {
-  made.set(
-    name,
-    new types[type](name, resolved(args), { dependsOn: dependsOn.map((other) => made.get(other)) }),
-  );
+async function backupArgs({ now, ...args }) {
+  const images = await listImages(args.host, args.folder);
+  return { ...args, made: images, ...(now === undefined ? {} : { now: new Date(now) }) };
 }
+
+module.exports = async () => {
+  for (const { type, name, args, dependsOn = [] } of new pulumi.Config().requireObject("resources")) {
+    const options = { dependsOn: dependsOn.map((other) => made.get(other)) };
+    const known = resolved(args);
+    made.set(name, new types[type](name, type === "VmBackup" ? await backupArgs(known) : known, options));
+  }
+};

@@ -1,0 +1,237 @@
+/**
+ * One moment of the volumes of a VM, kept as snapshots on their host and served to one other host while it is copied.
+ *
+ * Snapshots and exports carry the mark of all backups of the stack to that host, and in their names a volume's series:
+ * what a killed run has left is so found by the next backup of the volume, whatever generation that makes.
+ */
+import { createHash } from "node:crypto";
+import { script, succeed } from "../core/command.js";
+import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { ownerMark, ownerOf } from "../core/owner.js";
+import { converge as convergeOn, PartialSuccess, remove as removeFrom } from "../core/reconciler.js";
+import type { Context } from "../core/resource.js";
+import { serially } from "../core/serial.js";
+import { copyName } from "../linux/copyJob.js";
+import { livingCopiesScript } from "../linux/copyScripts.js";
+import type { nbdServers } from "../linux/nbd.js";
+import type { HostArgs } from "../ssh/types.js";
+import { type LvSnapshotOutputs, lvSnapshot, lvSnapshotInputs, takeTogether } from "./lvSnapshot.js";
+import { type NbdExportOutputs, nbdExport, nbdExportInputs } from "./nbdExport.js";
+import { volumes } from "./volumes.js";
+
+type SnapshotInputs = ReturnType<typeof lvSnapshotInputs.parse>;
+type ExportInputs = ReturnType<typeof nbdExportInputs.parse>;
+
+/** What is backed up. */
+export interface MomentWanted {
+  /** Of the resource. */
+  readonly owner: string;
+  readonly source: {
+    readonly host: HostArgs;
+    readonly listenAddress: string;
+    readonly port?: number | undefined;
+    readonly server: (typeof nbdServers)[number];
+    readonly quiesce?: SnapshotInputs["quiesce"];
+  };
+  readonly volumes: readonly (Pick<SnapshotInputs, "volumeGroup" | "origin" | "size" | "chunkSize"> & {
+    /** Where the copy goes. */
+    readonly file: string;
+  })[];
+  readonly triggers: SnapshotInputs["triggers"];
+}
+
+/** A volume of a moment. */
+export interface MomentPart {
+  readonly snapshot: SnapshotInputs;
+  /** Its port, where none is declared, is found by trying. */
+  readonly exported: ExportInputs;
+  /** What the names of all snapshots of the volume begin with. */
+  readonly series: string;
+}
+
+/** What a backup makes on the source, and takes down again. */
+export interface Moment {
+  /** Of the source. */
+  readonly context: Context;
+  readonly parts: readonly MomentPart[];
+  readonly ports: readonly number[];
+  readonly quiesce: SnapshotInputs["quiesce"];
+}
+
+const portsTried = 10;
+
+/**
+ * What is to be made. `destination`: what tells the host of the copies from all others, however it is reached.
+ * `clientAddress`: "" where it does not matter.
+ */
+export async function momentOf(
+  context: Context,
+  { owner, source, volumes: declared, triggers }: MomentWanted,
+  destination: string,
+  clientAddress: string,
+): Promise<Moment> {
+  const [organization = "", project = "", stack = ""] = owner.split("/");
+  const ofSet = copyName(declared[0]?.file ?? "").slice(0, 8);
+  const seriesOf = (volumeGroup: string, origin: string) =>
+    createHash("sha256")
+      .update(`${organization}/${project}/${stack} ${volumeGroup}/${origin} to ${destination}`)
+      .digest();
+  const [first] = declared;
+  const base =
+    20_000 + (seriesOf(first?.volumeGroup ?? "", first?.origin ?? "").readUInt32BE(20) % 999) * portsTried;
+  const ports = source.port === undefined ? consecutive(base, portsTried) : [source.port];
+  const common = {
+    host: source.host,
+    owner: ownerOf(organization, project, stack, `backups to ${destination}`),
+  };
+  const host = await context.open(source.host);
+  return {
+    context: { ...context, host },
+    parts: declared.map(({ file, volumeGroup, origin, size, chunkSize }) => {
+      const series = `backup-${seriesOf(volumeGroup, origin).toString("hex").slice(0, 12)}-`;
+      const name = `${series}${ofSet}-${copyName(file)}`;
+      return {
+        snapshot: lvSnapshotInputs.parse({
+          ...common,
+          ...{ volumeGroup, origin, name, size, chunkSize, triggers },
+        }),
+        exported: nbdExportInputs.parse({
+          ...common,
+          ...{ device: `/dev/${volumeGroup}/${name}`, exportName: name, server: source.server },
+          ...{ listenAddress: source.listenAddress, clients: clientAddress === "" ? [] : [clientAddress] },
+          port: ports[0],
+        }),
+        series,
+      };
+    }),
+    ports,
+    quiesce: source.quiesce,
+  };
+}
+
+function consecutive(first: number, count: number): number[] {
+  return Array.from({ length: count }, (_, index) => first + index);
+}
+
+/** One backup of a volume at a time in this process, by whatever credentials its hosts are reached. */
+const queue = {};
+
+/** Runs the work while no other one on a volume of the moment runs. */
+export function alone<T>({ parts }: Moment, work: () => Promise<T>): Promise<T> {
+  // Always in the same order: two of them never wait for each other.
+  const keys = [...new Set(parts.map(({ series }) => series))].sort();
+  return keys.reduceRight((inner, key) => () => serially(queue, key, inner), work)();
+}
+
+/** So long a snapshot waits for the next run of a backup whose copy is complete, or broke off unseen. */
+const waitingHours = 12;
+
+/** `backup-SERIES-SET-COPY` */
+const nameParts = /^(backup-[0-9a-f]{12}-)([0-9a-f]{8})-([0-9a-f]{16})$/;
+
+/**
+ * Takes down what other backups of these volumes have left: moments for which no copy runs, and none has waited for less
+ * than `waitingHours` to be gone on with. `context`: of the copies' host.
+ */
+export async function sweep(context: Context, moment: Moment): Promise<void> {
+  const [part] = moment.parts;
+  if (part === undefined) return;
+  const mark = ownerMark(part.snapshot.owner);
+  const own = new Set(moment.parts.map(({ snapshot }) => snapshot.name));
+  const ours = (await volumes(moment.context)).flatMap((lv) => {
+    const [, series = "", set = "", copy = ""] = nameParts.exec(lv.name) ?? [];
+    return set !== "" && lv.tags.includes(mark) && !own.has(lv.name) ? [{ lv, series, set, copy }] : [];
+  });
+  const series = new Set(moment.parts.map((one) => one.series));
+  const sets = new Set(ours.filter((one) => series.has(one.series)).map(({ set }) => set));
+  const left = ours.filter(({ set }) => sets.has(set));
+  if (left.length === 0) return;
+  const command = {
+    argv: script(livingCopiesScript, ...left.map(({ copy }) => copy)),
+    ...({ kind: "read", deadlineSeconds: 60 } as const),
+  };
+  const { stdout } = await succeed(context, command, "the copies under way could not be listed");
+  const living = new Set(stdout.split("\n"));
+  const isWanted = ({ lv, copy }: (typeof left)[number]) =>
+    living.has(`runs ${copy}`) ||
+    (living.has(`waits ${copy}`) && Date.now() / 1000 - lv.createdAt < waitingHours * 3600);
+  const wanted = new Set(left.filter(isWanted).map(({ set }) => set));
+  for (const { lv, set } of left) {
+    if (wanted.has(set)) continue;
+    const { name, volumeGroup } = lv;
+    context.progress(`taking down ${volumeGroup}/${name}, which an earlier backup has left`);
+    const device = `/dev/${volumeGroup}/${name}`;
+    await takeDownPart(moment.context, {
+      ...part,
+      snapshot: { ...part.snapshot, volumeGroup, name },
+      exported: { ...part.exported, exportName: name, device },
+    });
+  }
+}
+
+/** The snapshots of the moment as it is kept, all of them; `undefined` if one is missing, half made, or of another moment. */
+export async function keptMoment({ context, parts }: Moment): Promise<LvSnapshotOutputs[] | undefined> {
+  const kept: LvSnapshotOutputs[] = [];
+  for (const { snapshot } of parts) {
+    const seen = await lvSnapshot.observe(context, snapshot);
+    if (seen === undefined || seen.halfMade || seen.mark !== ownerMark(snapshot.owner)) return undefined;
+    if (lvSnapshot.isStale?.(seen, snapshot) !== false) return undefined;
+    const state = lvSnapshot.toState(snapshot, seen);
+    if (state.state === "overflowed") return undefined;
+    kept.push(state);
+  }
+  return kept;
+}
+
+/** Takes the moment, of which nothing may be there. */
+export async function takeMoment(moment: Moment): Promise<LvSnapshotOutputs[]> {
+  const { context, parts, quiesce } = moment;
+  for (const { snapshot } of parts) await lvSnapshot.suitable?.(context, snapshot);
+  await takeTogether(
+    context,
+    parts.map(({ snapshot }) => snapshot),
+    quiesce,
+  );
+  const taken = await keptMoment(moment);
+  if (taken !== undefined) return taken;
+  throw new LvmNbdError("IDENTITY_MISMATCH", {
+    message:
+      "the snapshots were taken, but a moment later one of them was gone or full: somebody else removes it, or it is far too small",
+    host: context.host.name,
+    resource: context.resource,
+    advice: "Give the volume a larger `size` if it is written that fast, and run again.",
+  });
+}
+
+/** Serves a part to the copies' host. Returns the uri. */
+export async function exportPart({ context, ports }: Moment, { exported }: MomentPart): Promise<string> {
+  const plan = (await nbdExport.observe(context, exported))?.plan;
+  const tried = plan !== undefined && ports.length > 1 ? [plan.port, ...ports] : ports;
+  let taken: unknown;
+  for (const port of tried) {
+    try {
+      const made = await convergeOn(nbdExport, context, { ...exported, port } as ExportInputs, undefined);
+      return (made as NbdExportOutputs).uri;
+    } catch (error) {
+      const reason = error instanceof PartialSuccess ? error.cause : error;
+      if (!isLvmNbdError(reason, "PORT_IN_USE")) throw reason;
+      taken = reason;
+    }
+  }
+  throw taken;
+}
+
+/** Ends the serving of a part. */
+export async function endExport({ context }: Moment, { exported }: MomentPart): Promise<void> {
+  await removeFrom(nbdExport, context, exported);
+}
+
+/** Takes down what is left of the moment. */
+export async function takeDown({ context, parts }: Moment): Promise<void> {
+  for (const part of parts) await takeDownPart(context, part);
+}
+
+async function takeDownPart(context: Context, { exported, snapshot }: MomentPart): Promise<void> {
+  await removeFrom(nbdExport, context, exported);
+  await removeFrom(lvSnapshot, context, snapshot);
+}

@@ -1,0 +1,108 @@
+/** Nightly backups of a VM of two volumes, through the CLI, on thirty days of a clock that is told: VmBackup. */
+import { afterAll, beforeAll, expect, it, vi } from "vitest";
+import { FaultStack, vmBackup } from "./faults/fault-stack.mts";
+import type { Lab } from "./lab.mts";
+import { freshLab } from "./support.mts";
+
+vi.setConfig({ testTimeout: 900_000, hookTimeout: 900_000 });
+
+let lab: Lab;
+let stack: FaultStack;
+
+/** The VM: two file systems on its disks (loop devices, as a hypervisor has them open), and a program that writes the same number to one and then to the other, all the time. */
+const startVm = `
+  for volume in LV-VM1 LV-VM1-data; do
+    lvcreate -qq -y -W n -L 8M -n $volume VgVm && disk=$(losetup -f --show /dev/VgVm/$volume) && mkfs.ext4 -q $disk &&
+    mkdir -p /vm/$volume && mount $disk /vm/$volume || exit 1
+  done
+  cat >/root/writer <<'END'
+while :; do
+  n=$((n+1))
+  for volume in LV-VM1 LV-VM1-data; do echo $n >/vm/$volume/n.new && mv /vm/$volume/n.new /vm/$volume/n && sync -f /vm/$volume; done
+  sleep 0.02
+done
+END
+  systemd-run -q --unit vm sh /root/writer`;
+const quiesce = {
+  freeze: "echo frozen >>/root/frozen; fsfreeze -f /vm/LV-VM1 && fsfreeze -f /vm/LV-VM1-data",
+  thaw: "fsfreeze -u /vm/LV-VM1-data; fsfreeze -u /vm/LV-VM1",
+};
+const volumes = ["LV-VM1", "LV-VM1-data"].map((origin) => ({ origin, size: "4M" }));
+const keep = { daily: 3, weekly: 2 };
+const day = (number: number) => `2026-11-${String(number).padStart(2, "0")}`;
+
+function tonight(number: number, change: { readonly volumes?: typeof volumes } = {}): void {
+  stack.declare(
+    vmBackup("vm1", { quiesce }, change.volumes ?? volumes, {
+      ...{ folder: "/backup", keep, now: `${day(number)}T03:00:00` },
+    }),
+  );
+}
+
+/** The days of which all images are there, and nothing else is. */
+async function days(): Promise<string[]> {
+  const { stdout } = await lab.server2.run("ls /backup");
+  const files = stdout.trim().split("\n");
+  const found = [...new Set(files.map((file) => /\d{4}-\d\d-\d\d/.exec(file)?.[0] ?? file))].sort();
+  const expected = found.flatMap((key) =>
+    volumes.flatMap(({ origin }) =>
+      ["raw", "raw.manifest.json"].map((end) => `vm1.VgVm.${origin}.${key}.${end}`),
+    ),
+  );
+  expect(files.sort()).toEqual(expected.sort());
+  return found;
+}
+
+const onSource = async () =>
+  (
+    await lab.server1.run(
+      "lvs --noheadings -o lv_name VgVm | grep backup; ls /etc/systemd/system | grep backup; true",
+    )
+  ).stdout;
+
+beforeAll(async () => {
+  lab = await freshLab();
+  [stack] = await Promise.all([
+    FaultStack.create(lab),
+    lab.server1.run(startVm),
+    lab.server2.run("mkdir /backup"),
+  ]);
+});
+
+afterAll(() => stack?.close());
+
+it("the volumes of a VM are backed up as of one moment, for which it is frozen once", async () => {
+  tonight(1);
+  // The stack, the VM, today's backup.
+  (await stack.up()).succeeded("3 created");
+  expect((await lab.server1.run("cat /root/frozen")).stdout.trim()).toBe("frozen");
+  const numbers = await Promise.all(
+    volumes.map(async ({ origin }) => {
+      const image = `/backup/vm1.VgVm.${origin}.${day(1)}.raw`;
+      const { stdout } = await lab.server2.run(
+        `mkdir -p /mnt/${origin} && mount -o loop,ro ${image} /mnt/${origin} && cat /mnt/${origin}/n; umount /mnt/${origin}`,
+      );
+      return Number(stdout);
+    }),
+  );
+  const [first = Number.NaN, second = Number.NaN] = numbers;
+  expect(second).toBeGreaterThan(0);
+  // The writer was between the two volumes, or it was not.
+  expect([0, 1]).toContain(first - second);
+  expect(await onSource()).toBe("");
+  await stack.isAsDeclared();
+});
+
+it("after each of thirty nights exactly the backups are there that are to be kept", async () => {
+  for (let night = 2; night <= 30; night++) {
+    tonight(night);
+    const run = await stack.up();
+    run.succeeded("1 created");
+    const daily = [night - 2, night - 1, night].filter((number) => number > 0);
+    // November 2026 begins on a Sunday, which ends a week: the newest of this week is today's, of the last one its Sunday's.
+    const sunday = Math.floor((night - 2) / 7) * 7 + 1;
+    const expected = [...new Set([...daily, sunday])].sort((one, other) => one - other).map(day);
+    expect(await days(), `after night ${night}`).toEqual(expected);
+  }
+  expect(await onSource()).toBe("");
+});
