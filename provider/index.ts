@@ -6,6 +6,8 @@ export { type ErrorCode, errorCodes } from "./core/errors.js";
 export {
   BackupImage,
   type BackupImageArgs,
+  LvRestore,
+  type LvRestoreArgs,
   LvSnapshot,
   type LvSnapshotArgs,
   NbdAttachment,

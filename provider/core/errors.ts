@@ -41,9 +41,11 @@ export const errorCodes = {
     "The volume group does not exist on the host, or its disks are not there. Correct `volumeGroup`, or bring the disks back; nothing is taken for gone meanwhile.",
   ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host. Correct `origin`.",
   ORIGIN_UNSUITABLE:
-    "The origin cannot be snapshotted as declared: it is itself a COW snapshot or an internal volume, is being merged, or needs a `size`. Choose another origin, or give what is missing.",
+    "The origin cannot be snapshotted or restored as declared: it is itself a COW snapshot or an internal volume, is being merged, needs a `size`, or has snapshots beside which LVM merges none. Choose another origin, or give or remove what the message names.",
   NO_SPACE:
     "The volume group, the thin pool, or the disk of an image has too little free space. Remove what is not needed, extend it (vgextend, lvextend), or choose a smaller `size` or another `file`.",
+  SNAPSHOT_NOT_FOUND:
+    "The snapshot does not exist on the host, or not of that origin. Nothing was touched. Name one of those that the message lists.",
   SNAPSHOT_OVERFLOWED:
     "The snapshot's store ran full, its content is lost. `pulumi up` replaces it by a new one of now; give it a larger `size`.",
   SNAPSHOT_MERGING:
@@ -86,11 +88,19 @@ export const errorCodes = {
   COPY_MISMATCH:
     "The image does not read back as what the source serves. It was removed, and an earlier copy of that name is untouched. Check the destination's disk and memory, and that the source is a snapshot and nothing that is written meanwhile; run again.",
   SNAPSHOT_INACTIVE:
-    "The snapshot is not active, so LVM cannot tell whether it is valid. What was copied is kept. Activate its volume group (`vgchange -ay`) and run again.",
+    "The snapshot is not active, so LVM cannot tell whether it is valid. Nothing was changed, and what was copied is kept. Activate its volume group (`vgchange -ay`) and run again.",
   COPY_STALLED:
     "The copy made no progress for minutes; it was stopped and removed. Look at the export, at the network and at the destination's disk, then run again.",
   COPY_UNCERTIFIED:
     "The snapshot was removed, or is being merged, before the copy was certified: whether all that was read is its moment cannot be told, so the image was removed. Run `pulumi up --refresh`, which takes the snapshot anew.",
+  RESTORE_OVERFLOWS:
+    "Merging the snapshot would overflow other COW snapshots of its origin, since the merge writes to that. Nothing was touched. Extend or remove those that the message names, and run again.",
+  RESTORE_FAILED:
+    "The kernel gave up a merge half-way, for an I/O error. Use nothing of the origin until it goes on. Look at `dmesg`, put the disk right, activate the origin anew; the next `pulumi up` follows the merge.",
+  RESTORE_STALLED:
+    "A merge has made no progress for minutes; it was not stopped. Look at what the message names. The next `pulumi up` follows it on.",
+  RESTORE_UNCERTAIN:
+    "A restore was cut off in the very moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told. Look at the origin's content, and tell by one of the commands in the message.",
   ATTACHMENT_DEAD:
     "The attachment is there, but a read through it fails or takes too long. Look at the export and at the network, then run `pulumi up --refresh`.",
 } as const;

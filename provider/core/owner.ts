@@ -7,7 +7,8 @@ import { createHash } from "node:crypto";
 /** Prefix of every LVM tag of ours; user tags must not begin with it. */
 export const tagPrefix = "lvm-nbd.";
 
-const ownerTag = `${tagPrefix}owner=`;
+/** What an owner mark begins with; `ownerInTag` follows. */
+export const ownerTag = `${tagPrefix}owner=`;
 const generationTag = `${tagPrefix}generation=`;
 
 /** `organisation/project/stack/resource` of a resource. */
@@ -15,8 +16,13 @@ export function ownerOf(organization: string, project: string, stack: string, na
   return [organization, project, stack, name].join("/");
 }
 
-/** The owner mark, an LVM tag. Characters a tag may not hold are written `#XX` (UTF-8 bytes in hex). */
+/** The owner mark, an LVM tag. */
 export function ownerMark(owner: string): string {
+  return ownerTag + ownerInTag(owner);
+}
+
+/** An owner as part of a tag. Characters a tag may not hold are written `#XX` (UTF-8 bytes in hex). */
+export function ownerInTag(owner: string): string {
   const encoded = [...Buffer.from(owner, "utf8")]
     .map((byte) => {
       const character = String.fromCharCode(byte);
@@ -25,9 +31,7 @@ export function ownerMark(owner: string): string {
     .join("");
   // Older LVM allows 128 characters in a tag; a longer owner keeps its start for people and a hash for us.
   const room = 120 - ownerTag.length;
-  return (
-    ownerTag + (encoded.length <= room ? encoded : `${encoded.slice(0, room - 33)}!${digest(owner, 32)}`)
-  );
+  return encoded.length <= room ? encoded : `${encoded.slice(0, room - 33)}!${digest(owner, 32)}`;
 }
 
 /**
@@ -65,6 +69,7 @@ export function userTags(tags: readonly string[]): string[] {
   return tags.filter((tag) => !tag.startsWith(tagPrefix)).sort();
 }
 
-function digest(text: string, length: number): string {
+/** The first hexadecimal digits of a text's SHA-256. */
+export function digest(text: string, length: number): string {
   return createHash("sha256").update(text).digest("hex").slice(0, length);
 }

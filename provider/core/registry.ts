@@ -1,5 +1,6 @@
 /** All resource types by name. */
 import { backupImage } from "../resources/backupImage.js";
+import { lvRestore } from "../resources/lvRestore.js";
 import { lvSnapshot } from "../resources/lvSnapshot.js";
 import { nbdAttachment } from "../resources/nbdAttachment.js";
 import { nbdExport } from "../resources/nbdExport.js";
@@ -12,6 +13,7 @@ export const resourceTypes: readonly AnyResourceType[] = [
   nbdAttachment,
   volumeCopy,
   backupImage,
+  lvRestore,
 ];
 
 /** The type of that name. Throws for a name that no version of this package knows. */

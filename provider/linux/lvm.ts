@@ -76,7 +76,8 @@ export interface LogicalVolume {
   readonly kind: "cow" | "thin" | "pool" | "internal" | "other";
   readonly invalid: boolean;
   readonly merging: boolean;
-  readonly mergeFailed: boolean;
+  /** Whether the kernel gave up a merge; `undefined` where it tells nothing of one (inactive, or none is loaded). */
+  readonly mergeFailed: boolean | undefined;
   /** Fill level of a COW store, a thin volume or a pool. */
   readonly usedPercent: number | undefined;
   readonly metadataPercent: number | undefined;
@@ -129,7 +130,7 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
     kind: kindOf(lv.lv_attr, roles),
     invalid: lv.lv_snapshot_invalid === "1" || lv.lv_attr[4] === "I" || overfull(lv.snap_percent),
     merging: lv.lv_merging === "1" || type === "S",
-    mergeFailed: lv.lv_merge_failed === "1",
+    mergeFailed: { "0": false, "1": true }[lv.lv_merge_failed],
     usedPercent: percent(lv.snap_percent) ?? percent(lv.data_percent),
     metadataPercent: percent(lv.metadata_percent),
     pool: text(lv.pool_lv),

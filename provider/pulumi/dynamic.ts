@@ -10,6 +10,7 @@ import {
   type BackupImageOutputs,
   backupImage,
 } from "../resources/backupImage.js";
+import { type LvRestoreDeclaration, type LvRestoreOutputs, lvRestore } from "../resources/lvRestore.js";
 import { type LvSnapshotDeclaration, type LvSnapshotOutputs, lvSnapshot } from "../resources/lvSnapshot.js";
 import {
   type NbdAttachmentDeclaration,
@@ -47,6 +48,11 @@ export type VolumeCopyArgs = Omit<Args<VolumeCopyDeclaration>, "snapshot"> & {
 
 /** Arguments of a `BackupImage`; the README's table says what each means. */
 export type BackupImageArgs = Args<BackupImageDeclaration>;
+
+/** Arguments of an `LvRestore`; the README's table says what each means. `snapshot` may be an `LvSnapshot`. */
+export type LvRestoreArgs = Omit<Args<LvRestoreDeclaration>, "snapshot"> & {
+  readonly snapshot: Args<LvRestoreDeclaration>["snapshot"] | LvSnapshot;
+};
 
 const module_ = "lvm-nbd";
 
@@ -142,6 +148,25 @@ export class BackupImage extends LvmNbdResource {
 
   constructor(name: string, args: BackupImageArgs, options?: pulumi.CustomResourceOptions) {
     super(backupImage, name, { ...args, source: withHostSecrets(args.source) }, options);
+  }
+}
+
+/** Brings a logical volume back to the moment of one of its snapshots, once. */
+export class LvRestore extends LvmNbdResource {
+  declare readonly volumeGroup: pulumi.Output<string>;
+  declare readonly origin: pulumi.Output<string>;
+  declare readonly state: pulumi.Output<LvRestoreOutputs["state"]>;
+  declare readonly snapshotRemoved: pulumi.Output<LvRestoreOutputs["snapshotRemoved"]>;
+  declare readonly restoredSnapshot: pulumi.Output<LvRestoreOutputs["restoredSnapshot"]>;
+  declare readonly originUuid: pulumi.Output<LvRestoreOutputs["originUuid"]>;
+  declare readonly startedAt: pulumi.Output<LvRestoreOutputs["startedAt"]>;
+  declare readonly restoredAt: pulumi.Output<LvRestoreOutputs["restoredAt"]>;
+  declare readonly seconds: pulumi.Output<LvRestoreOutputs["seconds"]>;
+
+  constructor(name: string, args: LvRestoreArgs, options?: pulumi.CustomResourceOptions) {
+    const { snapshot } = args;
+    const named = snapshot instanceof LvSnapshot ? { name: snapshot.name, uuid: snapshot.uuid } : snapshot;
+    super(lvRestore, name, { ...args, snapshot: named }, options);
   }
 }
 

@@ -1,0 +1,88 @@
+/**
+ * The mark of a restore: an LVM tag on the origin that remembers what was restored, for whom and how far it got, so
+ * that a restore which was cut off is gone on with and one that is done is never done again.
+ */
+import { randomBytes } from "node:crypto";
+import { digest, ownerInTag, ownerOfMark, tagPrefix } from "./owner.js";
+
+const restoreTag = `${tagPrefix}restore=`;
+
+/**
+ * `begun`: before LVM was told to merge; `merging`: after that, and for a merge that waits; `restored`: when the merge
+ * was seen to have ended.
+ */
+const stages = { begun: "b", merging: "m", restored: "r" } as const;
+
+/** What a mark tells. */
+export interface RestoreMark {
+  /** The whole tag. */
+  readonly tag: string;
+  /** Digest of the declared triggers. */
+  readonly generation: string;
+  /** Which resource's life it belongs to. */
+  readonly life: string;
+  readonly stage: keyof typeof stages;
+  /** Seconds since 1970, by the host's clock. */
+  readonly startedAt: number;
+  /** Seconds from there to the end; 0 before it. */
+  readonly seconds: number;
+  /** LVM UUID of the snapshot. */
+  readonly snapshotUuid: string;
+  /** As it stands in the tag. */
+  readonly owner: string;
+}
+
+/** Digest of declared triggers. */
+export function restoreGeneration(triggers: readonly unknown[]): string {
+  return digest(JSON.stringify(triggers), 12);
+}
+
+/** A name for a new life of a resource. */
+export function newLife(): string {
+  return randomBytes(4).toString("hex");
+}
+
+/**
+ * The tag of a mark before and after its stage and times: `lvm-nbd.restore=GENERATION:LIFE:` and `UUID:OWNER`; between
+ * them stands e.g. `m1795694259+0:`. Of at most 200 characters: every LVM beside a systemd allows 1024.
+ */
+export function restoreTagParts(told: Pick<RestoreMark, "generation" | "life" | "snapshotUuid" | "owner">): {
+  readonly head: string;
+  readonly tail: string;
+} {
+  return {
+    head: `${restoreTag}${told.generation}:${told.life}:`,
+    tail: `${told.snapshotUuid}:${told.owner}`,
+  };
+}
+
+/** The tag of a mark. */
+export function restoreTagOf(told: Omit<RestoreMark, "tag">): string {
+  const { head, tail } = restoreTagParts(told);
+  return `${head}${stages[told.stage]}${told.startedAt}+${told.seconds}:${tail}`;
+}
+
+/** The marks among a volume's tags. What begins like one and is none of ours is passed over. */
+export function restoreMarksAmong(tags: readonly string[]): RestoreMark[] {
+  return tags.flatMap((tag): RestoreMark[] => {
+    if (!tag.startsWith(restoreTag)) return [];
+    const match = /^([0-9a-f]{12}):([0-9a-f]{8}):([bmr])(\d{1,12})\+(\d{1,9}):([A-Za-z0-9-]+):(.+)$/.exec(
+      tag.slice(restoreTag.length),
+    );
+    const [, generation, life, letter, startedAt, seconds, snapshotUuid, owner] = match ?? [];
+    const stage = (["begun", "merging", "restored"] as const).find((one) => stages[one] === letter);
+    if (!stage || !generation || !life || !snapshotUuid || !owner) return [];
+    const times = { startedAt: Number(startedAt), seconds: Number(seconds) };
+    return [{ tag, generation, life, stage, ...times, snapshotUuid, owner }];
+  });
+}
+
+/** True for a mark of that owner. */
+export function isRestoreOf(mark: RestoreMark, owner: string): boolean {
+  return mark.owner === ownerInTag(owner);
+}
+
+/** The owner a mark names, for people. */
+export function ownerOfRestore(mark: RestoreMark): string {
+  return ownerOfMark(mark.owner);
+}

@@ -1,0 +1,131 @@
+/**
+ * Merging a snapshot into its origin: the scripts that begin and end it, and what `lvs` tells of it. Sources:
+ * lvconvert(8), lvmthin(7), the kernel's snapshot documentation; states were recorded on real servers.
+ */
+import { bytesPhrase, secondsPhrase } from "./copyJob.js";
+import type { LogicalVolume } from "./lvm.js";
+import { changedMeanwhile } from "./unitScript.js";
+
+/**
+ * Marks the origin, and then begins the merge. For that LVM selects no volume by UUID, but by tag: the snapshot, given by
+ * UUID, gets one of its own first, so that a name which changed hands is never merged. Arguments: group; origin and
+ * snapshot, name and UUID each; the mark before and after its stage; the snapshot's tag; marks to replace. One of them at
+ * a time for an origin. Exit code 77: the snapshot is gone or is being merged already, and nothing was changed.
+ */
+export const beginMergeScript = `
+group=$1 origin=$2 originUuid=$3 snapshot=$4 uuid=$5 head=$6 tail=$7 only=$8; shift 8
+exec 9>"/run/lvm-nbd-restore.$group.$origin" && flock -w 120 9 || { echo "another restore of the origin is being begun for more than 120 s" >&2; exit 1; }
+attributes() { lvs -a --noheadings -o lv_attr -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-; }
+change() { changed=$1; shift; lvchange -y "$@" -S "lv_uuid=\\"$changed\\"" </dev/null 9>&-; }
+attr=$(attributes) || exit 1
+case $(echo $attr) in ""|S*) exit ${changedMeanwhile};; esac
+now=$(date +%s)
+begun="$head"b"$now+0:$tail"
+drop= again=
+for old; do drop="$drop --deltag $old" again="$again --addtag $old"; done
+change "$originUuid" --addtag "$begun" $drop "$group/$origin" || exit 1
+# Without lvmpolld a process of LVM's own goes on for as long as the merge: it must not keep the lock.
+change "$uuid" --addtag "$only" "$group/$snapshot" && lvconvert -y -b -i 1 --merge "@$only" </dev/null 9>&-
+rc=$?
+attr=$(attributes) || exit 1
+case $(echo $attr) in ""|S*)
+  change "$originUuid" --deltag "$begun" --addtag "$head"m"$now+0:$tail" "$group/$origin"
+  exit;;
+esac
+change "$uuid" --deltag "$only" "$group/$snapshot"
+change "$originUuid" --deltag "$begun" $again "$group/$origin"
+[ "$rc" = 0 ] && exit ${changedMeanwhile}
+exit "$rc"
+`;
+
+/** Marks a restore as ended. Arguments: group, origin's name and UUID, its mark; when it began; the new mark before and after its stage. */
+export const endMergeScript = `
+group=$1 origin=$2 originUuid=$3 old=$4 started=$5 head=$6 tail=$7
+seconds=$(($(date +%s)-started))
+[ "$seconds" -ge 0 ] || seconds=0
+lvchange -y --deltag "$old" --addtag "$head"r"$started+$seconds:$tail" -S "lv_uuid=\\"$originUuid\\"" "$group/$origin" </dev/null
+`;
+
+/** Lets LVM's daemon look after a merge again: one whose poller was killed is never ended. Does nothing else. */
+export function pollCommand(origin: Pick<LogicalVolume, "volumeGroup" | "name">): string[] {
+  return ["lvchange", "-y", "--poll", "y", `${origin.volumeGroup}/${origin.name}`];
+}
+
+/** Begins a merge that waited, if neither volume is open; does nothing otherwise. Nothing is deactivated. */
+export function refreshCommand(origin: Pick<LogicalVolume, "volumeGroup" | "name" | "uuid">): string[] {
+  return [
+    "lvchange",
+    "-y",
+    "--refresh",
+    "-S",
+    `lv_uuid="${origin.uuid}"`,
+    `${origin.volumeGroup}/${origin.name}`,
+  ];
+}
+
+/**
+ * How far a snapshot that LVM calls merging is: the origin's own status tells of a COW merge only while the kernel
+ * does it; a thin one that has begun is over.
+ */
+export function mergePhase(snapshot: LogicalVolume, origin: LogicalVolume): "merging" | "scheduled" {
+  return snapshot.kind === "cow" && origin.mergeFailed !== undefined ? "merging" : "scheduled";
+}
+
+/** Bytes that are still to be written to the origin. */
+export function leftBytes({ sizeBytes, usedPercent }: LogicalVolume): number {
+  return Math.round((sizeBytes * (usedPercent ?? 0)) / 100);
+}
+
+/** What was left at a time (seconds, by any clock). */
+export interface MergeSample {
+  readonly at: number;
+  readonly leftBytes: number;
+}
+
+/** The progress as a person reads it, from when it was first looked at. */
+export function mergePhrase(first: MergeSample, now: MergeSample): string {
+  const done = first.leftBytes - now.leftBytes;
+  const percent = first.leftBytes === 0 ? 100 : Math.floor((100 * done) / first.leftBytes);
+  const left = `${percent} % merged, ${bytesPhrase(now.leftBytes)} left`;
+  const spent = now.at - first.at;
+  if (done <= 0 || spent <= 0) return left;
+  const rate = done / spent;
+  return `${left} at ${bytesPhrase(rate)}/s, about ${secondsPhrase(now.leftBytes / rate)}`;
+}
+
+/** A COW snapshot whose store a merge into its origin fills. */
+export interface FillingSnapshot {
+  readonly name: string;
+  readonly freeBytes: number;
+  /** Too small for what will be written, whatever it holds already. */
+  readonly overflows: boolean;
+}
+
+/**
+ * Other COW snapshots of the origin whose stores do not surely hold what the merge writes. One that is older has kept
+ * those chunks already: they were written after it was taken as well.
+ */
+export function fillingSnapshots(
+  all: readonly LogicalVolume[],
+  snapshot: LogicalVolume,
+  origin: LogicalVolume,
+): FillingSnapshot[] {
+  if (snapshot.kind !== "cow") return [];
+  const written = leftBytes(snapshot);
+  return all
+    .filter(
+      (other) =>
+        other.kind === "cow" &&
+        other.originUuid === origin.uuid &&
+        other.uuid !== snapshot.uuid &&
+        !other.invalid &&
+        other.createdAt >= snapshot.createdAt,
+    )
+    .map((other) => ({
+      name: other.name,
+      freeBytes: other.sizeBytes - leftBytes(other),
+      // A hundredth may be the store's own tables.
+      overflows: written * 0.99 > other.sizeBytes,
+    }))
+    .filter(({ freeBytes }) => written > freeBytes);
+}

@@ -1,0 +1,664 @@
+/**
+ * LvRestore: brings a logical volume back to the moment of one of its snapshots, once, by merging the snapshot into it.
+ *
+ * What was restored is remembered on the origin itself, by an LVM tag that is set before the merge begins: a restore that
+ * was cut off is gone on with, and one that is done is never done again, whatever becomes of Pulumi's state.
+ */
+import { isDeepStrictEqual } from "node:util";
+import { z } from "zod";
+import { failure, script, succeed } from "../core/command.js";
+import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { lookPatiently, pause } from "../core/following.js";
+import { commonInputs, refusing, triggersInput } from "../core/inputs.js";
+import { markAmong, ownerInTag, ownerOfMark, ownerTag } from "../core/owner.js";
+import {
+  type Change,
+  ChangedMeanwhile,
+  type Context,
+  type Problem,
+  type ResourceType,
+} from "../core/resource.js";
+import {
+  isRestoreOf,
+  newLife,
+  ownerOfRestore,
+  type RestoreMark,
+  restoreGeneration,
+  restoreMarksAmong,
+  restoreTagOf,
+  restoreTagParts,
+} from "../core/restoreMark.js";
+import { serially } from "../core/serial.js";
+import { bytesPhrase } from "../linux/copyJob.js";
+import { type LogicalVolume, lvmFailure, tagCommand, volumeGroupNameProblem } from "../linux/lvm.js";
+import {
+  beginMergeScript,
+  endMergeScript,
+  fillingSnapshots,
+  leftBytes,
+  type MergeSample,
+  mergePhase,
+  mergePhrase,
+  pollCommand,
+  refreshCommand,
+} from "../linux/merge.js";
+import { changedMeanwhile } from "../linux/unitScript.js";
+import type { RemoteCommand } from "../ssh/types.js";
+import {
+  changeSeconds,
+  changeVolume,
+  changing,
+  holdersOf,
+  listed,
+  refuseSuspended,
+  requireGroup,
+  serversOf,
+  volumes,
+} from "./volumes.js";
+
+const name = z
+  .string()
+  .superRefine(refusing((value) => (value === "" ? "must not be empty" : volumeGroupNameProblem(value))));
+
+const uuid = z
+  .string()
+  .regex(
+    /^[A-Za-z0-9]{6}(-[A-Za-z0-9]{4}){5}-[A-Za-z0-9]{6}$/,
+    "is not an LVM UUID: take the snapshot's `uuid`",
+  );
+
+const inputs = z.strictObject({
+  ...commonInputs,
+  adopt: commonInputs.adopt.describe(
+    "Follow a merge of this snapshot that somebody began by hand as this resource's own, instead of refusing.",
+  ),
+  volumeGroup: name.describe("Volume group of the origin and the snapshot."),
+  origin: name.describe("Logical volume that is brought back."),
+  snapshot: z
+    .strictObject({
+      name: name.describe("Name of the snapshot."),
+      uuid: uuid.describe("LVM UUID of the snapshot."),
+    })
+    .describe(
+      "The snapshot whose moment is restored, e.g. an LvSnapshot. Merging removes it; its UUID sees to it that no other one " +
+        "of that name is. Another snapshot alone restores nothing.",
+    ),
+  whenOpen: z
+    .enum(["refuse", "atNextActivation"])
+    .default("refuse")
+    .describe(
+      "What to do while the origin or the snapshot is open: `refuse` with an error that names who holds it, or let LVM merge " +
+        "`atNextActivation` of the origin.",
+    ),
+  triggers: triggersInput.describe("Any values; only a change of one restores again."),
+});
+
+const outputs = z.object({
+  state: z
+    .enum(["restored", "merging", "scheduled"])
+    .describe(
+      "`restored`; `merging` (under way: the origin shows the restored content already); `scheduled` (begins when the origin is next " +
+        "activated: until then it has its present content, and what is written to it will be lost).",
+    ),
+  snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
+  restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored."),
+  originUuid: z.string().describe("LVM UUID of the origin; it stays the same."),
+  startedAt: z.string().describe("When the merge was begun or scheduled (ISO 8601, by the host's clock)."),
+  restoredAt: z
+    .string()
+    .describe(
+      "When the merge was seen to have ended (ISO 8601, by the host's clock); empty before, and where nobody followed it.",
+    ),
+  seconds: z.number().describe("From `startedAt` to `restoredAt`."),
+  restoreId: z.string().describe("Which resource's life the restore belongs to."),
+});
+
+type Inputs = z.infer<typeof inputs>;
+type State = Inputs & z.infer<typeof outputs>;
+
+/** What a program declares, before defaults. */
+export type LvRestoreDeclaration = z.input<typeof inputs>;
+/** What a program can read of it. */
+export type LvRestoreOutputs = State;
+
+interface Observed {
+  readonly mark: string | undefined;
+  readonly halfMade: boolean;
+  readonly restore: RestoreMark;
+  readonly origin: LogicalVolume;
+  /** `undefined` when it is gone. */
+  readonly snapshot: LogicalVolume | undefined;
+  /**
+   * `pending`: marked, but the snapshot is there and nobody merges it; `uncertain`: it is gone, and the mark was left
+   * from before LVM was told to merge it.
+   */
+  readonly phase: State["state"] | "pending" | "uncertain";
+}
+
+async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
+  const all = await volumes(context);
+  const [originUuid, life] = "restoreId" in wanted ? [wanted.originUuid, wanted.restoreId] : [];
+  const origin = all.find((lv) => lv.uuid === originUuid) ?? named(all, wanted.volumeGroup, wanted.origin);
+  if (origin === undefined) {
+    await requireGroup(context, wanted.volumeGroup, all);
+    return undefined;
+  }
+  const marks = restoreMarksAmong(origin.tags);
+  const restore =
+    marks.find((mark) => mark.life === life) ?? marks.find((mark) => isRestoreOf(mark, wanted.owner));
+  if (restore === undefined) return undefined;
+  const snapshot = all.find((lv) => lv.uuid === restore.snapshotUuid);
+  refuseSuspended(context, [origin, snapshot]);
+  const phase = phaseOf(restore, snapshot, origin);
+  return {
+    mark: ownerTag + restore.owner,
+    halfMade: phase === "pending" || phase === "uncertain",
+    ...{ restore, origin, snapshot, phase },
+  };
+}
+
+function phaseOf(
+  { stage }: RestoreMark,
+  snapshot: LogicalVolume | undefined,
+  origin: LogicalVolume,
+): Observed["phase"] {
+  if (stage === "restored") return "restored";
+  if (snapshot === undefined) return stage === "begun" ? "uncertain" : "restored";
+  return snapshot.merging ? mergePhase(snapshot, origin) : "pending";
+}
+
+function named(all: readonly LogicalVolume[], group: string, volume: string): LogicalVolume | undefined {
+  return all.find((lv) => lv.volumeGroup === group && lv.name === volume);
+}
+
+function pathOf({ volumeGroup, name }: Pick<LogicalVolume, "volumeGroup" | "name">): string {
+  return `${volumeGroup}/${name}`;
+}
+
+function refused(context: Context, code: ErrorCode, message: string, advice?: string): LvmNbdError {
+  return new LvmNbdError(code, { message, host: context.host.name, resource: context.resource, advice });
+}
+
+/** What is merged into what. */
+interface Pair {
+  readonly origin: LogicalVolume;
+  readonly snapshot: LogicalVolume;
+}
+
+/** Finds the two, and everything for which they must not or cannot be merged, before anything is touched. */
+async function suitable(context: Context, wanted: Inputs): Promise<Pair> {
+  const all = await volumes(context);
+  const group = all.filter((lv) => lv.volumeGroup === wanted.volumeGroup && lv.kind !== "internal");
+  if (group.length === 0) await requireGroup(context, wanted.volumeGroup, all);
+  const origin = named(group, wanted.volumeGroup, wanted.origin);
+  if (origin === undefined) {
+    throw refused(
+      context,
+      "ORIGIN_NOT_FOUND",
+      `origin: no logical volume "${wanted.origin}" in ${wanted.volumeGroup}; there are: ${listed(group.map((lv) => lv.name))}`,
+    );
+  }
+  const snapshot = requireSnapshot(context, wanted, group, origin);
+  refuseSuspended(context, [origin, snapshot]);
+  refuseMerging(context, wanted, { origin, snapshot });
+  refuseUnmergeable(context, all, { origin, snapshot });
+  refuseOverflows(context, all, { origin, snapshot });
+  warnOfOthers(context, wanted, all, { origin, snapshot });
+  return { origin, snapshot };
+}
+
+function requireSnapshot(
+  context: Context,
+  wanted: Inputs,
+  group: readonly LogicalVolume[],
+  origin: LogicalVolume,
+): LogicalVolume {
+  const found = group.find((lv) => lv.uuid === wanted.snapshot.uuid);
+  if (found === undefined) {
+    const path = `${wanted.volumeGroup}/${wanted.snapshot.name}`;
+    const other = named(group, wanted.volumeGroup, wanted.snapshot.name);
+    if (other !== undefined) {
+      throw refused(
+        context,
+        "IDENTITY_MISMATCH",
+        `snapshot.uuid: ${path} has the UUID ${other.uuid}, not ${wanted.snapshot.uuid}: it is another snapshot`,
+        "Nothing was touched. Give the `uuid` of the snapshot that is meant; the one declared is gone.",
+      );
+    }
+    const own = group.filter((lv) => lv.origin === origin.name && lv.originUuid === origin.uuid);
+    throw refused(
+      context,
+      "SNAPSHOT_NOT_FOUND",
+      `snapshot: there is no ${path} (${wanted.snapshot.uuid}); snapshots of ${origin.name} are: ${listed(own.map((lv) => lv.name))}`,
+    );
+  }
+  if (found.originUuid !== origin.uuid) {
+    const of = found.origin === undefined ? "no snapshot" : `a snapshot of "${found.origin}"`;
+    throw refused(
+      context,
+      "IDENTITY_MISMATCH",
+      `snapshot: ${pathOf(found)} is ${of}, not of "${origin.name}"`,
+      "Nothing was touched. Name the `origin` of the snapshot, or another snapshot.",
+    );
+  }
+  return found;
+}
+
+function refuseMerging(context: Context, wanted: Inputs, { origin, snapshot }: Pair): void {
+  const isOrigin = origin.attr[0] === "O";
+  if (!isOrigin && !snapshot.merging) return;
+  const marks = restoreMarksAmong(origin.tags).filter(({ stage }) => stage !== "restored");
+  const own = marks.find((mark) => mark.snapshotUuid === snapshot.uuid);
+  if (snapshot.merging && own === undefined && wanted.adopt) return;
+  const by = snapshot.merging ? own : marks[0];
+  throw refused(
+    context,
+    "SNAPSHOT_MERGING",
+    `${snapshot.merging ? pathOf(snapshot) : "another snapshot"} is being merged into ${pathOf(origin)} already, by ${by === undefined ? "somebody" : ownerOfRestore(by)}`,
+    snapshot.merging && by === undefined
+      ? "Wait until that has ended: it does what is declared here. Or set `adopt: true` to follow it."
+      : "Run again when that has ended.",
+  );
+}
+
+function refuseUnmergeable(
+  context: Context,
+  all: readonly LogicalVolume[],
+  { origin, snapshot }: Pair,
+): void {
+  const path = pathOf(snapshot);
+  if (snapshot.kind === "cow") {
+    if (snapshot.invalid) {
+      throw refused(
+        context,
+        "SNAPSHOT_OVERFLOWED",
+        `${path} ran full: its content is lost, and nothing can be restored from it`,
+        "Restore from another snapshot or from a backup.",
+      );
+    }
+    if (!snapshot.active) {
+      throw refused(
+        context,
+        "SNAPSHOT_INACTIVE",
+        `${path} is not active, so LVM cannot tell whether it is valid`,
+        `Activate ${pathOf(origin)} with \`lvchange -ay ${pathOf(origin)}\` on the host, and run again. Nothing was changed.`,
+      );
+    }
+    return;
+  }
+  const stored = all.filter(
+    (lv) => lv.kind === "cow" && [origin.uuid, snapshot.uuid].includes(lv.originUuid ?? ""),
+  );
+  if (stored.length > 0) {
+    throw refused(
+      context,
+      "ORIGIN_UNSUITABLE",
+      `LVM cannot merge the thin snapshot ${path}: it or its origin has the COW snapshots ${listed(stored.map((lv) => lv.name))}`,
+      "Remove those, and run again.",
+    );
+  }
+  const pool = named(all, snapshot.volumeGroup, snapshot.pool ?? "");
+  // A pool without room for data merges all the same, and has room again then.
+  const readable = pool !== undefined && (pool.health === "" || pool.health === "out_of_data");
+  if (readable && (pool.metadataPercent ?? 0) < 100) return;
+  throw refused(
+    context,
+    "NO_SPACE",
+    `the thin pool ${snapshot.pool} takes no changes: ${pool?.health || "its metadata is full"}`,
+    `Extend or repair it (\`lvextend --poolmetadatasize\`, \`lvconvert --repair ${snapshot.volumeGroup}/${snapshot.pool}\`), and run again.`,
+  );
+}
+
+/** The merge writes to the origin, and so into the stores of its other COW snapshots. */
+function refuseOverflows(context: Context, all: readonly LogicalVolume[], { origin, snapshot }: Pair): void {
+  const filling = fillingSnapshots(all, snapshot, origin);
+  if (filling.length === 0) return;
+  const phrase = filling.map((lv) => `"${lv.name}" (${bytesPhrase(lv.freeBytes)} free)`).join(", ");
+  const writes = `the merge writes ${bytesPhrase(leftBytes(snapshot))} to ${pathOf(origin)}`;
+  if (!filling.some(({ overflows }) => overflows)) {
+    context.warn(`${writes}, which may overflow other snapshots of it: ${phrase}`);
+    return;
+  }
+  throw refused(
+    context,
+    "RESTORE_OVERFLOWS",
+    `${writes}, which overflows other snapshots of it: ${phrase}`,
+    `Extend them (\`lvextend -L +${Math.ceil(leftBytes(snapshot) / 1024 ** 2)}M ${snapshot.volumeGroup}/NAME\`), or remove them, and run again.`,
+  );
+}
+
+function warnOfOthers(
+  context: Context,
+  { owner }: Inputs,
+  all: readonly LogicalVolume[],
+  { origin, snapshot }: Pair,
+): void {
+  const mark = markAmong(snapshot.tags);
+  const stack = (one: string) => one.split("/").slice(0, 3).join("/");
+  if (mark !== undefined && stack(ownerOfMark(mark)) !== stack(owner))
+    context.warn(`the snapshot ${snapshot.name} belongs to ${ownerOfMark(mark)}, which will find it gone`);
+  if (snapshot.kind === "cow") return;
+  const siblings = all.filter(
+    (lv) => lv.kind === "thin" && lv.originUuid === origin.uuid && lv.uuid !== snapshot.uuid,
+  );
+  if (siblings.length > 0) {
+    context.warn(
+      `the thin snapshots ${listed(siblings.map((lv) => lv.name))} keep their content, but LVM will no longer show that they are of ${origin.name}`,
+    );
+  }
+  if (snapshot.sizeBytes !== origin.sizeBytes)
+    context.warn(
+      `${pathOf(origin)} will have the snapshot's size, ${snapshot.sizeBytes} bytes instead of ${origin.sizeBytes}`,
+    );
+}
+
+/** Raises VOLUME_IN_USE, with who holds or serves them, unless both are closed. */
+async function refuseOpen(context: Context, { origin, snapshot }: Pair): Promise<void> {
+  for (const lv of [origin, snapshot].filter(({ active }) => active)) {
+    const holders = [...(await holdersOf(context, lv)), ...(await serversOf(context, [lv]))];
+    if (holders.length === 0) continue;
+    throw refused(
+      context,
+      "VOLUME_IN_USE",
+      `${pathOf(lv)} is open: ${holders.join(", ")}`,
+      'Nothing was touched. Shut the VM down, unmount the volume, remove its export, and run again. Or set `whenOpen: "atNextActivation"`.',
+    );
+  }
+}
+
+/** Restores; `earlier`: the mark that its own takes the place of. */
+async function restore(context: Context, wanted: Inputs, earlier: RestoreMark | undefined): Promise<void> {
+  const pair = await suitable(context, wanted);
+  const { origin, snapshot } = pair;
+  const told = {
+    generation: restoreGeneration(wanted.triggers),
+    life: newLife(),
+    snapshotUuid: snapshot.uuid,
+    owner: ownerInTag(wanted.owner),
+  };
+  const old = restoreMarksAmong(origin.tags)
+    .filter((mark) => mark.life === earlier?.life || isRestoreOf(mark, wanted.owner))
+    .map(({ tag }) => tag);
+  if (snapshot.merging) {
+    // Somebody else's merge, adopted.
+    const startedAt = await hostSeconds(context);
+    await mark(context, origin, restoreTagOf({ ...told, stage: "merging", startedAt, seconds: 0 }), old);
+    return follow(context, wanted);
+  }
+  if (wanted.whenOpen === "refuse") await refuseOpen(context, pair);
+  context.progress(`merging the snapshot ${pathOf(snapshot)} into ${pathOf(origin)}`);
+  const { head, tail } = restoreTagParts(told);
+  const command: RemoteCommand = {
+    kind: "change",
+    argv: script(
+      beginMergeScript,
+      ...[origin.volumeGroup, origin.name, origin.uuid, snapshot.name, snapshot.uuid],
+      ...[head, tail, `lvm-nbd.restoring=${told.life}`, ...old],
+    ),
+    // It waits for its own lock first, and runs five LVM commands.
+    deadlineSeconds: 3 * changeSeconds,
+    graceSeconds: changeSeconds,
+  };
+  const result = await serially(context.host, origin.volumeGroup, () =>
+    context.host.run(command, context.signal),
+  );
+  if (result.exitCode === changedMeanwhile) {
+    const what = `${pathOf(snapshot)} was removed, or its merge begun, by somebody else in the meantime`;
+    throw new ChangedMeanwhile(failure(context, command, result, what, "SNAPSHOT_MERGING"));
+  }
+  if (result.exitCode !== 0) {
+    const what = `${pathOf(snapshot)} could not be merged into ${pathOf(origin)}`;
+    throw failure(context, command, result, what, lvmFailure(result.stderr) ?? "COMMAND_FAILED");
+  }
+  return follow(context, wanted);
+}
+
+async function hostSeconds(context: Context): Promise<number> {
+  const command: RemoteCommand = { argv: ["date", "+%s"], kind: "read", deadlineSeconds: 30 };
+  return Number((await succeed(context, command, "the host's clock could not be read")).stdout);
+}
+
+async function mark(
+  context: Context,
+  origin: LogicalVolume,
+  tag: string | undefined,
+  old: readonly string[],
+): Promise<void> {
+  await changeVolume(
+    context,
+    origin.volumeGroup,
+    tagCommand(origin, tag === undefined ? [] : [tag], old),
+    `the mark of the restore on ${pathOf(origin)} could not be changed`,
+  );
+}
+
+const pollSeconds = { first: 0.2, most: 2 };
+/** After so long without a change a merge hangs. */
+const stallSeconds = 300;
+/** LVM's daemon looks every 15 s whether a merge has ended, and this long after that it cannot be running. */
+const pollerSeconds = 30;
+const theMerge = "the merge";
+
+/** Waits for the end of a merge that was begun, as long as it makes progress, and marks it. */
+async function follow(context: Context, wanted: Inputs): Promise<void> {
+  let first: MergeSample | undefined;
+  let moved = performance.now();
+  let [last, polled] = [-1, moved];
+  let refreshed = false;
+  try {
+    for (let wait = pollSeconds.first; ; wait = Math.min(wait * 2, pollSeconds.most)) {
+      const seen = await lookPatiently(context, theMerge, () => observe(context, wanted));
+      if (seen?.phase === "restored") return await end(context, seen);
+      if (seen?.snapshot === undefined || seen.halfMade) throw vanished(context, wanted);
+      const pair = { origin: seen.origin, snapshot: seen.snapshot };
+      if (seen.phase === "scheduled") {
+        if (refreshed || !(await beginsNow(context, pair))) return;
+        refreshed = true;
+        continue;
+      }
+      if (seen.origin.mergeFailed) throw failed(context, pair);
+      const now = { at: performance.now() / 1000, leftBytes: leftBytes(seen.snapshot) };
+      first ??= now;
+      context.progress(
+        `merging ${pathOf(seen.snapshot)} into ${pathOf(seen.origin)}: ${mergePhrase(first, now)}`,
+      );
+      if (now.leftBytes !== last) [last, moved] = [now.leftBytes, performance.now()];
+      const still = (performance.now() - moved) / 1000;
+      if (still > stallSeconds) throw stalled(context, pair);
+      if (now.leftBytes === 0 && still > pollerSeconds && performance.now() - polled > pollerSeconds * 1000) {
+        const what = `LVM could not be told to end the merge into ${pathOf(seen.origin)}`;
+        await changeVolume(context, seen.origin.volumeGroup, pollCommand(seen.origin), what);
+        polled = performance.now();
+      }
+      await pause(context, wait, theMerge);
+    }
+  } catch (error) {
+    if (!isLvmNbdError(error, "CANCELLED")) throw error;
+    throw new LvmNbdError("CANCELLED", {
+      ...error.details,
+      message: `cancelled while the merge into ${wanted.volumeGroup}/${wanted.origin} was followed: the merge itself goes on`,
+      advice: "A merge cannot be taken back half-way. The next `pulumi up` follows it to its end.",
+    });
+  }
+}
+
+function vanished(context: Context, { volumeGroup, origin }: Inputs): ChangedMeanwhile {
+  const what = `somebody else removed the mark of the restore from ${volumeGroup}/${origin}, or undid the merge`;
+  return new ChangedMeanwhile(refused(context, "IDENTITY_MISMATCH", what));
+}
+
+function failed(context: Context, { origin, snapshot }: Pair): LvmNbdError {
+  return refused(
+    context,
+    "RESTORE_FAILED",
+    `the kernel gave up merging ${pathOf(snapshot)} into ${pathOf(origin)}`,
+    `Look at \`dmesg\` on the host: a disk that cannot be read or written is the usual reason. Put that right, then deactivate and activate ${pathOf(origin)}: the merge goes on from where it was. Until then use nothing of it.`,
+  );
+}
+
+function stalled(context: Context, { origin, snapshot }: Pair): LvmNbdError {
+  const device = `${origin.volumeGroup.replaceAll("-", "--")}-${origin.name.replaceAll("-", "--")}`;
+  return refused(
+    context,
+    "RESTORE_STALLED",
+    `merging ${pathOf(snapshot)} into ${pathOf(origin)} has made no progress for ${stallSeconds} s`,
+    `Look at \`dmsetup status ${device}\`, \`lvs -a -o +lv_merging,lv_merge_failed ${origin.volumeGroup}\` and \`dmesg\` on the host. If all is merged already, \`lvchange --poll y ${pathOf(origin)}\` ends it. The next \`pulumi up\` follows it on.`,
+  );
+}
+
+/** Begins a merge that waits, where neither volume is open any more. False: it waits on, and that was told. */
+async function beginsNow(context: Context, { origin, snapshot }: Pair): Promise<boolean> {
+  const holders = origin.active ? await holdersOf(context, origin) : [];
+  if (snapshot.active && snapshot.open === true) holders.push(`the snapshot ${snapshot.name} is open itself`);
+  if (origin.active && holders.length === 0) {
+    const what = `the merge into ${pathOf(origin)} could not be begun`;
+    await changeVolume(context, origin.volumeGroup, refreshCommand(origin), what);
+    return true;
+  }
+  const now = origin.active ? `is open: ${holders.join(", ")}` : "is not active";
+  context.warn(
+    `the merge is scheduled and has not begun: ${pathOf(origin)} ${now}. It begins when the origin is next activated, e.g. at a reboot, ` +
+      `or after the VM was shut down by \`lvchange -an ${pathOf(origin)}\` and \`lvchange -ay ${pathOf(origin)}\`, or by \`pulumi up\`. ` +
+      "What is written to the origin until then will be lost",
+  );
+  return false;
+}
+
+/** Marks that a restore has ended. */
+async function end(context: Context, { restore, origin }: Observed): Promise<void> {
+  if (restore.stage === "restored") return;
+  const { head, tail } = restoreTagParts(restore);
+  const argv = script(
+    endMergeScript,
+    ...[origin.volumeGroup, origin.name, origin.uuid, restore.tag],
+    ...[String(restore.startedAt), head, tail],
+  );
+  await serially(context.host, origin.volumeGroup, () =>
+    succeed(
+      context,
+      { ...changing, argv },
+      `the restore of ${pathOf(origin)} could not be marked as ended`,
+      (result) => lvmFailure(result.stderr),
+    ),
+  );
+}
+
+function isStale({ restore }: Observed, { triggers }: Inputs): boolean {
+  return restore.generation !== restoreGeneration(triggers);
+}
+
+async function converge(
+  context: Context,
+  wanted: Inputs,
+  seen: Observed,
+  old: State | undefined,
+): Promise<void> {
+  const { origin, phase } = seen;
+  if (isStale(seen, wanted)) {
+    if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen.restore);
+    throw refused(
+      context,
+      "SNAPSHOT_MERGING",
+      `the restore of ${pathOf(origin)} for earlier \`triggers\` has not ended: it is ${phase}`,
+    );
+  }
+  if (phase === "uncertain") throw uncertain(context, seen);
+  if (phase === "pending") return restore(context, wanted, seen.restore);
+  if (old === undefined && seen.restore.snapshotUuid !== wanted.snapshot.uuid) {
+    context.warn(
+      `${pathOf(origin)} was restored for these \`triggers\` already, from the snapshot ${seen.restore.snapshotUuid}: it is not restored again. Change \`triggers\` to restore from ${wanted.snapshot.name}`,
+    );
+  }
+  // Found by a create, it is this resource's from now on, and no longer goes with an earlier one of its name.
+  const life = old === undefined ? newLife() : seen.restore.life;
+  const stage = seen.restore.stage === "begun" ? "merging" : seen.restore.stage;
+  const right = restoreTagOf({ ...seen.restore, life, stage, owner: ownerInTag(wanted.owner) });
+  if (right !== seen.restore.tag) await mark(context, origin, right, [seen.restore.tag]);
+  await follow(context, wanted);
+}
+
+function uncertain(context: Context, { restore, origin }: Observed): LvmNbdError {
+  const { tag } = restore;
+  const done = restoreTagOf({ ...restore, stage: "restored" });
+  return refused(
+    context,
+    "RESTORE_UNCERTAIN",
+    `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`,
+    `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange --deltag '${tag}' --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again.`,
+  );
+}
+
+function time(seconds: number): string {
+  return new Date(seconds * 1000).toISOString();
+}
+
+function toState(declared: Inputs | State, seen: Observed): State {
+  const { restore, origin, snapshot, phase } = seen;
+  const ended = restore.stage === "restored";
+  return {
+    ...declared,
+    volumeGroup: origin.volumeGroup,
+    origin: origin.name,
+    state: phase === "restored" || phase === "scheduled" ? phase : "merging",
+    snapshotRemoved: snapshot === undefined,
+    restoredSnapshot: restore.snapshotUuid,
+    originUuid: origin.uuid,
+    startedAt: time(restore.startedAt),
+    restoredAt: ended ? time(restore.startedAt + restore.seconds) : "",
+    seconds: restore.seconds,
+    restoreId: restore.life,
+  };
+}
+
+function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
+  const changed = (property: keyof Inputs & string) =>
+    unknown.has(property) || !isDeepStrictEqual(wanted[property], state[property]);
+  const properties = (all: readonly (keyof Inputs & string)[], effect: Change["effect"]): Change[] =>
+    all.filter(changed).map((property) => ({ property, effect }));
+  return [
+    ...properties(["volumeGroup", "origin"], "replace"),
+    ...properties(["triggers", "owner"], "update"),
+    // What is restored stays so: a new snapshot, as an LvSnapshot takes after its merge, is for the next `triggers`.
+    ...properties(["snapshot", "whenOpen"], "connection"),
+    ...(state.state === "restored" ? [] : [{ property: "state", effect: "update" } as const]),
+  ];
+}
+
+function validate(wanted: Partial<Inputs>): Problem[] {
+  if (wanted.snapshot === undefined || wanted.snapshot.name !== wanted.origin) return [];
+  return [{ property: "snapshot.name", reason: `"${wanted.origin}" is the origin's own name` }];
+}
+
+/** The resource as the reconciler sees it. */
+export const lvRestore: ResourceType<Inputs, State, Observed> = {
+  type: "LvRestore",
+  description: "Brings a logical volume back to the moment of one of its snapshots, once.",
+  inputs,
+  outputs,
+  validate,
+  predict: () => ({}),
+  id: (wanted, hostName) => `${hostName}/${wanted.volumeGroup}/${wanted.origin}`,
+  observe,
+  isSame: ({ restore }, state) => restore.life === state.restoreId,
+  toState,
+  diff,
+  // Made first, one on the same machine under another name finds that all is done.
+  collides: () => false,
+  create: (context, wanted) => restore(context, wanted, undefined),
+  converge,
+  isStale,
+  isSuperseded: ({ restore }, state) => restore.life !== state.restoreId,
+  async remove(context, _state, { restore, origin, phase }) {
+    if (phase === "merging" || phase === "scheduled")
+      context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
+    await mark(context, origin, undefined, [restore.tag]);
+  },
+  drift(state, seen) {
+    const now = toState(state, seen);
+    const lines: string[] = [];
+    if (pathOf(seen.origin) !== `${state.volumeGroup}/${state.origin}`)
+      lines.push(`its origin is now ${pathOf(seen.origin)}`);
+    if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
+    return lines;
+  },
+};
