@@ -26,6 +26,8 @@ export interface RestoreMark {
   readonly startedAt: number;
   /** Seconds from there to the end; 0 before it. */
   readonly seconds: number;
+  /** Of what was only begun: the snapshot's device in its thin pool; 0 of a COW snapshot. */
+  readonly thinId: number;
   /** LVM UUID of the snapshot. */
   readonly snapshotUuid: string;
   /** As it stands in the tag. */
@@ -59,7 +61,8 @@ export function restoreTagParts(told: Pick<RestoreMark, "generation" | "life" | 
 /** The tag of a mark. */
 export function restoreTagOf(told: Omit<RestoreMark, "tag">): string {
   const { head, tail } = restoreTagParts(told);
-  return `${head}${stages[told.stage]}${told.startedAt}+${told.seconds}:${tail}`;
+  const number = told.stage === "begun" ? told.thinId : told.seconds;
+  return `${head}${stages[told.stage]}${told.startedAt}+${number}:${tail}`;
 }
 
 /** The marks among a volume's tags. What begins like one and is none of ours is passed over. */
@@ -69,10 +72,14 @@ export function restoreMarksAmong(tags: readonly string[]): RestoreMark[] {
     const match = /^([0-9a-f]{12}):([0-9a-f]{8}):([bmr])(\d{1,12})\+(\d{1,9}):([A-Za-z0-9-]+):(.+)$/.exec(
       tag.slice(restoreTag.length),
     );
-    const [, generation, life, letter, startedAt, seconds, snapshotUuid, owner] = match ?? [];
+    const [, generation, life, letter, startedAt, number, snapshotUuid, owner] = match ?? [];
     const stage = (["begun", "merging", "restored"] as const).find((one) => stages[one] === letter);
     if (!stage || !generation || !life || !snapshotUuid || !owner) return [];
-    const times = { startedAt: Number(startedAt), seconds: Number(seconds) };
+    const times = {
+      startedAt: Number(startedAt),
+      seconds: stage === "restored" ? Number(number) : 0,
+      thinId: stage === "begun" ? Number(number) : 0,
+    };
     return [{ tag, generation, life, stage, ...times, snapshotUuid, owner }];
   });
 }

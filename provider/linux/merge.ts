@@ -20,7 +20,9 @@ change() { changed=$1; shift; lvchange -y "$@" -S "lv_uuid=\\"$changed\\"" </dev
 attr=$(attributes) || exit 1
 case $(echo $attr) in ""|S*) exit ${changedMeanwhile};; esac
 now=$(date +%s)
-begun="$head"b"$now+0:$tail"
+thin=$(lvs -a --noheadings -o thin_id -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-) || exit 1
+thin=$(echo $thin)
+begun="$head"b"$now+\${thin:-0}:$tail"
 drop= again=
 for old; do drop="$drop --deltag $old" again="$again --addtag $old"; done
 change "$originUuid" --addtag "$begun" $drop "$group/$origin" || exit 1
@@ -36,6 +38,22 @@ change "$uuid" --deltag "$only" "$group/$snapshot"
 change "$originUuid" --deltag "$begun" $again "$group/$origin"
 [ "$rc" = 0 ] && exit ${changedMeanwhile}
 exit "$rc"
+`;
+
+/**
+ * Tells whether LVM was ever told to merge a snapshot that is gone, where the script above was cut off between that and its
+ * mark: prints "merged" if so. The origin has taken over a thin snapshot's device in its pool; before any other merge LVM has
+ * archived its metadata with the command (unless that is switched off in lvm.conf, or the power failed just then).
+ * Arguments: group, origin's UUID, the snapshot's thin device or 0, the snapshot's tag.
+ */
+export const wasMergedScript = `
+group=$1 originUuid=$2 thin=$3 only=$4
+if [ "$thin" != 0 ]; then
+  now=$(lvs -a --noheadings -o thin_id -S "lv_uuid=\\"$originUuid\\"" "$group") || exit 1
+  [ "$(echo $now)" != "$thin" ] || echo merged
+elif grep -Fqs "merge @$only" /etc/lvm/archive/"$group"_*.vg /etc/lvm/backup/"$group"; then
+  echo merged
+fi
 `;
 
 /** Marks a restore as ended. Arguments: group, origin's name and UUID, its mark; when it began; the new mark before and after its stage. */

@@ -10,7 +10,7 @@ import { failure, script, succeed } from "../core/command.js";
 import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { lookPatiently, pause } from "../core/following.js";
 import { commonInputs, refusing, triggersInput } from "../core/inputs.js";
-import { markAmong, ownerInTag, ownerOfMark, ownerTag } from "../core/owner.js";
+import { markAmong, ownerInTag, ownerOfMark, ownerTag, tagPrefix } from "../core/owner.js";
 import {
   type Change,
   ChangedMeanwhile,
@@ -41,6 +41,7 @@ import {
   mergePhrase,
   pollCommand,
   refreshCommand,
+  wasMergedScript,
 } from "../linux/merge.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
@@ -50,6 +51,7 @@ import {
   changing,
   holdersOf,
   listed,
+  observeSeconds,
   refuseSuspended,
   requireGroup,
   serversOf,
@@ -382,7 +384,12 @@ async function restore(context: Context, wanted: Inputs, earlier: RestoreMark | 
   if (snapshot.merging) {
     // Somebody else's merge, adopted.
     const startedAt = await hostSeconds(context);
-    await mark(context, origin, restoreTagOf({ ...told, stage: "merging", startedAt, seconds: 0 }), old);
+    await mark(
+      context,
+      origin,
+      restoreTagOf({ ...told, stage: "merging", startedAt, seconds: 0, thinId: 0 }),
+      old,
+    );
     return follow(context, wanted);
   }
   if (wanted.whenOpen === "refuse") await refuseOpen(context, pair);
@@ -393,7 +400,7 @@ async function restore(context: Context, wanted: Inputs, earlier: RestoreMark | 
     argv: script(
       beginMergeScript,
       ...[origin.volumeGroup, origin.name, origin.uuid, snapshot.name, snapshot.uuid],
-      ...[head, tail, `lvm-nbd.restoring=${told.life}`, ...old],
+      ...[head, tail, onlyTag(told.life), ...old],
     ),
     // It waits for its own lock first, and runs five LVM commands.
     deadlineSeconds: 3 * changeSeconds,
@@ -411,6 +418,11 @@ async function restore(context: Context, wanted: Inputs, earlier: RestoreMark | 
     throw failure(context, command, result, what, lvmFailure(result.stderr) ?? "COMMAND_FAILED");
   }
   return follow(context, wanted);
+}
+
+/** By which LVM is told which snapshot to merge. */
+function onlyTag(life: string): string {
+  return `${tagPrefix}restoring=${life}`;
 }
 
 async function hostSeconds(context: Context): Promise<number> {
@@ -562,7 +574,7 @@ async function converge(
       `the restore of ${pathOf(origin)} for earlier \`triggers\` has not ended: it is ${phase}`,
     );
   }
-  if (phase === "uncertain") throw uncertain(context, seen);
+  if (phase === "uncertain" && !(await wasMerged(context, seen))) throw uncertain(context, seen);
   if (phase === "pending") return restore(context, wanted, seen.restore);
   if (old === undefined && seen.restore.snapshotUuid !== wanted.snapshot.uuid) {
     context.warn(
@@ -575,6 +587,16 @@ async function converge(
   const right = restoreTagOf({ ...seen.restore, life, stage, owner: ownerInTag(wanted.owner) });
   if (right !== seen.restore.tag) await mark(context, origin, right, [seen.restore.tag]);
   await follow(context, wanted);
+}
+
+async function wasMerged(context: Context, { restore, origin }: Observed): Promise<boolean> {
+  const argv = script(
+    wasMergedScript,
+    ...[origin.volumeGroup, origin.uuid, String(restore.thinId), onlyTag(restore.life)],
+  );
+  const command: RemoteCommand = { argv, kind: "read", deadlineSeconds: observeSeconds };
+  const what = `what became of the snapshot of ${pathOf(origin)} could not be found out`;
+  return (await succeed(context, command, what)).stdout.trim() === "merged";
 }
 
 function uncertain(context: Context, { restore, origin }: Observed): LvmNbdError {

@@ -22,7 +22,10 @@ export interface Volume {
   data: string;
   /** Fill level of a COW store. */
   usedPercent: number;
-  merging: boolean;
+  /** `waits`: for its origin to be activated while nobody has it open. */
+  merging: "no" | "waits" | "runs";
+  /** Of a thin volume in its pool. */
+  thinId: number;
   /** Of its device: `/dev/dm-MINOR`. */
   readonly minor: number;
 }
@@ -64,8 +67,11 @@ const withValue = new Set([
   "--config",
   "--units",
   "--reportformat",
+  "-i",
+  "--merge",
+  "--poll",
 ]);
-const flags = new Set(["-s", "-y", "-a", "-K", "--nosuffix", "--binary", "--noheadings"]);
+const flags = new Set(["-s", "-y", "-a", "-b", "-K", "--nosuffix", "--binary", "--noheadings", "--refresh"]);
 
 function parseArguments(argv: readonly string[]): Parsed {
   const options = new Map<string, string[]>();
@@ -88,6 +94,9 @@ function parseArguments(argv: readonly string[]): Parsed {
 
 export class FakeLvm {
   readonly groups = new Map<string, Group>();
+  /** How many merges were begun or put off. */
+  merges = 0;
+  private archived = 0;
   private made = 0;
 
   constructor(
@@ -162,6 +171,7 @@ export class FakeLvm {
       for (const volume of group.volumes) {
         volume.active = true;
         this.link(group, volume);
+        if (volume.merging === "waits") this.beginMerge(group, volume);
       }
     }
   }
@@ -174,6 +184,7 @@ export class FakeLvm {
       ["lvremove", (process) => this.command(process, (parsed) => this.lvremove(process, parsed))],
       ["lvextend", (process) => this.command(process, (parsed) => this.lvextend(process, parsed))],
       ["lvrename", (process) => this.command(process, (parsed) => this.lvrename(process, parsed))],
+      ["lvconvert", (process) => this.command(process, (parsed) => this.lvconvert(process, parsed))],
       ["lvchange", (process) => this.command(process, (parsed) => this.lvchange(process, parsed))],
     ];
   }
@@ -231,6 +242,19 @@ export class FakeLvm {
       yield process.wait({});
       group.lockedBy = undefined;
     }
+    for (const { group, volume } of this.all())
+      if (volume.merging === "runs") this.goOnMerging(this.group(group), volume);
+    const selection = parsed.options.get("-S")?.[0];
+    if (selection !== undefined) {
+      const field = parsed.options.get("-o")?.[0] ?? "";
+      for (const { group, volume } of this.all()) {
+        if (group !== parsed.operands[0] || selection !== `lv_uuid="${volume.uuid}"`) continue;
+        const thin_id = volume.kind === "thin" ? String(volume.thinId) : "";
+        const row: Record<string, string> = { ...this.row(this.group(group), volume), thin_id };
+        process.out(`  ${row[field]}\n`);
+      }
+      return 0;
+    }
     if (parsed.operands.length > 0) {
       yield* this.selected(process, parsed);
       return 0;
@@ -258,6 +282,8 @@ export class FakeLvm {
     const origin = this.find(groupName, originName);
     if (origin === undefined)
       throw new LvmFailure(`Snapshot origin LV ${originName} not found in Volume group ${groupName}.`);
+    if ([...group.volumes].some((other) => other.origin === origin && other.merging !== "no"))
+      throw new LvmFailure("Snapshots of an origin that has a merging snapshot are not supported.");
     const size = declaredSize(options, origin);
     const common = {
       name,
@@ -293,6 +319,8 @@ export class FakeLvm {
     const chosen = yield* this.selected(process, parsed);
     if (chosen === undefined) return 0;
     const { group, volume } = chosen;
+    if (volume.merging !== "no")
+      throw new LvmFailure(`Can't remove merging snapshot logical volume ${group.name}/${volume.name}.`);
     if (this.isOpen(volume)) throw new LvmFailure(`Logical volume ${group.name}/${volume.name} in use.`);
     if (volume.kind === "plain" && !volume.tags.includes(makingMark))
       throw new Error(`the origin ${volume.name} was about to be removed`);
@@ -346,11 +374,70 @@ export class FakeLvm {
     return 0;
   }
 
+  /** Merges the snapshots with a tag, or puts that off while they or their origins are open. */
+  private *lvconvert(process: Process, { options }: Parsed): Running<number> {
+    const tag = options.get("--merge")?.[0] ?? "";
+    if (!tag.startsWith("@")) throw new LvmFailure("only a tag tells which snapshot is merged", 3);
+    for (const { group: name, volume } of this.all()) {
+      if (!volume.tags.includes(tag.slice(1))) continue;
+      const group = this.group(name);
+      yield* this.lock(process, group, { options, operands: [] });
+      if (volume.origin === undefined || volume.merging !== "no")
+        throw new LvmFailure(`Command not permitted on LV ${name}/${volume.name}.`);
+      if (isInvalid(volume))
+        throw new LvmFailure(`Unable to merge invalidated snapshot LV ${name}/${volume.name}.`);
+      yield process.wait({});
+      this.archived += 1;
+      this.machine.files.mkdirs("/etc/lvm/archive");
+      const archive = `/etc/lvm/archive/${name}_${String(this.archived).padStart(5, "0")}.vg`;
+      this.machine.files.write(
+        archive,
+        `description = "Created *before* executing '${process.argv.join(" ")}'"\n`,
+      );
+      yield process.wait({});
+      this.merges += 1;
+      volume.merging = "waits";
+      if (!this.isOpen(volume) && !this.isOpen(volume.origin)) this.beginMerge(group, volume);
+      yield process.wait({});
+      process.out(`  Merging of volume ${name}/${volume.name} started.\n`);
+    }
+    return 0;
+  }
+
+  /** From then on a reader of the origin sees the snapshot's content. A thin merge is over with that. */
+  private beginMerge(group: Group, volume: Volume): void {
+    const { origin } = volume;
+    if (origin === undefined) throw new Error(`${volume.name} has no origin`);
+    origin.data = volume.data;
+    if (volume.kind === "cow") {
+      volume.merging = "runs";
+      return;
+    }
+    origin.thinId = volume.thinId;
+    this.unlink(group, volume);
+    group.volumes.delete(volume);
+    for (const other of group.volumes)
+      if (other.kind === "thin" && other.origin === origin) other.origin = undefined;
+  }
+
+  /** What the kernel has copied until somebody looks again. */
+  private goOnMerging(group: Group, volume: Volume): void {
+    volume.usedPercent = Math.max(0, volume.usedPercent - 20);
+    if (volume.usedPercent > 0) return;
+    this.unlink(group, volume);
+    group.volumes.delete(volume);
+  }
+
   private *lvchange(process: Process, parsed: Parsed): Running<number> {
     const chosen = yield* this.selected(process, parsed);
     if (chosen === undefined) return 0;
     const { group, volume } = chosen;
     const { options } = parsed;
+    if (options.has("--refresh") && !this.isOpen(volume)) {
+      for (const other of group.volumes)
+        if (other.origin === volume && other.merging === "waits" && !this.isOpen(other))
+          this.beginMerge(group, other);
+    }
     const permission = options.get("-p")?.[0];
     const readOnly = permission === "r";
     if (permission !== undefined && readOnly === volume.readOnly) {
@@ -386,8 +473,9 @@ export class FakeLvm {
       tags: [],
       createdAt: Math.floor(this.machine.now() / 1000),
       usedPercent: 0,
-      merging: false,
+      merging: "no",
       ...made,
+      thinId: this.made,
       uuid: made.uuid ?? uuid(this.made),
       minor: made.minor ?? this.made,
     };
@@ -428,7 +516,9 @@ export class FakeLvm {
   }
 
   private row(group: Group, volume: Volume): Record<string, string> {
-    const { kind, active, origin, merging } = volume;
+    const { kind, active, origin } = volume;
+    const merging = volume.merging !== "no";
+    const merged = [...group.volumes].find((other) => other.origin === volume && other.merging !== "no");
     const snapshots = [...group.volumes].filter((other) => other.kind === "cow" && other.origin === volume);
     const known = active && kind === "cow";
     const percent = active && kind !== "plain" ? volume.usedPercent.toFixed(2) : "";
@@ -438,19 +528,19 @@ export class FakeLvm {
       lv_uuid: volume.uuid,
       vg_name: group.name,
       lv_name: volume.name,
-      lv_path: kind === "pool" ? "" : `/dev/${group.name}/${volume.name}`,
+      lv_path: kind === "pool" || merging ? "" : `/dev/${group.name}/${volume.name}`,
       lv_dm_path: `/dev/mapper/${group.name}-${volume.name.replaceAll("-", "--")}`,
       origin: origin?.name ?? "",
       origin_uuid: origin?.uuid ?? "",
       lv_size: String(volume.sizeBytes),
       origin_size:
         kind === "cow" ? String(origin?.sizeBytes) : snapshots.length > 0 ? String(volume.sizeBytes) : "",
-      lv_attr: attributes(volume, snapshots, open),
+      lv_attr: attributes(volume, merged, snapshots, open),
       lv_active: active ? "active" : "",
       lv_device_open: active ? (open ? "1" : "0") : "-1",
       lv_snapshot_invalid: known ? (isInvalid(volume) ? "1" : "0") : "-1",
-      lv_merge_failed: known ? "0" : "-1",
-      lv_merging: merging || snapshots.some((other) => other.merging) ? "1" : "0",
+      lv_merge_failed: known || (active && merged?.merging === "runs") ? "0" : "-1",
+      lv_merging: merging || (merged !== undefined && kind !== "thin") ? "1" : "0",
       snap_percent: percent,
       data_percent: percent,
       metadata_percent: kind === "pool" ? "10.94" : "",
@@ -471,12 +561,18 @@ export function isInvalid({ kind, usedPercent }: Volume): boolean {
   return kind === "cow" && usedPercent >= 100;
 }
 
-function attributes(volume: Volume, snapshots: readonly Volume[], open: boolean): string {
-  const { kind, active, merging } = volume;
+function attributes(
+  volume: Volume,
+  merged: Volume | undefined,
+  snapshots: readonly Volume[],
+  open: boolean,
+): string {
+  const { kind, active } = volume;
+  const merging = volume.merging !== "no";
   const type = {
-    plain: snapshots.some((other) => other.merging) ? "O" : snapshots.length > 0 ? "o" : "-",
+    plain: merged ? "O" : snapshots.length > 0 ? "o" : "-",
     cow: merging ? "S" : "s",
-    thin: snapshots.length > 0 ? "o" : "V",
+    thin: merging ? "S" : merged ? "O" : snapshots.length > 0 ? "o" : "V",
     pool: "t",
   }[kind];
   const state = !active ? "-" : isInvalid(volume) ? "I" : "a";

@@ -187,6 +187,7 @@ const good: Readonly<Record<TypeName, string>> = {
   LvSnapshot: "valid",
   NbdExport: "serving",
   NbdAttachment: "attached",
+  LvRestore: "restored",
 };
 
 function expectDeclared(

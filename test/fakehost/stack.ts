@@ -11,7 +11,7 @@ import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host, RemoteCommand } from "../../provider/ssh/types.js";
 
 export type Values = Readonly<Record<string, unknown>>;
-export type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment";
+export type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment" | "LvRestore";
 
 /** An output of another resource of the program. */
 export class Ref {
@@ -281,7 +281,7 @@ export class Stack {
     for (const dependent of [...this.kept.values()].reverse()) {
       const { declared } = dependent;
       const properties = Object.entries(declared.args)
-        .filter(([, value]) => value instanceof Ref && value.name === kept.declared.name)
+        .filter(([property, value]) => references({ [property]: value }).includes(kept.declared.name))
         .map(([property]) => property);
       if (properties.length === 0 || !this.kept.has(declared.name)) continue;
       const known = Object.fromEntries(
@@ -297,16 +297,24 @@ export class Stack {
 
   private resolved(args: Values): Values {
     return Object.fromEntries(
-      Object.entries(args).map(([key, value]) => [
-        key,
-        value instanceof Ref ? this.kept.get(value.name)?.state[value.output] : value,
-      ]),
+      Object.entries(args).map(([key, value]) => {
+        if (value instanceof Ref) return [key, this.kept.get(value.name)?.state[value.output]];
+        return [key, isGroup(value) ? this.resolved(value) : value];
+      }),
     );
   }
 }
 
 function references(args: Values): string[] {
-  return Object.values(args).flatMap((value) => (value instanceof Ref ? [value.name] : []));
+  return Object.values(args).flatMap((value) => {
+    if (value instanceof Ref) return [value.name];
+    return isGroup(value) ? references(value) : [];
+  });
+}
+
+/** Properties within a property. */
+function isGroup(value: unknown): value is Values {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
 function isReplacement(changes: readonly Change[]): boolean {

@@ -19,7 +19,9 @@ const root = join(import.meta.dirname, "..", "..", "..");
 
 /** A resource as the program of these tests declares it. Names are unique in a stack. */
 export interface Declared {
-  readonly type: "LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy" | "BackupImage" | "VmBackup";
+  readonly type:
+    | ("LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy" | "BackupImage")
+    | ("VmBackup" | "LvRestore");
   readonly name: string;
   readonly args: Values;
   readonly dependsOn?: readonly string[];
@@ -63,6 +65,16 @@ export function backupImage(name: string, source: Values, volumes: Values[], arg
 /** The backups on server2 of a VM of server1. */
 export function vmBackup(name: string, source: Values, volumes: Values[], args: Values): Declared {
   return { ...backupImage(name, source, volumes, args), type: "VmBackup" };
+}
+
+/** A restore on server1 from a snapshot that is declared before. */
+export function lvRestore(name: string, from: string, args: Values): Declared {
+  const source = { name: output(from, "name"), uuid: output(from, "uuid") };
+  return {
+    type: "LvRestore",
+    name,
+    args: { host: "server1", volumeGroup: "VgVm", snapshot: source, ...args },
+  };
 }
 
 /** What a command of the CLI did and said. */
