@@ -13,6 +13,8 @@ const longest = [
   "lab/drift",
   "fakehost/cuts",
   "fakehost/model",
+  "lab/restore",
+  "fakehost/restore",
   "lab/chain",
   "lab/reboot",
   "resources/volumeCopy",

@@ -13,7 +13,10 @@ beforeAll(async () => {
     {
       newResource: ({ type, name, inputs }) => {
         registered.push({ type, name, inputs });
-        return { id: `${name}-id`, state: inputs };
+        return {
+          id: `${name}-id`,
+          state: type.endsWith(":LvSnapshot") ? { ...inputs, uuid: "its UUID" } : inputs,
+        };
       },
       call: () => ({}),
     },
@@ -98,6 +101,17 @@ describe("a declared resource", () => {
       expect(plainText(value)).not.toContain("planted");
     }
   });
+});
+
+it("a restore takes name and UUID from an LvSnapshot, and nothing else of it", async () => {
+  const { LvRestore, LvSnapshot } = await import("../../provider/index.js");
+  const place = { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1" };
+  const { inputs } = await declare(() => {
+    const snapshot = new LvSnapshot("vm1-snap", { ...place, size: "1G" });
+    return new LvRestore("vm1", { ...place, snapshot, triggers: ["monday"] });
+  });
+  expect(inputs).toMatchObject({ origin: "LV-VM1", triggers: ["monday"] });
+  expect(inputs.snapshot).toEqual({ name: "vm1-snap", uuid: "its UUID" });
 });
 
 const secretKey = "4dabf18193072939515e22adb298388d";

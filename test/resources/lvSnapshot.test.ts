@@ -713,6 +713,52 @@ describe("what is there already", () => {
   });
 });
 
+describe("a thin snapshot that waits to be merged", () => {
+  // Its origin is mounted.
+  const report = recordedLvs("thinMergeScheduled");
+  const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"ts"/.exec(report)?.[1];
+  const { size: _, ...rest } = complete;
+  const read = (lvs: string) =>
+    handlersOn(
+      "LvSnapshot",
+      fakeHost(() => lvs),
+    ).read({
+      ...rest,
+      ...{
+        origin: "t",
+        name: "ts",
+        uuid,
+        path: "/dev/VgVm/ts",
+        sizeBytes: 64 * MiB,
+        originSizeBytes: 64 * MiB,
+      },
+      ...{ originUuid: "", createdAt: "2026-11-26T11:58:46.000Z", usedPercent: 0, state: "valid" },
+    });
+
+  it("is told to be merging, and is neither changed nor replaced", async () => {
+    const state = await read(report);
+    expect(state).toMatchObject({ state: "merging", origin: "t", name: "ts", uuid });
+    const { changes } = await handlersOn("LvSnapshot", untouchedHost()).diff(
+      { ...state },
+      { ...rest, origin: "t", name: "ts", tags: ["tstag"] },
+      none,
+    );
+    expect(changes).toEqual([]);
+  });
+
+  it("is not removed, and nobody is asked who has it open", async () => {
+    const open = report.replace(
+      /("lv_name":"ts".*?)"Sri---tz--"(.*?)"lv_active":""/,
+      '$1"Sri-aotz--"$2"lv_active":"active"',
+    );
+    const asked = fakeHost(({ argv }) => (argv[0] === "lvs" ? open : new Error("its device is hidden")));
+    await expect(handlersOn("LvSnapshot", asked).remove({ ...(await read(open)) })).rejects.toThrow(
+      /SNAPSHOT_MERGING/,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+});
+
 describe("a thin snapshot", () => {
   const { size: _, ...rest } = complete;
   const thin = { ...rest, origin: "thin1", name: "thin1-snap" };

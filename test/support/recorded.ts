@@ -4,7 +4,16 @@ import { join } from "node:path";
 
 /** What `lvsCommand` printed in that state of the server. */
 export function recordedLvs(
-  state: "empty" | "valid" | "overflowed" | "merging" | "inactive" | "thin" | "poolFull",
+  state:
+    | "empty"
+    | "valid"
+    | "overflowed"
+    | "merging"
+    | "mergeRunning"
+    | "thinMergeScheduled"
+    | "inactive"
+    | "thin"
+    | "poolFull",
 ): string {
   return readFileSync(join(process.cwd(), "test", "recorded", `${state}.json`), "utf8");
 }

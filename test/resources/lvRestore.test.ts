@@ -1,0 +1,535 @@
+import { afterEach, describe, expect, it, vi } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
+import { createHandlers } from "../../provider/core/handlers.js";
+import { ownerInTag, ownerMark } from "../../provider/core/owner.js";
+import { resourceType } from "../../provider/core/registry.js";
+import { restoreGeneration, restoreTagOf } from "../../provider/core/restoreMark.js";
+import type { RemoteCommand } from "../../provider/ssh/types.js";
+import { type Answer, type FakeHost, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { recordedLvs } from "../support/recorded.js";
+
+const MiB = 1024 ** 2;
+const host = {
+  address: "192.0.2.1",
+  password: "x",
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+type Row = Readonly<Record<string, string>>;
+const rowsOf = (state: Parameters<typeof recordedLvs>[0]): Row[] =>
+  JSON.parse(recordedLvs(state)).report[0].lv;
+const row = (state: Parameters<typeof recordedLvs>[0], name: string, more: Row = {}): Row => ({
+  ...rowsOf(state).find(({ lv_name }) => lv_name === name),
+  ...more,
+});
+const report = (...rows: Row[]) => JSON.stringify({ report: [{ lv: rows }] });
+
+const origin = (more: Row = {}) => row("valid", "vm1", more);
+const snapshot = (more: Row = {}) => row("valid", "vm1-snap", more);
+const valid = report(origin(), snapshot());
+const uuid = snapshot().lv_uuid ?? "";
+const originUuid = origin().lv_uuid ?? "";
+const declared = {
+  host,
+  owner: "o/p/s/restore",
+  volumeGroup: "VgVm",
+  origin: "vm1",
+  snapshot: { name: "vm1-snap", uuid },
+};
+const complete = { ...declared, adopt: false, whenOpen: "refuse", triggers: [] as unknown[] };
+const markOf = (stage: "begun" | "merging" | "restored", more: object = {}) =>
+  restoreTagOf({
+    ...{ generation: restoreGeneration([]), life: "0123abcd", stage, startedAt: 1000, thinId: 0 },
+    ...{ seconds: stage === "restored" ? 60 : 0, snapshotUuid: uuid, owner: ownerInTag(declared.owner) },
+    ...more,
+  });
+const none: ReadonlySet<string> = new Set();
+const begins = ({ argv }: RemoteCommand) => argv[2]?.includes("lvconvert") === true;
+const ends = ({ argv, kind }: RemoteCommand) => kind === "change" && argv[2]?.includes("started=$5") === true;
+
+/** A host whose volumes are those, whatever is run. */
+const showing = (lvs: string, others: (command: RemoteCommand) => Answer = () => "") =>
+  fakeHost((command) => (command.argv[0] === "lvs" ? lvs : others(command)));
+
+/** A host that shows the volumes in turn, and the last ones for ever. */
+function turning(...all: (string | Error)[]): FakeHost {
+  let turn = 0;
+  return fakeHost(({ argv }) => (argv[0] === "lvs" ? (all[Math.min(turn++, all.length - 1)] ?? "") : ""));
+}
+
+const state = {
+  ...complete,
+  ...{ state: "restored", snapshotRemoved: true, restoredSnapshot: uuid, originUuid, restoreId: "0123abcd" },
+  ...{ startedAt: "1970-01-01T00:16:40.000Z", restoredAt: "1970-01-01T00:17:40.000Z", seconds: 60 },
+};
+const gone = (tag: string) => report(origin({ lv_tags: tag, lv_attr: "-wi-a-----", origin_size: "" }));
+const running = (tag: string, percent = "30.00") =>
+  report(
+    origin({
+      lv_attr: "Owi-a-s---",
+      lv_merging: "1",
+      lv_merge_failed: "0",
+      lv_tags: tag,
+      snap_percent: percent,
+    }),
+    snapshot({ lv_attr: "Sri-a-s---", lv_merging: "1", snap_percent: percent, lv_path: "" }),
+  );
+const waiting = (tag: string, open = "1") =>
+  report(
+    origin({ lv_attr: "Owi-aos---", lv_merging: "1", lv_tags: tag, lv_device_open: open, snap_percent: "" }),
+    snapshot({ lv_attr: "Sri-a-s---", lv_merging: "1", lv_path: "" }),
+  );
+
+afterEach(() => {
+  vi.restoreAllMocks();
+});
+
+describe("bad input is refused before any host is asked", () => {
+  it.each([
+    ["no snapshot", { snapshot: undefined }, /^snapshot: is required/],
+    ["no UUID", { snapshot: { name: "vm1-snap" } }, /^snapshot\.uuid: is required/],
+    [
+      "what is no UUID",
+      { snapshot: { name: "vm1-snap", uuid: "newest" } },
+      /^snapshot\.uuid: .*not an LVM UUID/,
+    ],
+    [
+      "the origin as its own snapshot",
+      { snapshot: { name: "vm1", uuid } },
+      /^snapshot\.name: .*origin's own name/,
+    ],
+    ["an empty origin", { origin: "" }, /^origin: must not be empty/],
+    ["a group with characters LVM refuses", { volumeGroup: "a b" }, /^volumeGroup: /],
+    ["another whenOpen", { whenOpen: "force" }, /^whenOpen: /],
+  ])("%s", async (_what, change, message) => {
+    const asked = untouchedHost();
+    const { problems } = await handlersOn("LvRestore", asked).check(
+      undefined,
+      { ...declared, ...change },
+      none,
+    );
+    expect(problems.map(({ property, reason }) => `${property}: ${reason}`)).toEqual([
+      expect.stringMatching(message),
+    ]);
+  });
+});
+
+describe("is refused, and nothing is touched, where", () => {
+  const other = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
+  const thin = (name: string, more: Row = {}) => row("thin", name, more);
+  const thinPool = (more: Row = {}) => report(thin("thin1"), thin("thin1-snap"), thin("pool", more));
+  const ofThin = {
+    origin: "thin1",
+    snapshot: { name: "thin1-snap", uuid: thin("thin1-snap").lv_uuid ?? "" },
+  };
+  const sibling = (more: Row = {}) =>
+    snapshot({ lv_uuid: other, lv_name: "young", lv_time: "9999999999", snap_percent: "0.00", ...more });
+
+  it.each([
+    ["the origin is not there", report(snapshot()), {}, /ORIGIN_NOT_FOUND.*there are: "vm1-snap"/],
+    [
+      "the snapshot is not there",
+      report(origin(), sibling()),
+      {},
+      /SNAPSHOT_NOT_FOUND.*VgVm\/vm1-snap .*snapshots of vm1 are: "young"/,
+    ],
+    [
+      "another snapshot has its name",
+      report(origin(), snapshot({ lv_uuid: other })),
+      {},
+      /IDENTITY_MISMATCH.*has the UUID AAAAAA.*another snapshot/,
+    ],
+    [
+      "the snapshot is of another origin",
+      report(origin(), snapshot({ origin: "vm2", origin_uuid: other })),
+      {},
+      /IDENTITY_MISMATCH.*is a snapshot of "vm2", not of "vm1"/,
+    ],
+    [
+      "it is no snapshot",
+      report(origin(), snapshot({ origin: "", origin_uuid: "", lv_attr: "-wi-a-----", lv_role: "public" })),
+      {},
+      /IDENTITY_MISMATCH.*is no snapshot/,
+    ],
+    [
+      "the snapshot has overflowed",
+      report(origin(), snapshot({ lv_attr: "sri-I-s---", lv_snapshot_invalid: "1" })),
+      {},
+      /SNAPSHOT_OVERFLOWED.*nothing can be restored.*another snapshot or from a backup/s,
+    ],
+    [
+      "the snapshot is not active",
+      report(
+        origin({ lv_active: "", lv_attr: "owi---s---" }),
+        snapshot({ lv_active: "", lv_attr: "sri---s---" }),
+      ),
+      {},
+      /SNAPSHOT_INACTIVE.*lvchange -ay VgVm\/vm1/s,
+    ],
+    ["somebody merges it already", running(""), {}, /SNAPSHOT_MERGING.*by somebody.*adopt: true/s],
+    [
+      "another resource restores from it",
+      running(markOf("merging", { owner: ownerInTag("o/p/other/r") })),
+      { adopt: true },
+      /SNAPSHOT_MERGING.*by o\/p\/other\/r/,
+    ],
+    [
+      "another snapshot is merged into the origin",
+      report(origin({ lv_attr: "Owi-a-s---" }), snapshot()),
+      {},
+      /SNAPSHOT_MERGING.*another snapshot is being merged/,
+    ],
+    [
+      "a younger COW snapshot would overflow",
+      report(
+        origin(),
+        snapshot({ lv_size: String(48 * MiB), snap_percent: "50.00" }),
+        sibling({ lv_size: String(8 * MiB) }),
+      ),
+      {},
+      /RESTORE_OVERFLOWS.*writes 24 MiB.*"young" \(8\.0 MiB free\).*lvextend -L \+24M/s,
+    ],
+    [
+      "the pool of a thin snapshot is read-only",
+      thinPool({ lv_health_status: "metadata_read_only" }),
+      ofThin,
+      /NO_SPACE.*pool takes no changes: metadata_read_only/,
+    ],
+    [
+      "the pool of a thin snapshot has no room for metadata",
+      thinPool({ metadata_percent: "100.00" }),
+      ofThin,
+      /NO_SPACE.*metadata is full/,
+    ],
+    [
+      "a thin origin has COW snapshots",
+      report(
+        thin("thin1"),
+        thin("thin1-snap"),
+        thin("pool"),
+        sibling({ origin: "thin1", origin_uuid: thin("thin1").lv_uuid ?? "" }),
+      ),
+      ofThin,
+      /ORIGIN_UNSUITABLE.*"young"/,
+    ],
+    [
+      "a volume is suspended",
+      report(origin({ lv_attr: "owi-s-s---" }), snapshot()),
+      {},
+      /VOLUME_SUSPENDED.*lvchange --refresh VgVm\/vm1/s,
+    ],
+  ])("%s", async (_why, lvs, change, message) => {
+    const asked = showing(lvs);
+    await expect(handlersOn("LvRestore", asked).create({ ...complete, ...change })).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it.each([
+    [
+      "origin is mounted",
+      "/dev/VgVm/vm1",
+      "mount",
+      "/srv/vm",
+      /VOLUME_IN_USE.*VgVm\/vm1 is open: mounted at \/srv\/vm/,
+    ],
+    [
+      "snapshot is read",
+      "/dev/VgVm/vm1-snap",
+      "process",
+      "dd (pid 7)",
+      /VOLUME_IN_USE.*VgVm\/vm1-snap is open: open in dd/,
+    ],
+    [
+      "snapshot is exported to nobody yet",
+      "/dev/VgVm/vm1-snap",
+      "export",
+      "lvm-nbd-export-x.service",
+      /exported by lvm-nbd-export-x.*atNextActivation/s,
+    ],
+  ])("the %s", async (_why, device, kind, who, message) => {
+    const asked = showing(valid, ({ argv }) => {
+      const isServers = argv[2]?.includes("for device") === true;
+      if (argv[4] !== device || isServers !== (kind === "export")) return "";
+      return `${kind}\t${Buffer.from(who).toString("base64")}\n`;
+    });
+    await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+});
+
+describe("a restore", () => {
+  it("of a COW snapshot marks and merges in one command, follows, and marks the end", async () => {
+    const asked = turning(
+      ...Array.from({ length: 4 }, () => valid),
+      running(markOf("merging"), "20.00"),
+      running(markOf("merging"), "10.00"),
+      gone(markOf("merging")),
+      gone(markOf("restored")),
+    );
+    const handlers = handlersOn("LvRestore", asked);
+    const made = await handlers.create(complete);
+    expect(made.state).toMatchObject({
+      ...{ state: "restored", snapshotRemoved: true, restoredSnapshot: uuid, originUuid, seconds: 60 },
+      ...{ startedAt: state.startedAt, restoredAt: state.restoredAt },
+    });
+    expect(asked.changes.map((command) => (begins(command) ? "begin" : ends(command) ? "end" : "?"))).toEqual(
+      ["begin", "end"],
+    );
+    expect(asked.changes[0]?.argv.slice(4, 9)).toEqual(["VgVm", "vm1", originUuid, "vm1-snap", uuid]);
+    expect(handlers.lines.join("\n")).toMatch(/49 % merged, 1\.6 MiB left at .*, about /);
+  });
+
+  it("tells whose snapshot it takes, and which others may overflow", async () => {
+    const young = snapshot({
+      ...{ lv_uuid: "other", lv_name: "young", lv_time: "9999999999", snap_percent: "90.00" },
+    });
+    const full = snapshot({ lv_tags: ownerMark("o/p/other/vm1"), snap_percent: "60.00" });
+    const asked = turning(
+      ...Array.from({ length: 4 }, () => report(origin(), full, young)),
+      gone(markOf("restored")),
+    );
+    const handlers = handlersOn("LvRestore", asked);
+    await handlers.create(complete);
+    expect(handlers.warnings.join("\n")).toMatch(
+      /may overflow other snapshots of it: "young" \(1\.6 MiB free\)/,
+    );
+    expect(handlers.warnings.join("\n")).toMatch(/belongs to o\/p\/other\/vm1/);
+  });
+
+  it("asks nobody who holds what where it may wait, and says what must happen", async () => {
+    const asked = turning(valid, valid, waiting(markOf("merging")));
+    const handlers = handlersOn("LvRestore", asked);
+    const made = await handlers.create({ ...complete, whenOpen: "atNextActivation" });
+    expect(made.state).toMatchObject({
+      state: "scheduled",
+      snapshotRemoved: false,
+      restoredAt: "",
+      seconds: 0,
+    });
+    expect(handlers.warnings.join("\n")).toMatch(
+      /scheduled and has not begun.*lvchange -an VgVm\/vm1.*will be lost/s,
+    );
+    expect(asked.changes.filter(begins)).toHaveLength(1);
+    expect(asked.changes.flatMap(({ argv }) => argv).join(" ")).not.toMatch(/-an|--refresh/);
+  });
+
+  it("that waits is begun by the next up when nobody has the volumes open any more", async () => {
+    const asked = turning(
+      ...Array.from({ length: 3 }, () => waiting(markOf("merging"), "0")),
+      gone(markOf("merging")),
+      gone(markOf("restored")),
+    );
+    const kept = { ...state, state: "scheduled", restoredAt: "", snapshotRemoved: false };
+    expect(await handlersOn("LvRestore", asked).update(kept, complete)).toMatchObject({ state: "restored" });
+    expect(asked.changes.map(({ argv }) => argv.slice(0, 3).join(" "))[0]).toBe("lvchange -y --refresh");
+  });
+
+  it("that was begun by hand is followed where it may be adopted", async () => {
+    const asked = turning(
+      ...Array.from({ length: 2 }, () => running("")),
+      gone(markOf("merging")),
+      gone(markOf("restored")),
+    );
+    await handlersOn("LvRestore", asked).create({ ...complete, adopt: true });
+    expect(asked.changes.some(begins)).toBe(false);
+  });
+
+  it("whose link is lost is followed on", async () => {
+    vi.spyOn(globalThis.performance, "now").mockReturnValue(0);
+    const lost = new LvmNbdError("LINK_LOST", { message: "gone" });
+    const merging = running(markOf("merging"));
+    const asked = turning(merging, lost, merging, gone(markOf("merging")), gone(markOf("restored")));
+    const handlers = handlersOn("LvRestore", asked);
+    const kept = { ...state, state: "merging", restoredAt: "" };
+    expect(await handlers.update(kept, complete)).toMatchObject({ state: "restored" });
+    expect(handlers.lines.join("\n")).toMatch(/has not answered for 0 s; the merge goes on there/);
+  });
+
+  it("that makes no progress is an error that says how to look; LVM is told to end one that is all merged", async () => {
+    let now = 0;
+    vi.spyOn(globalThis.performance, "now").mockImplementation(() => {
+      now += 40_000;
+      return now;
+    });
+    const asked = showing(running(markOf("merging"), "0.00"));
+    const kept = { ...state, state: "merging", restoredAt: "" };
+    await expect(handlersOn("LvRestore", asked).update(kept, complete)).rejects.toThrow(
+      /RESTORE_STALLED.*no progress for 300 s.*dmsetup status VgVm-vm1.*lvchange --poll y VgVm\/vm1/s,
+    );
+    const polls = asked.changes.map(({ argv }) => argv.join(" "));
+    expect(new Set(polls)).toEqual(new Set(["lvchange -y --poll y VgVm/vm1"]));
+  });
+
+  it("that the kernel gave up is an error", async () => {
+    const failed = running(markOf("merging")).replace('"lv_merge_failed":"0"', '"lv_merge_failed":"1"');
+    const kept = { ...state, state: "merging", restoredAt: "" };
+    await expect(handlersOn("LvRestore", showing(failed)).update(kept, complete)).rejects.toThrow(
+      /RESTORE_FAILED.*dmesg/s,
+    );
+  });
+
+  it("that is cancelled goes on, and that is said", async () => {
+    const controller = new AbortController();
+    const asked = turning(running(markOf("merging")));
+    const handlers = createHandlers(resourceType("LvRestore"), {
+      openHost: async () => asked,
+      progress: (line) => {
+        if (line.includes("% merged")) controller.abort();
+      },
+      warn: () => undefined,
+      signal: controller.signal,
+    });
+    const kept = { ...state, state: "merging", restoredAt: "" };
+    await expect(handlers.update(kept, complete)).rejects.toMatchObject({
+      message: expect.stringMatching(/CANCELLED.*the merge itself goes on.*follows it to its end/s),
+      state: { state: "merging" },
+    });
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("that LVM refuses is an error with LVM's words, and no restore is kept", async () => {
+    const asked = showing(valid, (command) =>
+      begins(command) ? { exitCode: 5, stderr: "  Can't get lock for VgVm" } : "",
+    );
+    await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(/LVM_LOCKED/);
+  });
+});
+
+describe("what is there already", () => {
+  it("and done is left alone, also from another snapshot than the one declared now", async () => {
+    const asked = showing(gone(markOf("restored")));
+    const handlers = handlersOn("LvRestore", asked);
+    const other = { name: "vm1-snap", uuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" };
+    await handlers.create({ ...complete, snapshot: other });
+    expect(handlers.warnings.join("\n")).toMatch(/not restored again. Change `triggers`/);
+    // It becomes the new life's, no more.
+    expect(asked.changes.map(({ argv }) => argv[2])).toEqual(["--addtag"]);
+  });
+
+  it("and only marked is begun anew", async () => {
+    const marked = report(origin({ lv_tags: markOf("begun") }), snapshot());
+    const asked = turning(
+      ...Array.from({ length: 5 }, () => marked),
+      gone(markOf("merging")),
+      gone(markOf("restored")),
+    );
+    await handlersOn("LvRestore", asked).create(complete);
+    expect(asked.changes.filter(begins)).toHaveLength(1);
+    expect(asked.changes[0]?.argv.at(-1)).toBe(markOf("begun"));
+  });
+
+  it("and cut off in the moment it began is done if LVM knows of the merge, and else an error that says what to do", async () => {
+    const knows = (answer: string) =>
+      showing(gone(markOf("begun")), ({ argv }) => (argv[2]?.includes("echo merged") ? answer : ""));
+    const unknown = knows("");
+    await expect(handlersOn("LvRestore", unknown).create(complete)).rejects.toThrow(
+      /RESTORE_UNCERTAIN.*lvchange --deltag '[^']*:b1000\+0:[^']*' --addtag '[^']*:r1000\+0:/s,
+    );
+    expect(unknown.changes).toEqual([]);
+    const known = knows("merged\n");
+    // That host never shows the new mark.
+    await expect(handlersOn("LvRestore", known).create(complete)).rejects.toThrow();
+    expect(known.changes[0]?.argv.find((one) => one.includes(":m1000+0:"))).toBeDefined();
+  });
+});
+
+describe("a difference", () => {
+  const changesOf = async (wanted: object, kept: object = {}, unknown: ReadonlySet<string> = none) =>
+    (
+      await handlersOn("LvRestore", untouchedHost()).diff(
+        { ...state, ...kept },
+        { ...complete, ...wanted },
+        unknown,
+      )
+    ).changes;
+
+  it.each([
+    ["nothing", {}, []],
+    [
+      "another snapshot",
+      { snapshot: { name: "vm1-snap", uuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" } },
+      [["snapshot", "connection"]],
+    ],
+    ["another whenOpen", { whenOpen: "atNextActivation" }, [["whenOpen", "connection"]]],
+    ["other triggers", { triggers: ["again"] }, [["triggers", "update"]]],
+    ["another origin", { origin: "vm2" }, [["origin", "replace"]]],
+    ["another group", { volumeGroup: "VgOther" }, [["volumeGroup", "replace"]]],
+  ])("by %s", async (_what, wanted, expected) => {
+    const changes = await changesOf(wanted);
+    expect(changes.map(({ property, effect }) => [property, effect])).toEqual(expected);
+  });
+
+  it("by a snapshot that is only known later restores nothing", async () => {
+    const { snapshot: _, ...rest } = complete;
+    const { changes } = await handlersOn("LvRestore", untouchedHost()).diff(
+      state,
+      rest,
+      new Set(["snapshot"]),
+    );
+    expect(changes).toEqual([{ property: "snapshot", effect: "connection" }]);
+  });
+
+  it.each(["merging", "scheduled"])("by a restore that is still %s is followed", async (now) => {
+    expect(await changesOf({}, { state: now })).toEqual([{ property: "state", effect: "update" }]);
+  });
+});
+
+describe("a refresh", () => {
+  it.each([
+    ["restored", gone(markOf("restored")), { state: "restored", snapshotRemoved: true, seconds: 60 }],
+    [
+      "done while nobody looked",
+      gone(markOf("merging")),
+      { state: "restored", snapshotRemoved: true, restoredAt: "" },
+    ],
+    ["under way", running(markOf("merging")), { state: "merging", snapshotRemoved: false }],
+    ["waiting", waiting(markOf("merging")), { state: "scheduled", snapshotRemoved: false }],
+  ])("tells one that is %s", async (_what, lvs, expected) => {
+    const asked = showing(lvs);
+    const handlers = handlersOn("LvRestore", asked);
+    expect(await handlers.read(state)).toMatchObject(expected);
+    expect(asked.commands).toHaveLength(1);
+  });
+
+  it("is quiet about one that is as it was", async () => {
+    const handlers = handlersOn("LvRestore", showing(gone(markOf("restored"))));
+    expect(await handlers.read(state)).toEqual(state);
+    expect(handlers.warnings).toEqual([]);
+  });
+
+  it("names what has become of one", async () => {
+    const handlers = handlersOn("LvRestore", showing(gone(markOf("restored"))));
+    await handlers.read({ ...state, state: "scheduled" });
+    expect(handlers.warnings.join("\n")).toContain("is now restored, was scheduled");
+  });
+
+  it("finds it on an origin that was renamed", async () => {
+    const renamed = gone(markOf("restored")).replace('"lv_name":"vm1"', '"lv_name":"vm9"');
+    expect(await handlersOn("LvRestore", showing(renamed)).read(state)).toMatchObject({ origin: "vm9" });
+  });
+
+  it("misses one whose mark is gone", async () => {
+    expect(await handlersOn("LvRestore", showing(valid)).read(state)).toBeUndefined();
+  });
+});
+
+describe("a removal", () => {
+  it("takes the mark away and nothing else", async () => {
+    const asked = turning(gone(markOf("restored")), gone(""));
+    await handlersOn("LvRestore", asked).remove(state);
+    expect(asked.changes.map(({ argv }) => argv.join(" "))).toEqual([
+      `lvchange -y --deltag ${markOf("restored")} -S lv_uuid="${originUuid}" VgVm/vm1`,
+    ]);
+  });
+
+  it("of one that is under way says that the merge goes on", async () => {
+    const handlers = handlersOn("LvRestore", turning(running(markOf("merging")), running("")));
+    await handlers.remove(state);
+    expect(handlers.warnings.join("\n")).toMatch(/is merging and goes on/);
+  });
+
+  it("leaves a mark alone that has become another life's", async () => {
+    const asked = showing(gone(markOf("restored", { life: "99999999" })));
+    await handlersOn("LvRestore", asked).remove(state);
+    expect(asked.changes).toEqual([]);
+  });
+});
