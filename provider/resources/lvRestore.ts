@@ -459,7 +459,10 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
   let refreshed = false;
   try {
     for (let wait = pollSeconds.first; ; wait = Math.min(wait * 2, pollSeconds.most)) {
+      const asked = performance.now();
       const seen = await lookPatiently(context, theMerge, () => observe(context, wanted));
+      // While the host does not answer nobody knows whether it goes on.
+      moved += performance.now() - asked;
       if (seen?.phase === "restored") return await end(context, seen);
       if (seen?.snapshot === undefined || seen.halfMade) throw vanished(context, wanted);
       const pair = { origin: seen.origin, snapshot: seen.snapshot };
