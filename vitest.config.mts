@@ -3,10 +3,12 @@ import { BaseSequencer, type TestSpecification } from "vitest/node";
 
 /** Files that take minutes, the longest first: begun last, one of them would keep a single worker busy at the end. */
 const longest = [
+  "lab/nightly",
   "lab/faults/storage",
   "lab/faults/network",
   "lab/refusals",
   "lab/faults/copy",
+  "fakehost/backupImage",
   "lab/package",
   "lab/faults/hosts",
   "lab/inPlace",

@@ -1,10 +1,16 @@
 /** Nightly backups of a VM of two volumes, through the CLI, on thirty days of a clock that is told: VmBackup. */
-import { afterAll, beforeAll, expect, it, vi } from "vitest";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
+import { z } from "zod";
 import { FaultStack, vmBackup } from "./faults/fault-stack.mts";
 import type { Lab } from "./lab.mts";
 import { freshLab } from "./support.mts";
 
 vi.setConfig({ testTimeout: 900_000, hookTimeout: 900_000 });
+
+const example = join(__dirname, "..", "..", "examples", "nightly-backup");
 
 let lab: Lab;
 let stack: FaultStack;
@@ -105,4 +111,54 @@ it("after each of thirty nights exactly the backups are there that are to be kep
     expect(await days(), `after night ${night}`).toEqual(expected);
   }
   expect(await onSource()).toBe("");
+});
+
+describe("examples/nightly-backup", () => {
+  const vms = z
+    .array(z.object({ name: z.string(), volumes: z.array(z.looseObject({ origin: z.string() })) }))
+    .parse(JSON.parse(readFileSync(join(example, "vms.json"), "utf8")));
+  const origins = vms.flatMap(({ volumes }) => volumes.map(({ origin }) => origin));
+  let fleet: FaultStack;
+  let folder: string;
+
+  beforeAll(async () => {
+    folder = mkdtempSync(join(tmpdir(), "lvm-nbd-fleet-"));
+    // All of them on the lab's one source.
+    const here = vms.map((vm) => ({ ...vm, host: "server1", listenAddress: lab.server1.privateAddress }));
+    writeFileSync(join(folder, "vms.json"), JSON.stringify(here));
+    const config = { backupHost: "server2", folder: "/fleet", vms: join(folder, "vms.json") };
+    // A stand-in for the hypervisor, which notes who was brought to rest.
+    const virsh = '#!/bin/sh\necho "$*" >>/root/virsh';
+    [fleet] = await Promise.all([
+      FaultStack.create(lab, { from: example, config: { ...config, today: `${day(1)}T03:00:00` } }),
+      lab.server1.run(
+        `printf '${virsh.replaceAll("\n", "\\n")}\\n' >/usr/local/bin/virsh && chmod +x /usr/local/bin/virsh
+        systemctl stop vm && umount /vm/* && losetup -D && lvremove -qq -y VgVm/LV-VM1 VgVm/LV-VM1-data || exit 1
+        for origin in ${origins.join(" ")}; do
+          lvcreate -qq -y -W n -L 4M -n $origin VgVm && dd if=/dev/zero of=/dev/VgVm/$origin bs=4M count=1 status=none && echo $origin | dd of=/dev/VgVm/$origin conv=notrunc status=none
+        done`,
+      ),
+      lab.server2.run("mkdir /fleet"),
+    ]);
+  });
+
+  afterAll(() => {
+    fleet?.close();
+    rmSync(folder, { recursive: true });
+  });
+
+  it("backs up twenty VMs of one list, each frozen once, and leaves nothing on their server", async () => {
+    expect(vms).toHaveLength(20);
+    (await fleet.up()).succeeded("41 created");
+    const { stdout } = await lab.server2.run(
+      "cd /fleet && for image in *.raw; do echo $image $(head -n 1 $image); done",
+    );
+    const made = vms.flatMap(({ name, volumes }) =>
+      volumes.map(({ origin }) => `${name}.VgVm.${origin}.${day(1)}.raw ${origin}`),
+    );
+    expect(stdout.trim().split("\n").sort()).toEqual(made.sort());
+    const asked = (await lab.server1.run("sort /root/virsh")).stdout.trim().split("\n");
+    expect(asked).toEqual(vms.flatMap(({ name }) => [`domfsfreeze ${name}`, `domfsthaw ${name}`]).sort());
+    expect(await onSource()).toBe("");
+  });
 });

@@ -147,25 +147,33 @@ export class FaultStack {
     this.#folder = folder;
   }
 
-  /** A stack of the program beside this file, with the package as this checkout builds it. */
-  static async create(lab: Lab): Promise<FaultStack> {
+  /** A stack of the program beside this file, or of one of the examples, with the package as this checkout builds it. */
+  static async create(
+    lab: Lab,
+    program: { readonly from: string; readonly config?: Readonly<Record<string, string>> } = {
+      from: join(import.meta.dirname, "program"),
+    },
+  ): Promise<FaultStack> {
     const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-faults-"));
     const { env } = await ensurePulumi((line) => process.stdout.write(`${line}\n`));
     const built = join(folder, "package");
-    const program = join(folder, "program");
+    const projectDir = join(folder, "program");
     mkdirSync(built);
     cpSync(join(root, "package.json"), join(built, "package.json"));
     symlinkSync(join(root, "node_modules"), join(built, "node_modules"));
     await runChild(["tsc", "-p", "tsconfig.build.json", "--outDir", join(built, "dist")], { cwd: root, env });
-    cpSync(join(import.meta.dirname, "program"), program, { recursive: true });
-    mkdirSync(join(program, "node_modules"));
-    symlinkSync(join(root, "node_modules", "@pulumi"), join(program, "node_modules", "@pulumi"));
-    symlinkSync(built, join(program, "node_modules", "pulumi-lvm-nbd"));
+    cpSync(program.from, projectDir, {
+      recursive: true,
+      filter: (source) => !source.includes("node_modules"),
+    });
+    mkdirSync(join(projectDir, "node_modules"));
+    for (const name of ["@pulumi", "@types", "typescript"])
+      symlinkSync(join(root, "node_modules", name), join(projectDir, "node_modules", name));
+    symlinkSync(built, join(projectDir, "node_modules", "pulumi-lvm-nbd"));
     const stack = await PulumiStack.create({
-      projectDir: program,
-      stackName: "faults",
-      backendDir: join(folder, "backend"),
+      ...{ projectDir, stackName: "faults", backendDir: join(folder, "backend") },
       env: { ...env, LVM_NBD_SSH_CONFIG: lab.sshConfigPath },
+      config: program.config ?? {},
     });
     return new FaultStack(stack, folder);
   }
