@@ -10,6 +10,8 @@ export {
   type LvRestoreArgs,
   LvSnapshot,
   type LvSnapshotArgs,
+  Mount,
+  type MountArgs,
   NbdAttachment,
   type NbdAttachmentArgs,
   NbdExport,

@@ -36,7 +36,7 @@ export const errorCodes = {
   PROGRAM_MISSING:
     "A program the operation needs is not installed on the host; the message names its package. Install it and run again.",
   MODULE_MISSING:
-    "The host's kernel has no nbd module. Install the package of the kernel's modules that holds it, or attach on another host.",
+    "The host's kernel lacks a module, nbd or a file system's; the message names it. Install the package of the kernel's modules that holds it, or use another host.",
   VOLUME_GROUP_NOT_FOUND:
     "The volume group does not exist on the host, or its disks are not there. Correct `volumeGroup`, or bring the disks back; nothing is taken for gone meanwhile.",
   ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host. Correct `origin`.",
@@ -103,6 +103,16 @@ export const errorCodes = {
     "A restore was cut off in the very moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told. Look at the origin's content, and tell by one of the commands in the message.",
   ATTACHMENT_DEAD:
     "The attachment is there, but a read through it fails or takes too long. Look at the export and at the network, then run `pulumi up --refresh`.",
+  PARTITION_NOT_FOUND:
+    "The disk has no such partition; the message lists those there are, with what they hold. Correct `partition`.",
+  NOT_MOUNTABLE:
+    "What lies on the device is no file system, or none that can be mounted without a write; the message names it. Nothing was touched. Name another `partition` or `device`, or read it in a virtual machine.",
+  MOUNT_POINT_UNSUITABLE:
+    "Nothing can be mounted at `path`: it is no folder, not empty, reached through a symbolic link, in /etc/fstab, or something else is mounted there; the message says which. Nothing was touched. Choose another `path`, or clear this one.",
+  MOUNT_IN_USE:
+    "The file system is in use; the message names the processes. Nothing was unmounted. End them, or let them leave the folder, and run again.",
+  MOUNT_FAILED:
+    "The file system could not be mounted; the kernel's or mount's words are in the message. Look at `journalctl -k` on the host; a snapshot of a running VM may hold a file system that is damaged until its journal is replayed.",
 } as const;
 
 /** A stable name for a kind of failure, to be matched by programs and looked up by people. */

@@ -2,6 +2,7 @@
 import { backupImage } from "../resources/backupImage.js";
 import { lvRestore } from "../resources/lvRestore.js";
 import { lvSnapshot } from "../resources/lvSnapshot.js";
+import { mount } from "../resources/mount.js";
 import { nbdAttachment } from "../resources/nbdAttachment.js";
 import { nbdExport } from "../resources/nbdExport.js";
 import { volumeCopy } from "../resources/volumeCopy.js";
@@ -11,6 +12,7 @@ export const resourceTypes: readonly AnyResourceType[] = [
   lvSnapshot,
   nbdExport,
   nbdAttachment,
+  mount,
   volumeCopy,
   backupImage,
   lvRestore,

@@ -41,9 +41,12 @@ grep -qs " $(cat $d) " /proc/[0-9]*/mountinfo && { echo "$0 is still mounted"; e
   .replaceAll("continue\n", "continue; ")
   .replaceAll("\n", "; ");
 
-/** systemd waits for this even when the client has ended already: then it ends at once, and the next try is soon. */
+/**
+ * systemd waits for this even when the client has ended already: then it ends at once, and the next try is soon. The
+ * kernel reads the partition table at the first opening: what is mounted after this unit finds its partition there.
+ */
 const link = `k=\${0##*/}; i=0; while [ "$(cat /sys/block/$k/size 2>/dev/null || echo 0)" = 0 ]; do
-i=$((i+1)); [ $i -lt 300 ] && [ -e /proc/$2/status ] || exit 1; sleep 0.1; done
+i=$((i+1)); [ $i -lt 300 ] && [ -e /proc/$2/status ] || exit 1; sleep 0.1; done; : <"$0"
 mkdir -p /dev/lvm-nbd && ln -sfn "$0" "$1"`
   .replaceAll("do\n", "do ")
   .replaceAll("\n", "; ");

@@ -65,7 +65,37 @@ done
 exit 0
 `;
 
+/**
+ * Who uses what is mounted at a path, in lines as of `holdersScript`: processes that have a file of it open or mapped, or
+ * work in a folder of it, and mounts and loop devices on top. Links are only read: a look at what they lead to would hang
+ * at a dead device. Arguments: the path, the path as a pattern of find(1), and as mountinfo writes it.
+ */
+export const usersScript = `
+say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
+users() {
+  find /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/exe /proc/[0-9]*/fd -maxdepth 1 \\( -lname "$2" -o -lname "$2/*" \\) 2>/dev/null
+  grep -Fls " $1/" /proc/[0-9]*/maps 2>/dev/null
+}
+users "$1" "$2" | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
+  held=$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
+  [ -n "$held" ] || readlink /proc/"$pid"/exe >/dev/null 2>&1 || continue
+  say process "$held (pid $pid)"
+done
+awk '{ print $5 }' /proc/1/mountinfo | while IFS= read -r where; do
+  case $where in "$3"/*) say mount "$where";; esac
+done
+for held in /sys/block/loop*/loop/backing_file; do
+  case $(cat "$held" 2>/dev/null) in "$1"/*) held=\${held#/sys/block/}; say device "\${held%%/*}";; esac
+done
+exit 0
+`;
+
 const kind = z.enum(["device", "mount", "swap", "process", "export"]);
+
+/** A path as a pattern of find(1) that fits nothing else. */
+export function findPattern(path: string): string {
+  return path.replace(/[\\*?[]/g, "\\$&");
+}
 
 /** The holders in words, e.g. `mounted at /mnt`. */
 export function parseHolders(stdout: string): string[] {

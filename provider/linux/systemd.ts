@@ -37,8 +37,13 @@ export function literal(value: string): string {
   return value.replaceAll("%", "%%");
 }
 
-/** The unit of a device, as `systemd-escape --path --suffix=device` names it. */
+/** The unit of a device. */
 export function deviceUnit(path: string): string {
+  return pathUnit(path, "device");
+}
+
+/** The unit of a path, as `systemd-escape --path --suffix=SUFFIX` names it. */
+export function pathUnit(path: string, suffix: "device" | "mount"): string {
   const bare = path
     .split("/")
     .filter((part) => part !== "")
@@ -51,7 +56,7 @@ export function deviceUnit(path: string): string {
       return `\\x${byte.toString(16).padStart(2, "0")}`;
     })
     .join("");
-  return `${escaped}.device`;
+  return `${escaped}.${suffix}`;
 }
 
 /** What `systemctl show` tells of a unit. */

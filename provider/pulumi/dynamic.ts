@@ -12,6 +12,7 @@ import {
 } from "../resources/backupImage.js";
 import { type LvRestoreDeclaration, type LvRestoreOutputs, lvRestore } from "../resources/lvRestore.js";
 import { type LvSnapshotDeclaration, type LvSnapshotOutputs, lvSnapshot } from "../resources/lvSnapshot.js";
+import { type MountDeclaration, type MountOutputs, mount } from "../resources/mount.js";
 import {
   type NbdAttachmentDeclaration,
   type NbdAttachmentOutputs,
@@ -41,6 +42,8 @@ export type LvSnapshotArgs = Args<LvSnapshotDeclaration, "name">;
 export type NbdExportArgs = Args<NbdExportDeclaration, "exportName">;
 /** Arguments of an `NbdAttachment`; the README's table says what each means. */
 export type NbdAttachmentArgs = Args<NbdAttachmentDeclaration, "name">;
+/** Arguments of a `Mount`; the README's table says what each means. */
+export type MountArgs = Args<MountDeclaration>;
 /** Arguments of a `VolumeCopy`; the README's table says what each means. `snapshot` may be an `LvSnapshot`. */
 export type VolumeCopyArgs = Omit<Args<VolumeCopyDeclaration>, "snapshot"> & {
   readonly snapshot?: Args<VolumeCopyDeclaration>["snapshot"] | LvSnapshot;
@@ -118,6 +121,20 @@ export class NbdAttachment extends LvmNbdResource {
 
   constructor(name: string, args: NbdAttachmentArgs, options?: pulumi.CustomResourceOptions) {
     super(nbdAttachment, name, args, options);
+  }
+}
+
+/** The file system of an attachment, or of a partition of it, read-only at a path of the host. */
+export class Mount extends LvmNbdResource {
+  declare readonly device: pulumi.Output<string>;
+  declare readonly path: pulumi.Output<string>;
+  declare readonly fileSystem: pulumi.Output<MountOutputs["fileSystem"]>;
+  declare readonly options: pulumi.Output<MountOutputs["options"]>;
+  declare readonly mountedDevice: pulumi.Output<MountOutputs["mountedDevice"]>;
+  declare readonly state: pulumi.Output<MountOutputs["state"]>;
+
+  constructor(name: string, args: MountArgs, options?: pulumi.CustomResourceOptions) {
+    super(mount, name, args, options);
   }
 }
 

@@ -23,7 +23,7 @@ export async function freshLab(): Promise<Lab> {
 }
 
 export type Values = Readonly<Record<string, unknown>>;
-type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment";
+type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount";
 
 /** What `up` did to a resource. */
 export interface Outcome {
@@ -193,6 +193,7 @@ export async function checksumSoon(server: Guest, device: string): Promise<strin
 export async function leftovers(server: Guest): Promise<string> {
   const { stdout } = await server.run(`
     systemctl list-units --all --no-legend --plain 'lvm-nbd-*' | awk '{ print "unit " $1 " " $3 }'
+    grep -ls lvm-nbd /etc/systemd/system/*.mount
     find /etc/systemd/system /run/systemd/system /etc/lvm-nbd /etc/modules-load.d /etc/udev/rules.d /dev/lvm-nbd \
       2>/dev/null | grep lvm-nbd
     for size in /sys/block/nbd*/size; do

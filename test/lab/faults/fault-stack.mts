@@ -20,7 +20,7 @@ const root = join(import.meta.dirname, "..", "..", "..");
 /** A resource as the program of these tests declares it. Names are unique in a stack. */
 export interface Declared {
   readonly type:
-    | ("LvSnapshot" | "NbdExport" | "NbdAttachment" | "VolumeCopy" | "BackupImage")
+    | ("LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount" | "VolumeCopy" | "BackupImage")
     | ("VmBackup" | "LvRestore");
   readonly name: string;
   readonly args: Values;
@@ -46,6 +46,11 @@ export function nbdExport(name: string, args: Values): Declared {
 /** An attachment to server2, unless `args` say otherwise. */
 export function attachment(name: string, args: Values): Declared {
   return { type: "NbdAttachment", name, args: { host: "server2", ...args } };
+}
+
+/** A mount on server2. */
+export function mount(name: string, args: Values): Declared {
+  return { type: "Mount", name, args: { host: "server2", ...args } };
 }
 
 /** A copy on server2 of a snapshot of server1 that is exported under the same name. */
