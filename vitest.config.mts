@@ -10,6 +10,7 @@ const longest = [
   "lab/faults/copy",
   "fakehost/backupImage",
   "lab/package",
+  "lab/mount",
   "lab/faults/hosts",
   "lab/inPlace",
   "lab/drift",

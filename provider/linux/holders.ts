@@ -77,7 +77,7 @@ users() {
   grep -Fls " $1/" /proc/[0-9]*/maps 2>/dev/null
 }
 users "$1" "$2" | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
-  held=$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
+  held=$(tr '\\0\\n' '  ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
   [ -n "$held" ] || readlink /proc/"$pid"/exe >/dev/null 2>&1 || continue
   say process "$held (pid $pid)"
 done

@@ -1,8 +1,11 @@
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { emitFunctions, parseFields } from "../../provider/linux/fields.js";
-import { holdersScript, parseHolders } from "../../provider/linux/holders.js";
+import { findPattern, holdersScript, parseHolders, usersScript } from "../../provider/linux/holders.js";
 
 const line = (kind: string, who: string) => `${kind}\t${Buffer.from(who).toString("base64")}\n`;
 
@@ -41,6 +44,43 @@ describe("holders of a device", () => {
         stdio: ["ignore", "pipe", "pipe"],
       });
     expect(run).toThrow(/not a block device/);
+  });
+});
+
+describe("users of a mount", () => {
+  const users = (path: string) =>
+    parseHolders(
+      execFileSync("sh", ["-c", usersScript, "sh", path, findPattern(path), path.replaceAll(" ", "\\040")], {
+        encoding: "utf8",
+      }),
+    );
+
+  it("are the processes that have a file of it open or work in it, and no others", async () => {
+    const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-users-"));
+    // A path that is a pattern of find, and one that it fits.
+    const [mine, other] = [join(folder, "a [x]*"), join(folder, "a x")];
+    for (const one of [mine, other]) {
+      mkdirSync(join(one, "sub"), { recursive: true });
+      writeFileSync(join(one, "file"), "x\n");
+    }
+    const said = (process: ReturnType<typeof spawn>) =>
+      new Promise((resolve) => process.stdout?.once("data", resolve));
+    const processes = [
+      spawn("tail", ["-f", join(mine, "file")]),
+      spawn("sh", ["-c", "echo; read never"], { cwd: join(mine, "sub") }),
+      spawn("tail", ["-f", join(other, "file")]),
+    ];
+    try {
+      await Promise.all(processes.map(said));
+      const [opened, works] = processes.map(({ pid }) => `(pid ${pid})`);
+      expect(users(mine).sort()).toEqual(
+        [`open in tail -f ${mine}/file ${opened}`, `open in sh -c echo; read never ${works}`].sort(),
+      );
+      expect(users(join(folder, "none"))).toEqual([]);
+    } finally {
+      for (const process of processes) process.kill("SIGKILL");
+      rmSync(folder, { recursive: true, force: true });
+    }
   });
 });
 

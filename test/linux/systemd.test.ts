@@ -1,6 +1,13 @@
 import { describe, expect, it } from "vitest";
 import { parseFields } from "../../provider/linux/fields.js";
-import { deviceUnit, execLine, ownDirective, parseShow, renderUnit } from "../../provider/linux/systemd.js";
+import {
+  deviceUnit,
+  execLine,
+  ownDirective,
+  parseShow,
+  pathUnit,
+  renderUnit,
+} from "../../provider/linux/systemd.js";
 import { unitName } from "../../provider/linux/unitName.js";
 import { fields } from "../support/fields.js";
 
@@ -18,6 +25,11 @@ describe("unit text", () => {
   it("names a device's unit as systemd-escape does", () => {
     expect(deviceUnit("/dev/VgVm/LV-VM1")).toBe("dev-VgVm-LV\\x2dVM1.device");
     expect(deviceUnit("/dev/mapper/a+b")).toBe("dev-mapper-a\\x2bb.device");
+  });
+
+  it("names the unit of a path as systemd-escape does", () => {
+    expect(pathUnit("/mnt/.vm 1/a-b", "mount")).toBe("mnt-.vm\\x201-a\\x2db.mount");
+    expect(pathUnit("/.hidden", "mount")).toBe("\\x2ehidden.mount");
   });
 
   it("reads only our own section", () => {
