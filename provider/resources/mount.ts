@@ -556,7 +556,9 @@ if [ -n "$from" ] && [ "$from" != "$device" ]; then printf '%s\\n' "$from"; exit
 mv -f "$file.new" "$file" && rm -rf "$file.d" && mkdir -p "$path" || exit 1
 fail() { echo "$1" >&2; journalctl -q -n 10 -o cat --no-pager -u "$unit" >&2; exit 70; }
 # enable reloads systemd's view of the units as well
-systemctl enable --quiet "$unit" && systemctl start "$unit" || fail "the unit did not start"
+systemctl enable --quiet "$unit" || fail "the unit could not be enabled"
+# Of what is mounted systemd knows the device, and would wait for its unit, which does not come up.
+[ -n "$from" ] || systemctl start "$unit" || fail "the unit did not start"
 [ "$(mounted)" = "$device" ] || fail "what is mounted: $(mounted)"
 exit 0
 `;

@@ -97,10 +97,10 @@ const read = async (path: string) => (await lab.server2.run(`cat '${path}'`)).st
 const mountsOf = async (path: string) =>
   (await lab.server2.run(`findmnt -rno SOURCE,OPTIONS -M '${path}'; true`)).stdout.trim();
 
-/** How many writes an attached disk has seen. */
+/** Sectors that were written to an attached disk. */
 async function writesTo(disk: string): Promise<string> {
   const { stdout } = await lab.server2.run(
-    `awk '{ print $5 }' /sys/block/$(basename $(readlink /dev/lvm-nbd/${disk}-attached))/stat`,
+    `awk '{ print $7 }' /sys/block/$(basename $(readlink /dev/lvm-nbd/${disk}-attached))/stat`,
   );
   return stdout.trim();
 }
@@ -226,19 +226,26 @@ it("a mount in use is not removed: the process is named", async () => {
   expect(await read("/mnt/vm 1-backup/file")).toBe("a file of last night");
 });
 
-it("a link that dies takes the mount with it when nobody uses it, and brings it back", async () => {
-  const isMounted = async () => (await mountsOf("/mnt/xfs")) !== "";
+it("a link that dies takes the mounts with it as soon as nobody uses them, and brings them back", async () => {
+  const isMounted = async (path: string) => (await mountsOf(path)) !== "";
+  await lab.server2.run(
+    "(cd /srv/boot; exec setsid sleep 1000 >/dev/null 2>&1 </dev/null) & echo $! >/root/reader",
+  );
   await lab.server1.run("systemctl stop lvm-nbd-export-parted-export");
-  await waitFor(async () => !(await isMounted()) || undefined, {
+  await waitFor(async () => !(await isMounted("/mnt/xfs")) || undefined, {
     timeoutSeconds: 60,
     what: "the mount of a dead link to be gone",
   });
+  expect(await isMounted("/srv/boot")).toBe(true);
   await lab.server1.run("systemctl start lvm-nbd-export-parted-export");
-  await waitFor(async () => (await isMounted()) || undefined, {
-    timeoutSeconds: 90,
-    what: "the mount to be back with its link",
-  });
-  expect(await read("/mnt/xfs/file")).toBe("a file of last night");
+  await lab.server2.run("kill $(cat /root/reader)");
+  const readAgain = (path: string) =>
+    waitFor(async () => (await lab.server2.run(`cat ${path}; true`)).stdout.trim() || undefined, {
+      timeoutSeconds: 120,
+      what: `${path} to be back with its link`,
+    });
+  expect(await readAgain("/mnt/xfs/file")).toBe("a file of last night");
+  expect(await readAgain("/srv/boot/vmlinuz")).toBe("kernel of last night");
 });
 
 it("a new moment replaces the chain and what is mounted of it", async () => {

@@ -33,7 +33,8 @@ const standIns: Readonly<Record<string, string>> = {
       daemon-reload) reload;;
       enable) reload; for target in $(sed -n 's/^WantedBy=//p' "$file"); do mkdir -p "$units/$target.wants"; ln -sf "$file" "$units/$target.wants/$unit"; done;;
       disable) rm -f "$units"/*.wants/"$unit"; find "$units" -name '*.wants' -empty -delete;;
-      start) mounted && exit 0
+      # As systemd, which waits for the unit of a device that it knows to be mounted.
+      start) mounted && { echo "A dependency job for $unit failed." >&2; exit 1; }
         [ ! -e "$SANDBOX/refused" ] || { echo "Job for $unit failed." >&2; exit 1; }
         mkdir -p "$where"
         echo "1 1 0:1 / $where ro,nosuid,nodev,noexec - $(sed -n 's/^Type=//p' "$loaded/$unit") $(sed -n 's/^MountedDevice=//p' "$loaded/$unit") ro" >>"$ROOT/proc/1/mountinfo";;
