@@ -51,8 +51,14 @@ function preview(project: string, stack: string, stop: AbortSignal): Promise<End
   };
   if (stop.aborted) onStop();
   else stop.addEventListener("abort", onStop, { once: true });
-  return new Promise<Ended>((resolve, reject) => {
-    child.on("error", reject);
+  return new Promise<Ended>((resolve) => {
+    child.on("error", (error) =>
+      resolve({
+        exitCode: -1,
+        stdout: "",
+        stderr: `pulumi could not be started in ${project}: ${error.message}`,
+      }),
+    );
     child.on("close", (code, signal) =>
       resolve({
         exitCode: code ?? -1,
@@ -80,7 +86,7 @@ function isCode(error: unknown, code: string): boolean {
   return error instanceof Error && "code" in error && error.code === code;
 }
 
-/** A failure to start Pulumi, or a stop, is a reason why it cannot be told how things are. */
+/** After a stop it cannot be told how things are, whatever Pulumi said until then. */
 async function look(project: string, stack: string, deadlineSeconds: number): Promise<Look> {
   const stop = new AbortController();
   const stopFor = (why: string) => () => stop.abort(why);
@@ -93,8 +99,6 @@ async function look(project: string, stack: string, deadlineSeconds: number): Pr
   try {
     const seen = readPreview(await preview(project, stack, stop.signal));
     return stop.signal.aborted ? { ...seen, errors: [String(stop.signal.reason), ...seen.errors] } : seen;
-  } catch (error) {
-    return { resources: [], errors: [`pulumi could not be started in ${project}: ${String(error)}`] };
   } finally {
     clearTimeout(timer);
     process.off("SIGTERM", onSignal).off("SIGINT", onSignal);

@@ -25,3 +25,21 @@ export function suitableOrigins(): string {
   const as = (vg_name: string, lv_name: string) => ({ ...origin, vg_name, lv_name, lv_attr: "Vwi-a-tz--" });
   return JSON.stringify({ report: [{ lv: [as("VgVm", "vm1"), as("VgVm", "vm2"), as("VgOther", "vm1")] }] });
 }
+
+/**
+ * What `pulumi preview --refresh --json` of the lab's stack streamed, without debug messages, what the program's steps
+ * repeat after they are done, and the text of the providers' closures. Two snapshots with an export each and two images of one VM,
+ * a snapshot and an image of hosts with keys of their own.
+ */
+export function recordedPreview(
+  state:
+    | "asDeclared"
+    | "programChanged"
+    | "driftedAndProgramChanged"
+    | "accepted"
+    | "overflowed"
+    | "unreachable"
+    | "invalid",
+): string {
+  return readFileSync(join(process.cwd(), "test", "recorded", "preview", `${state}.jsonl`), "utf8");
+}
