@@ -14,6 +14,7 @@ const longest = [
   "lab/faults/hosts",
   "lab/inPlace",
   "lab/drift",
+  "lab/driftWatch",
   "fakehost/cuts",
   "fakehost/model",
   "lab/restore",

@@ -140,8 +140,9 @@ describe("a look that cannot tell", () => {
   it("is one cut off anywhere", () => {
     for (let end = 0; end < lines.length - 1; end++)
       expect(ended(lines.slice(0, end).join("\n")).errors, `${end} lines`).not.toEqual([]);
-    for (let cut = 2; cut < 400; cut += 7)
-      expect(ended(good.slice(0, -cut)).errors, `${cut} less`).not.toEqual([]);
+    const summarised = lines.slice(0, -1).join("\n");
+    for (let cut = 1; cut < 400; cut += 7)
+      expect(ended(summarised.slice(0, -cut)).errors, `${cut} less`).not.toEqual([]);
   });
 
   it.each([

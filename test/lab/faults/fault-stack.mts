@@ -183,6 +183,11 @@ export class FaultStack {
     return new FaultStack(stack, folder);
   }
 
+  /** For what runs Pulumi by itself on the stack as it was last brought up. */
+  get cli(): PulumiStack {
+    return this.#stack;
+  }
+
   /** What the program declares from now on. */
   declare(...resources: Declared[]): void {
     this.#resources = resources;
