@@ -600,7 +600,7 @@ async function killedWhileCopying(): Promise<void> {
 }
 
 /** Each cut runs shell scripts. */
-const timeout = 240_000;
+const timeout = 600_000;
 
 describe("whatever cuts it, the next run finishes the work", () => {
   const done = () => {

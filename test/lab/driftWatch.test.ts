@@ -29,7 +29,7 @@ beforeAll(async () => {
     snapshot("vm1", { origin: "LV-VM1", size: "8M" }),
     nbdExport("vm1-export", { device: output("vm1", "path") }),
     snapshot("vm1-second", { origin: "LV-VM1", size: "8M" }),
-    backupImage("monday", { origin: "LV-VM1", size: "8M" }, { file: "/backup/monday.raw" }),
+    backupImage("monday", {}, [{ origin: "LV-VM1", size: "8M", file: "/backup/monday.raw" }], {}),
   );
   (await stack.up()).succeeded("5 created");
 });
