@@ -60,6 +60,7 @@ const engineEvent = z.object({
   diagnosticEvent: diagnostic.optional(),
   summaryEvent: z.object({ result: z.string() }).optional(),
 });
+type State = z.infer<typeof state>;
 type EngineEvent = z.infer<typeof engineEvent>;
 
 /** What the events tell of one resource. */
@@ -69,9 +70,9 @@ interface Track {
   readonly ops: Set<string>;
   toBeRefreshed: boolean;
   refreshed: boolean;
-  stored?: z.infer<typeof state>;
-  seen?: z.infer<typeof state>;
-  planned?: z.infer<typeof state>;
+  stored?: State | undefined;
+  seen?: State | undefined;
+  planned?: State | undefined;
 }
 
 /** The state in which each type is as declared. */
@@ -161,8 +162,8 @@ function follow(tracks: Map<string, Track>, { resourcePreEvent, resOutputsEvent 
   track.toBeRefreshed = true;
   if (resOutputsEvent === undefined) return;
   track.refreshed = true;
-  if (old) track.stored = old;
-  if (after) track.seen = after;
+  track.stored = old ?? undefined;
+  track.seen = after ?? undefined;
 }
 
 function failureText(message: string): string {
@@ -233,10 +234,7 @@ function resourceOf(track: Track, warnings: readonly string[], madeAnew: boolean
 const unknownValue = "04da6b54-80e4-46f7-96ec-b56ff0331ba9";
 
 /** Whether the program wants something otherwise than at the last `pulumi up`, or will know it only later. */
-function inputChange(
-  stored: z.infer<typeof state>,
-  planned: z.infer<typeof state> | undefined,
-): "no" | "later" | "otherwise" {
+function inputChange(stored: State, planned: State | undefined): "no" | "later" | "otherwise" {
   if (planned === undefined) return "no";
   const [before, now] = [stored.inputs ?? {}, planned.inputs ?? {}];
   const changed = [...new Set([...Object.keys(before), ...Object.keys(now)])].filter(

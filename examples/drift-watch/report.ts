@@ -331,9 +331,8 @@ function metric(name: string, help: string, samples: readonly Sample[], stack: s
     const pairs = Object.entries({ stack, ...labels }).map(
       ([label, text]) => `${label}="${escapedLabel(text)}"`,
     );
-    const key = `${name}{${pairs.join(",")}}`;
     // The same twice (one name in two components, say) would make the collector refuse the whole file.
-    series.set(key, Math.max(value, series.get(key) ?? value));
+    series.set(`${name}{${pairs.join(",")}}`, value);
   }
   const lines = [...series].map(([key, value]) => `${key} ${value}\n`);
   return `# HELP ${name} ${help}\n# TYPE ${name} gauge\n${lines.join("")}`;

@@ -75,10 +75,13 @@ describe("drift", () => {
   });
 
   it("is told by what the servers show, should no warning have been given", () => {
-    const silent = changed("driftedAndProgramChanged", (line) =>
-      line.includes('"severity":"warning"') ? undefined : line,
-    );
-    expect(drifted(ended(silent))).toMatchObject({
+    const silent = (state: Recorded) =>
+      drifted(ended(changed(state, (line) => (line.includes('"severity":"warning"') ? undefined : line))));
+    expect(silent("accepted")).toMatchObject({
+      "NbdExport e-a": ["is stopped"],
+      "BackupImage monday": ["is changed"],
+    });
+    expect(silent("driftedAndProgramChanged")).toMatchObject({
       "LvSnapshot s-b": ["is gone from the host"],
       "NbdExport e-b": ["is stopped"],
       "BackupImage monday": ["is changed"],
@@ -102,13 +105,21 @@ describe("a changed program", () => {
     expect(pending(seen)).toEqual({ "s-a": "update", "s-b": "replace", "s-new": "create", "e-b": "delete" });
   });
 
+  it("is not another version of the provider's closure", () => {
+    const upgraded = changed("accepted", (line) =>
+      line.includes('"op":"refresh"') ? line : line.replaceAll("(closure)", "(another closure)"),
+    );
+    expect(drifted(ended(upgraded))).toHaveProperty("LvSnapshot s-a");
+    expect(Object.keys(pending(ended(upgraded))).sort()).toEqual(["s-b", "tuesday"]);
+  });
+
   it("is told beside the drift of the same resource", () => {
     expect(pending(look("driftedAndProgramChanged"))).toMatchObject({ "s-a": "update", "s-b": "create" });
   });
 
   it("is not what is only known later, because something else is made anew", () => {
     const later = changed("overflowed", (line) =>
-      line.includes('"op":"replace"') && line.includes("::e-a")
+      /"op":"(create-replacement|replace)"/.test(line) && line.includes("::e-a")
         ? line.replaceAll('"device":"/dev/VgVm/s-a"', '"device":"04da6b54-80e4-46f7-96ec-b56ff0331ba9"')
         : line.includes("NbdExport e-a") || (line.includes("::e-a") && line.includes("refresh"))
           ? line.replaceAll("notServing", "serving").replace('"severity":"warning"', '"severity":"info"')
@@ -121,6 +132,8 @@ describe("a changed program", () => {
 });
 
 describe("a look that cannot tell", () => {
+  const good = recordedPreview("asDeclared");
+
   it("names each resource whose host is not reached, and tells of the others what it saw", () => {
     const seen = ended(recordedPreview("unreachable"), 1);
     expect(seen.errors).toHaveLength(5);
@@ -134,7 +147,12 @@ describe("a look that cannot tell", () => {
     ]);
   });
 
-  const good = recordedPreview("asDeclared");
+  it("gives the program's error without where in Pulumi it happened", () => {
+    const message = "Running program failed:\nError: broken\n    at x (/y.js:1:7)\n    at z (/y.js:2:7)\n";
+    const thrown = JSON.stringify({ sequence: 999, diagnosticEvent: { severity: "error", message } });
+    expect(ended(`${good}${thrown}\n`, 1).errors).toEqual(["Running program failed:\nError: broken"]);
+  });
+
   const lines = good.trim().split("\n");
 
   it("is one cut off anywhere", () => {

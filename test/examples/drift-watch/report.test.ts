@@ -163,7 +163,7 @@ describe("the metrics", () => {
   });
 
   it("have each series once, since the collector would refuse the file otherwise", () => {
-    const text = metricsOf(reportOf(of(image(), { ...image(), drift: ["is gone"] }), run));
+    const text = metricsOf(reportOf(of({ ...image(), drift: ["is gone"] }, image()), run));
     expect(text.match(/^lvm_nbd_resource_drifted.*/gm)).toEqual([expect.stringMatching(/ 1$/)]);
   });
 
