@@ -143,28 +143,39 @@ interface Image {
   readonly sound: Omit<NewestImage, "ageHours"> | undefined;
 }
 
-const sourceInput = z.object({ host: z.unknown(), volumeGroup: z.string(), origin: z.string() });
+const declaredInputs = z.object({
+  source: z.object({ host: z.unknown() }),
+  volumes: z.array(z.object({ volumeGroup: z.string(), origin: z.string(), file: z.string() })),
+});
 const imageOutputs = z.object({
-  takenAt: z.string(),
-  sizeBytes: z.number(),
-  verified: z.boolean(),
-  state: z.string(),
+  images: z.array(
+    z.object({
+      file: z.string(),
+      takenAt: z.string(),
+      sizeBytes: z.number(),
+      verified: z.boolean(),
+      state: z.string(),
+    }),
+  ),
 });
 
 /** The images of a BackupImage. What BackupImage's outputs look like is known here only. Raises ZodError. */
 function imagesOf({ host, declared, seen }: Resource): Image[] {
-  const { file } = z.object({ file: z.string() }).parse(declared);
+  const { volumes } = declaredInputs.pick({ volumes: true }).parse(declared);
   // The whole source is a secret where its key comes from one.
-  const source = sourceInput.safeParse(declared.source).data;
-  const vm =
-    source === undefined
-      ? `${host}:${file.slice(0, file.lastIndexOf("/") + 1)}`
-      : `${hostName(source.host)}:${source.volumeGroup}/${source.origin}`;
-  if (seen === undefined) return [{ vm, sound: undefined }];
-  const { takenAt, sizeBytes, verified, state } = imageOutputs.parse(seen);
-  if (!verified || state !== "complete") return [{ vm, sound: undefined }];
-  z.iso.datetime().parse(takenAt);
-  return [{ vm, sound: { host, file, takenAt, sizeBytes } }];
+  const source = declaredInputs.safeParse(declared).data?.source;
+  const images = seen === undefined ? [] : imageOutputs.parse(seen).images;
+  return volumes.map(({ volumeGroup, origin, file }) => {
+    const vm =
+      source === undefined
+        ? `${host}:${file.slice(0, file.lastIndexOf("/") + 1)}`
+        : `${hostName(source.host)}:${volumeGroup}/${origin}`;
+    const image = images.find((one) => one.file === file);
+    if (image === undefined || !image.verified || image.state !== "complete") return { vm, sound: undefined };
+    const { takenAt, sizeBytes } = image;
+    z.iso.datetime().parse(takenAt);
+    return { vm, sound: { host, file, takenAt, sizeBytes } };
+  });
 }
 
 function backupsOf(images: readonly Image[], { endedAt, maxAgeHours }: Run): Backup[] {

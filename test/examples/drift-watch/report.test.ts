@@ -20,16 +20,23 @@ function recorded(state: Parameters<typeof recordedPreview>[0], how: Partial<Run
   return reportOf(seen, { ...run, ...how });
 }
 
-const image = (more: object = {}, declared: object = {}): Resource => ({
+const image = (
+  more: object = {},
+  { file = "/backup/vm1/monday.raw", ...declared }: { readonly file?: string; readonly source?: object } = {},
+): Resource => ({
   ...{ type: "BackupImage", name: "monday", host: "backup1", drift: [], pending: undefined },
   declared: {
-    file: "/backup/vm1/monday.raw",
-    source: { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1" },
+    volumes: [{ volumeGroup: "VgVm", origin: "LV-VM1", file }],
+    source: { host: "server1" },
     ...declared,
   },
   seen: {
-    ...{ takenAt: "2026-11-26T12:09:00.000Z", sizeBytes: 7, verified: true, state: "complete" },
-    ...more,
+    images: [
+      {
+        ...{ file, takenAt: "2026-11-26T12:09:00.000Z", sizeBytes: 7, verified: true, state: "complete" },
+        ...more,
+      },
+    ],
   },
 });
 const of = (...resources: Resource[]): Look => ({ resources, errors: [] });
