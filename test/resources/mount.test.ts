@@ -1,6 +1,7 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { mkdirSync, rmSync, symlinkSync } from "node:fs";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
 import { PartialFailure } from "../../provider/core/handlers.js";
 import { handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { type Kill, MountHost } from "../support/mountHost.js";
@@ -449,7 +450,8 @@ describe("a change", () => {
   });
 });
 
-describe("whatever cuts it, the next up finishes the work", () => {
+// A shell for each step: seconds, and many times that where others work on the machine too.
+describe("whatever cuts it, the next up finishes the work", { timeout: 240_000 }, () => {
   /** Kills the scripts at each of their steps in turn; `work` runs once per kill. */
   async function atEachStep(
     prepare: () => Promise<Values>,
@@ -464,9 +466,9 @@ describe("whatever cuts it, the next up finishes the work", () => {
         const state = await prepare();
         const at: Kill = { step, when };
         host.kill(at);
-        const killed = await work(state).then(
-          () => false,
-          () => true,
+        const ended = await work(state).then(
+          () => "well",
+          () => "cut",
         );
         const reached = host.stepsTaken >= step;
         host.kill(undefined);
@@ -474,7 +476,7 @@ describe("whatever cuts it, the next up finishes the work", () => {
           expect(step).toBeGreaterThan(4);
           break;
         }
-        expect([at, killed || host.commands.length > 0]).toEqual([at, true]);
+        expect([at, ended]).toEqual([at, "cut"]);
         await check(state);
       }
     }
@@ -488,8 +490,6 @@ describe("whatever cuts it, the next up finishes the work", () => {
         expect(await create()).toMatchObject({ state: "mounted" });
         expect(host.mounts).toEqual(asDeclared);
         expect(host.left()).toEqual([path, ...units].sort());
-        await handlers().remove(await create());
-        expect([host.left(), host.mounts]).toEqual([[], []]);
       },
     );
   });
@@ -523,7 +523,6 @@ describe("whatever cuts it, the next up finishes the work", () => {
   });
 
   it("a link that is lost after the change: the same run goes on", async () => {
-    const { LvmNbdError } = await import("../../provider/core/errors.js");
     let lost = false;
     host.afterCommand = ({ kind }) => {
       if (kind !== "change" || lost) return;
@@ -538,7 +537,6 @@ describe("whatever cuts it, the next up finishes the work", () => {
   });
 
   it("a create whose look afterwards fails keeps the state of what is there", async () => {
-    const { LvmNbdError } = await import("../../provider/core/errors.js");
     let fail = false;
     host.afterCommand = ({ kind }) => {
       if (kind === "change") fail = true;

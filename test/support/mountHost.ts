@@ -82,10 +82,11 @@ export class MountHost implements Host {
   readonly commands: RemoteCommand[] = [];
   /** Called when a command has run; may throw. */
   afterCommand: (command: RemoteCommand, index: number) => void = () => undefined;
+  #down = false;
   readonly #folder = mkdtempSync(join(tmpdir(), "lvm-nbd-mount-"));
   readonly #root = join(this.#folder, "root");
 
-  /** `attachment`: vm1 is attached as /dev/nbd0. */
+  /** `path`: the mount point that is tested. vm1 is attached as /dev/nbd0. */
   constructor(path = "/mnt/vm1") {
     for (const folder of ["bin", "content", "loaded"]) mkdirSync(join(this.#folder, folder));
     for (const [program, text] of Object.entries(standIns)) this.#program(program, text);
@@ -183,8 +184,9 @@ export class MountHost implements Host {
     return [...units.filter((name) => !/^lvm-nbd-attach-[^/]*\.service$/.test(name)), ...folders].sort();
   }
 
-  /** From now on a script is killed there; `undefined`: none. */
+  /** From now on a script is killed there, and the host is gone after that; `undefined`: none, and it is there again. */
   kill(at: Kill | undefined): void {
+    this.#down = false;
     this.set("steps", "");
     this.set("kill", at && `${at.step} ${at.when}\n`);
   }
@@ -199,8 +201,10 @@ export class MountHost implements Host {
   }
 
   async run(command: RemoteCommand): Promise<CommandResult> {
+    if (this.#down) throw new LvmNbdError("HOST_UNREACHABLE", { message: "it is gone" });
     const index = this.commands.push(command) - 1;
     const result = await this.#execute(command);
+    this.#down = result === undefined;
     if (result === undefined) throw new LvmNbdError("LINK_LOST", { message: "the script was killed" });
     this.afterCommand(command, index);
     return result;
