@@ -80,6 +80,7 @@ const sound: Readonly<Record<string, string>> = {
   LvSnapshot: "valid",
   NbdExport: "serving",
   NbdAttachment: "attached",
+  Mount: "mounted",
   VolumeCopy: "complete",
   BackupImage: "complete",
 };
