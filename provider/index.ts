@@ -1,7 +1,7 @@
 /** What a Pulumi program imports. */
 export { generations, type RetentionPolicy } from "./backup/generations.js";
 export { type Image, listImages } from "./backup/listImages.js";
-export { VmBackup, type VmBackupArgs } from "./components/vmBackup.js";
+export { VmBackup, type VmBackupArgs, type VmBackupVolume } from "./components/vmBackup.js";
 export { type ErrorCode, errorCodes } from "./core/errors.js";
 export {
   BackupImage,

@@ -58,7 +58,7 @@ async function days(vm: string): Promise<string[]> {
 const onSource = async () =>
   (
     await lab.server1.run(
-      "lvs --noheadings -o lv_name VgVm | grep backup; ls /etc/systemd/system | grep backup; true",
+      "lvs --noheadings -o lv_name VgVm | grep backup; ls /etc/systemd/system | grep lvm-nbd; true",
     )
   ).stdout;
 
@@ -133,7 +133,7 @@ describe("examples/nightly-backup", () => {
       FaultStack.create(lab, { from: example, config: { ...config, today: `${day(1)}T03:00:00` } }),
       lab.server1.run(
         `printf '${virsh.replaceAll("\n", "\\n")}\\n' >/usr/local/bin/virsh && chmod +x /usr/local/bin/virsh
-        umount /vm/* && losetup -D && lvremove -qq -y VgVm/LV-VM1 VgVm/LV-VM1-data || exit 1
+        systemctl stop vm 2>/dev/null; umount /vm/* && losetup -D && lvremove -qq -y VgVm/LV-VM1 VgVm/LV-VM1-data || exit 1
         for origin in ${origins.join(" ")}; do
           lvcreate -qq -y -W n -L 4M -n $origin VgVm && dd if=/dev/zero of=/dev/VgVm/$origin bs=4M count=1 status=none && echo $origin | dd of=/dev/VgVm/$origin conv=notrunc status=none
         done`,
