@@ -34,8 +34,8 @@ export interface Image {
 
 const listScript = `${imageFunctions}
 folder=$1
-[ -d "$folder" ] || exit 70
-[ -r "$folder" ] && [ -x "$folder" ] || { echo "the folder cannot be read" >&2; exit 1; }
+[ -d "$folder/" ] || exit 70
+[ -r "$folder/" ] && [ -x "$folder/" ] || { echo "the folder cannot be read" >&2; exit 1; }
 for manifest in "$folder"/*.manifest.json; do
   [ -f "$manifest" ] || continue
   file=\${manifest%.manifest.json}
@@ -67,7 +67,7 @@ export async function listImages(host: HostArgs, folder: string): Promise<Image[
       open: (other) => pool.get(other),
     };
     const command: RemoteCommand = {
-      argv: script(listScript, folder),
+      argv: script(listScript, withoutSlash(folder)),
       kind: "read",
       deadlineSeconds: 120,
     };
@@ -78,6 +78,11 @@ export async function listImages(host: HostArgs, folder: string): Promise<Image[
   } finally {
     pool.close();
   }
+}
+
+/** A folder as it stands before the name of a file in it. */
+export function withoutSlash(folder: string): string {
+  return folder.replace(/\/+$/, "");
 }
 
 function parseImages(stdout: string): Image[] {

@@ -1,6 +1,6 @@
 /** Which backups of a VM a program should declare. */
 import { generations, type RetentionPolicy } from "./generations.js";
-import type { Image } from "./listImages.js";
+import { type Image, withoutSlash } from "./listImages.js";
 
 /** A volume of a VM. */
 export interface NamedVolume {
@@ -37,7 +37,7 @@ export interface VmWanted<Volume extends NamedVolume> {
  * The backups of a VM that should exist now, the newest first: today's, and of those in `made` what `keep` tells. Pure.
  *
  * An image that is not sound, or whose moment is not whole, makes no other one superfluous, and goes when it would go
- * were it good. A volume that is new is part of the first moment that is taken with it; a volume that is gone stays in those
+ * were it good. The last good one stays until today's is good. A volume that is new is part of the first moment that is taken with it; a volume that is gone stays in those
  * that hold it.
  *
  * @throws Error that says what is wrong with the name or the policy
@@ -46,10 +46,18 @@ export function vmGenerations<Volume extends NamedVolume>(wanted: VmWanted<Volum
   const { name, volumes, keep, now } = wanted;
   if (!/^[A-Za-z0-9][A-Za-z0-9_.+-]*$/.test(name))
     throw new Error(`"${name}" becomes part of file names: it may hold letters, digits and _ . + -`);
+  const elsewhere = wanted.made.find(({ file }) => folderOf(file) !== withoutSlash(wanted.folder));
+  if (elsewhere !== undefined)
+    throw new Error(
+      `made: ${elsewhere.file} is not in ${wanted.folder}: give what listImages told of that very folder`,
+    );
   const sets = found(wanted);
   const [today = ""] = generations({ daily: 1 }, now, []);
   const whole = [...sets].filter(([, images]) => isWhole(images)).map(([key]) => key);
   const kept = new Set([...generations(keep, now, whole), ...generations(keep, now, [...sets.keys()])]);
+  // Of a night that fails the last good one is still there, whatever the policy.
+  const [newest] = whole.sort().reverse();
+  if (newest !== undefined && !whole.includes(today)) kept.add(newest);
   return [...kept]
     .sort()
     .reverse()
@@ -72,6 +80,10 @@ export function vmGenerations<Volume extends NamedVolume>(wanted: VmWanted<Volum
         volumes: [...there.map((volume) => ({ ...volume, file: file(volume) })), ...dropped],
       };
     });
+}
+
+function folderOf(file: string): string {
+  return file.slice(0, file.lastIndexOf("/"));
 }
 
 /** The images of the VM by their day. Whose it is, the name of the file and the manifest must tell alike. */
@@ -103,5 +115,5 @@ function fileOf(
   key: string,
   format: string,
 ): string {
-  return `${folder.replace(/\/+$/, "")}/${name}.${volumeGroup}.${origin}.${key}.${format}`;
+  return `${withoutSlash(folder)}/${name}.${volumeGroup}.${origin}.${key}.${format}`;
 }

@@ -21,6 +21,7 @@ import {
   type ResourceType,
 } from "../core/resource.js";
 import { clientProblem } from "../linux/addresses.js";
+import { deviceMapperNameProblem } from "../linux/lvm.js";
 import { nbdServers } from "../linux/nbd.js";
 import { hostName } from "../ssh/config.js";
 import {
@@ -54,6 +55,7 @@ import {
   keptMoment,
   type Moment,
   momentOf,
+  snapshotNameSample,
   sweep,
   takeDown,
   takeMoment,
@@ -591,6 +593,14 @@ function validate(
   const problems = compressProblems(wanted, unknown);
   const { volumes = [] } = wanted;
   const twice = (values: readonly string[]) => values.find((value, index) => values.indexOf(value) < index);
+  for (const [index, { volumeGroup }] of volumes.entries()) {
+    const reason = deviceMapperNameProblem(volumeGroup, snapshotNameSample);
+    if (reason !== undefined)
+      problems.push({
+        property: `volumes.${index}.volumeGroup`,
+        reason: `with the name of a backup's snapshot ${reason}`,
+      });
+  }
   const file = twice(volumes.map((volume) => volume.file));
   if (file !== undefined)
     problems.push({ property: "volumes", reason: `two of them have the image ${file}` });

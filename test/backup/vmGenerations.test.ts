@@ -119,10 +119,31 @@ describe("the backups of a VM", () => {
     const made: Image[] = moment("2026-11-19", [disk]).flatMap((image) => [
       { ...image, file: file("2026-11-19", other, "vm1.VgVm") },
       { ...image, file: "/backup/vm1.raw" },
-      { ...image, file: "/elsewhere/vm1.VgVm.LV-VM1.2026-11-19.raw" },
       { ...image, volumeGroup: undefined, origin: undefined },
     ]);
     expect(keys(wanted({ made }))).toEqual(["2026-11-20"]);
+  });
+
+  it("are found also where the folder ends with a slash", () => {
+    expect(wanted({ folder: "/backup/", made: moment("2026-11-19") })).toEqual(
+      wanted({ made: moment("2026-11-19") }),
+    );
+  });
+
+  it("are not told by a list of another folder: else all of them would be removed", () => {
+    const made = moment("2026-11-19");
+    for (const folder of ["/backup/vms", "/", "/elsewhere"])
+      expect(() => wanted({ folder, made })).toThrow(/backup\/vm1.* is not in/);
+  });
+
+  it("that is the last good one stays until today's is good, whatever the policy", () => {
+    const keep = { daily: 1 };
+    const [yesterday, today] = ["2026-11-19", "2026-11-20"];
+    const older = [...moment("2026-11-18"), ...moment(yesterday)];
+    expect(keys(wanted({ keep, made: older }))).toEqual([today, yesterday]);
+    const unsound = moment(today, [disk, data], { sound: false });
+    expect(keys(wanted({ keep, made: [...older, ...unsound] }))).toEqual([today, yesterday]);
+    expect(keys(wanted({ keep, made: [...older, ...moment(today)] }))).toEqual([today]);
   });
 
   it.each(["", "a/b", "../x", "-x", "a b"])("cannot be of a VM called %j", (name) => {

@@ -174,6 +174,11 @@ describe("bad input is refused before any host is asked", () => {
 
   it.each([
     ["a group that LVM refuses", [{ ...volume, volumeGroup: "a/b" }], /^volumes\.0\.volumeGroup: /],
+    [
+      "a group whose snapshot LVM could not name",
+      [{ ...volume, volumeGroup: "g".repeat(90) }],
+      /^volumes\.0\.volumeGroup: /,
+    ],
     ["a size that cannot be meant", [{ ...volume, size: "1" }], /^volumes\.0\.size: /],
     ["a relative file", [{ ...volume, file: "b.raw" }], /^volumes\.0\.file: .*absolute path/],
     ["a volume without its image", [{ ...volume, file: undefined }], /^volumes\.0\.file: is required/],
