@@ -35,10 +35,18 @@ for name in $names; do
   done
   awk -v d="/dev/$name" '$1 == d { print $1 }' /proc/swaps | while IFS= read -r swap; do say swap "$swap"; done
 done
-for name in $names; do
+opened=$(for name in $names; do
   find /proc/[0-9]*/fd -lname "/dev/$name" 2>/dev/null
 done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
   if [ -n "$2" ] && grep -Fqs "/$2" /proc/"$pid"/cgroup; then continue; fi
+  echo "$pid"
+done)
+# Who only looks, as a scan of LVM does, is gone a moment later.
+[ -z "$opened" ] || sleep 1
+for pid in $opened; do
+  still=
+  for name in $names; do still=$still$(find /proc/"$pid"/fd -lname "/dev/$name" 2>/dev/null); done
+  [ -n "$still" ] || continue
   held=$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
   # Neither a command line nor a program: it is ending, as a probe does that was killed at a dead link.
   [ -n "$held" ] || readlink /proc/"$pid"/exe >/dev/null 2>&1 || continue
