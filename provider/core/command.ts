@@ -36,6 +36,11 @@ export function failure(
   });
 }
 
+/** The error for what is refused by looking alone. */
+export function refusal(context: Context, code: ErrorCode, message: string, advice?: string): LvmNbdError {
+  return new LvmNbdError(code, { message, advice, host: context.host.name, resource: context.resource });
+}
+
 /** Reads a command's output with a parser; what it cannot read is `OUTPUT_UNREADABLE`, never "absent". */
 export function parseOutput<T>(
   context: Context,

@@ -6,8 +6,8 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, script, succeed } from "../core/command.js";
-import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { failure, refusal, script, succeed } from "../core/command.js";
+import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { lookPatiently, pause } from "../core/following.js";
 import { commonInputs, refusing, triggersInput } from "../core/inputs.js";
 import { markAmong, ownerInTag, ownerOfMark, ownerTag, tagPrefix } from "../core/owner.js";
@@ -177,10 +177,6 @@ function pathOf({ volumeGroup, name }: Pick<LogicalVolume, "volumeGroup" | "name
   return `${volumeGroup}/${name}`;
 }
 
-function refused(context: Context, code: ErrorCode, message: string, advice?: string): LvmNbdError {
-  return new LvmNbdError(code, { message, host: context.host.name, resource: context.resource, advice });
-}
-
 /** What is merged into what. */
 interface Pair {
   readonly origin: LogicalVolume;
@@ -194,7 +190,7 @@ async function suitable(context: Context, wanted: Inputs): Promise<Pair> {
   if (group.length === 0) await requireGroup(context, wanted.volumeGroup, all);
   const origin = named(group, wanted.volumeGroup, wanted.origin);
   if (origin === undefined) {
-    throw refused(
+    throw refusal(
       context,
       "ORIGIN_NOT_FOUND",
       `origin: no logical volume "${wanted.origin}" in ${wanted.volumeGroup}; there are: ${listed(group.map((lv) => lv.name))}`,
@@ -220,7 +216,7 @@ function requireSnapshot(
     const path = `${wanted.volumeGroup}/${wanted.snapshot.name}`;
     const other = named(group, wanted.volumeGroup, wanted.snapshot.name);
     if (other !== undefined) {
-      throw refused(
+      throw refusal(
         context,
         "IDENTITY_MISMATCH",
         `snapshot.uuid: ${path} has the UUID ${other.uuid}, not ${wanted.snapshot.uuid}: it is another snapshot`,
@@ -228,7 +224,7 @@ function requireSnapshot(
       );
     }
     const own = group.filter((lv) => lv.origin === origin.name && lv.originUuid === origin.uuid);
-    throw refused(
+    throw refusal(
       context,
       "SNAPSHOT_NOT_FOUND",
       `snapshot: there is no ${path} (${wanted.snapshot.uuid}); snapshots of ${origin.name} are: ${listed(own.map((lv) => lv.name))}`,
@@ -236,7 +232,7 @@ function requireSnapshot(
   }
   if (found.originUuid !== origin.uuid) {
     const of = found.origin === undefined ? "no snapshot" : `a snapshot of "${found.origin}"`;
-    throw refused(
+    throw refusal(
       context,
       "IDENTITY_MISMATCH",
       `snapshot: ${pathOf(found)} is ${of}, not of "${origin.name}"`,
@@ -253,7 +249,7 @@ function refuseMerging(context: Context, wanted: Inputs, { origin, snapshot }: P
   const own = marks.find((mark) => mark.snapshotUuid === snapshot.uuid);
   if (snapshot.merging && own === undefined && wanted.adopt) return;
   const by = snapshot.merging ? own : marks[0];
-  throw refused(
+  throw refusal(
     context,
     "SNAPSHOT_MERGING",
     `${snapshot.merging ? pathOf(snapshot) : "another snapshot"} is being merged into ${pathOf(origin)} already, by ${by === undefined ? "somebody" : ownerOfRestore(by)}`,
@@ -271,7 +267,7 @@ function refuseUnmergeable(
   const path = pathOf(snapshot);
   if (snapshot.kind === "cow") {
     if (snapshot.invalid) {
-      throw refused(
+      throw refusal(
         context,
         "SNAPSHOT_OVERFLOWED",
         `${path} ran full: its content is lost, and nothing can be restored from it`,
@@ -279,7 +275,7 @@ function refuseUnmergeable(
       );
     }
     if (!snapshot.active) {
-      throw refused(
+      throw refusal(
         context,
         "SNAPSHOT_INACTIVE",
         `${path} is not active, so LVM cannot tell whether it is valid`,
@@ -292,7 +288,7 @@ function refuseUnmergeable(
     (lv) => lv.kind === "cow" && [origin.uuid, snapshot.uuid].includes(lv.originUuid ?? ""),
   );
   if (stored.length > 0) {
-    throw refused(
+    throw refusal(
       context,
       "ORIGIN_UNSUITABLE",
       `LVM cannot merge the thin snapshot ${path}: it or its origin has the COW snapshots ${listed(stored.map((lv) => lv.name))}`,
@@ -303,7 +299,7 @@ function refuseUnmergeable(
   // A pool without room for data merges all the same, and has room again then.
   const readable = pool !== undefined && (pool.health === "" || pool.health === "out_of_data");
   if (readable && (pool.metadataPercent ?? 0) < 100) return;
-  throw refused(
+  throw refusal(
     context,
     "NO_SPACE",
     `the thin pool ${snapshot.pool} takes no changes: ${pool?.health || "its metadata is full"}`,
@@ -321,7 +317,7 @@ function refuseOverflows(context: Context, all: readonly LogicalVolume[], { orig
     context.warn(`${writes}, which may overflow other snapshots of it: ${phrase}`);
     return;
   }
-  throw refused(
+  throw refusal(
     context,
     "RESTORE_OVERFLOWS",
     `${writes}, which overflows other snapshots of it: ${phrase}`,
@@ -359,7 +355,7 @@ async function refuseOpen(context: Context, { origin, snapshot }: Pair): Promise
   for (const lv of [origin, snapshot].filter(({ active }) => active)) {
     const holders = [...(await holdersOf(context, lv)), ...(await serversOf(context, [lv]))];
     if (holders.length === 0) continue;
-    throw refused(
+    throw refusal(
       context,
       "VOLUME_IN_USE",
       `${pathOf(lv)} is open: ${holders.join(", ")}`,
@@ -499,11 +495,11 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
 
 function vanished(context: Context, { volumeGroup, origin }: Inputs): ChangedMeanwhile {
   const what = `somebody else removed the mark of the restore from ${volumeGroup}/${origin}, or undid the merge`;
-  return new ChangedMeanwhile(refused(context, "IDENTITY_MISMATCH", what));
+  return new ChangedMeanwhile(refusal(context, "IDENTITY_MISMATCH", what));
 }
 
 function failed(context: Context, { origin, snapshot }: Pair): LvmNbdError {
-  return refused(
+  return refusal(
     context,
     "RESTORE_FAILED",
     `the kernel gave up merging ${pathOf(snapshot)} into ${pathOf(origin)}`,
@@ -513,7 +509,7 @@ function failed(context: Context, { origin, snapshot }: Pair): LvmNbdError {
 
 function stalled(context: Context, { origin, snapshot }: Pair): LvmNbdError {
   const device = `${origin.volumeGroup.replaceAll("-", "--")}-${origin.name.replaceAll("-", "--")}`;
-  return refused(
+  return refusal(
     context,
     "RESTORE_STALLED",
     `merging ${pathOf(snapshot)} into ${pathOf(origin)} has made no progress for ${stallSeconds} s`,
@@ -571,7 +567,7 @@ async function converge(
   const { origin, phase } = seen;
   if (isStale(seen, wanted)) {
     if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen.restore);
-    throw refused(
+    throw refusal(
       context,
       "SNAPSHOT_MERGING",
       `the restore of ${pathOf(origin)} for earlier \`triggers\` has not ended: it is ${phase}`,
@@ -605,7 +601,7 @@ async function wasMerged(context: Context, { restore, origin }: Observed): Promi
 function uncertain(context: Context, { restore, origin }: Observed): LvmNbdError {
   const { tag } = restore;
   const done = restoreTagOf({ ...restore, stage: "restored" });
-  return refused(
+  return refusal(
     context,
     "RESTORE_UNCERTAIN",
     `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`,

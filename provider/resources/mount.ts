@@ -4,8 +4,8 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
-import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { failure, parseOutput, refusal, script, succeed } from "../core/command.js";
+import { firstLine, isLvmNbdError, type LvmNbdError } from "../core/errors.js";
 import { commonInputs, plainName, refusing } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, ResourceType } from "../core/resource.js";
@@ -354,10 +354,6 @@ function parseOutputOrRefuse<T>(
   });
   if ("error" in outcome) throw outcome.error;
   return outcome.value;
-}
-
-function refusal(context: Context, code: ErrorCode, message: string, advice?: string): LvmNbdError {
-  return new LvmNbdError(code, { message, advice, host: context.host.name, resource: context.resource });
 }
 
 function refuseMountPoint(
