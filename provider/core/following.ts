@@ -18,17 +18,17 @@ export async function lookPatiently<T>(context: Context, work: string, look: () 
       if (seconds > patienceSeconds) throw error;
       context.progress(`the host has not answered for ${seconds} s; ${work} goes on there`);
     }
-    await pause(context, wait, work);
+    await pause(context, wait, `${work} was followed`);
   }
 }
 
-/** Waits; raises CANCELLED at once when the operation is cancelled. */
-export async function pause(context: Context, seconds: number, work: string): Promise<void> {
+/** Waits; raises CANCELLED at once when the operation is cancelled. `meanwhile`: e.g. "the merge was followed". */
+export async function pause(context: Context, seconds: number, meanwhile: string): Promise<void> {
   try {
     await delay(seconds * 1000, undefined, { signal: context.signal });
   } catch (cause) {
     throw new LvmNbdError("CANCELLED", {
-      message: `cancelled while ${work} was followed`,
+      message: `cancelled while ${meanwhile}`,
       host: context.host.name,
       resource: context.resource,
       cause,

@@ -6,10 +6,10 @@
  * image keeps the name until then.
  */
 import { createHash, randomUUID } from "node:crypto";
-import { setTimeout as delay } from "node:timers/promises";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { pause } from "../core/following.js";
 import { readableBy, refusing } from "../core/inputs.js";
 import { generationMark, ownerMark } from "../core/owner.js";
 import { ChangedMeanwhile, type Context, type Problem } from "../core/resource.js";
@@ -681,7 +681,7 @@ async function follow(
       if (seconds > patienceSeconds) throw error;
       context.progress(`the host has not answered for ${seconds} s; the copy goes on there`);
       changedAt = performance.now();
-      await pause(context, wait);
+      await pause(context, wait, "the copy ran");
       continue;
     }
     const show = parseShow(fields.get("show") ?? "");
@@ -699,20 +699,7 @@ async function follow(
         resource: context.resource,
       });
     }
-    await pause(context, wait);
-  }
-}
-
-async function pause(context: Context, seconds: number): Promise<void> {
-  try {
-    await delay(seconds * 1000, undefined, { signal: context.signal });
-  } catch (cause) {
-    throw new LvmNbdError("CANCELLED", {
-      message: "cancelled while the copy ran",
-      host: context.host.name,
-      resource: context.resource,
-      cause,
-    });
+    await pause(context, wait, "the copy ran");
   }
 }
 

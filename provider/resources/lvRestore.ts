@@ -481,7 +481,7 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
         await changeVolume(context, seen.origin.volumeGroup, pollCommand(seen.origin), what);
         polled = performance.now();
       }
-      await pause(context, wait, theMerge);
+      await pause(context, wait, `${theMerge} was followed`);
     }
   } catch (error) {
     if (!isLvmNbdError(error, "CANCELLED")) throw error;
