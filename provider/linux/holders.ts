@@ -4,14 +4,24 @@
  */
 import { z } from "zod";
 
+/** Shell functions. `say KIND WHO`: a line on a holder. `say_process PID`: one on a process, unless it is ending. */
+const sayFunctions = `
+say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
+say_process() {
+  held=$(tr '\\0\\n' '  ' </proc/"$1"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
+  # Neither a command line nor a program: it is ending, as a probe does that was killed at a dead link.
+  [ -n "$held" ] || readlink /proc/"$1"/exe >/dev/null 2>&1 || return 0
+  say process "$held (pid $1)"
+}
+`;
+
 /** Prints one line a holder, `KIND<TAB>WHO` with WHO in base64. Arguments: the device, and the unit whose processes may. */
-export const holdersScript = `
+export const holdersScript = `${sayFunctions}
 device=$(readlink -f "$1") || exit 1
 [ -b "$device" ] || { echo "$1 is not a block device" >&2; exit 1; }
 kernel=\${device##*/}
 # After a change udev itself has it open for a moment.
 udevadm settle --timeout=10
-say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
 names=$kernel
 for part in /sys/class/block/"$kernel"/"$kernel"*; do
   [ -e "$part/dev" ] && names="$names \${part##*/}"
@@ -47,10 +57,7 @@ for pid in $opened; do
   still=
   for name in $names; do still=$still$(find /proc/"$pid"/fd -lname "/dev/$name" 2>/dev/null); done
   [ -n "$still" ] || continue
-  held=$(tr '\\0' ' ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
-  # Neither a command line nor a program: it is ending, as a probe does that was killed at a dead link.
-  [ -n "$held" ] || readlink /proc/"$pid"/exe >/dev/null 2>&1 || continue
-  say process "$held (pid $pid)"
+  say_process "$pid"
 done
 exit 0
 `;
@@ -59,8 +66,7 @@ exit 0
  * Prints, as `holdersScript` does, who serves one of the devices over NBD: servers open a device only while a client is
  * connected, so that nobody may hold it just now. Arguments: devices.
  */
-export const serversScript = `
-say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
+export const serversScript = `${sayFunctions}
 for file in /etc/systemd/system/lvm-nbd-export-*.service; do
   [ -e "$file" ] || continue
   unit=\${file##*/}
@@ -78,16 +84,13 @@ exit 0
  * work in a folder of it, and mounts and loop devices on top. Links are only read: a look at what they lead to would hang
  * at a dead device. Arguments: the path, the path as a pattern of find(1), and as mountinfo writes it.
  */
-export const usersScript = `
-say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
+export const usersScript = `${sayFunctions}
 users() {
   find /proc/[0-9]*/cwd /proc/[0-9]*/root /proc/[0-9]*/exe /proc/[0-9]*/fd -maxdepth 1 \\( -lname "$2" -o -lname "$2/*" \\) 2>/dev/null
   grep -Fls " $1/" /proc/[0-9]*/maps 2>/dev/null
 }
 users "$1" "$2" | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
-  held=$(tr '\\0\\n' '  ' </proc/"$pid"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
-  [ -n "$held" ] || readlink /proc/"$pid"/exe >/dev/null 2>&1 || continue
-  say process "$held (pid $pid)"
+  say_process "$pid"
 done
 awk '{ print $5 }' /proc/1/mountinfo | while IFS= read -r where; do
   case $where in "$3"/*) say mount "$where";; esac
