@@ -4,7 +4,8 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { PartialFailure } from "../../provider/core/handlers.js";
 import { handlersOn, untouchedHost } from "../support/fakeHost.js";
-import { type Kill, MountHost } from "../support/mountHost.js";
+import { MountHost } from "../support/mountHost.js";
+import type { Kill } from "../support/shellHost.js";
 
 type Values = Readonly<Record<string, unknown>>;
 

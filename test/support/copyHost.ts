@@ -2,21 +2,17 @@
  * A host on which the scripts of a copy run in a real shell, in a folder of their own: systemd, the NBD tools and
  * findmnt are stand-ins of a few lines, everything else is the machine's. For cuts that a lab cannot make one by one.
  */
-import { spawn, spawnSync } from "node:child_process";
-import {
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  writeFileSync,
-} from "node:fs";
-import { tmpdir } from "node:os";
+import { spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
+import { ShellHost } from "./shellHost.js";
 
+/**
+ * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
+ * second time), `broken-reread` (it breaks off then), `filesystem`.
+ */
 const standIns: Readonly<Record<string, string>> = {
   // Units are process groups; their pids lie in units/.
   "systemd-run": `
@@ -57,26 +53,18 @@ const steps = ["cat", "ls", "mkdir", "mv", "rm", "rmdir", "sync", "systemctl", "
 /** What a host keeps, as opposed to what it is. */
 const savedParts = ["disk", "run", "units", "source", "started", "filesystem"];
 
-export interface Kill {
-  /** The how-many-th program that the host's changes start, from 1. */
-  readonly step: number;
-  readonly when: "before" | "after";
-}
-
-export class CopyHost implements Host {
+export class CopyHost extends ShellHost implements Host {
   readonly commands: RemoteCommand[] = [];
   /** Called with each command before it runs; may throw. What it returns is called when the command has run. */
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
   /** Where images go. */
   readonly disk: string;
   #cutInput = false;
-  readonly #folder = mkdtempSync(join(tmpdir(), "lvm-nbd-copy-"));
 
   constructor(readonly name = "server2") {
-    this.disk = join(this.#folder, "disk");
-    for (const part of ["bin", "units", "run", "disk"]) mkdirSync(join(this.#folder, part));
-    for (const [program, text] of Object.entries(standIns)) this.#program(program, text);
-    for (const program of steps) this.#stepping(program);
+    super("copy", standIns, steps);
+    this.disk = join(this.folder, "disk");
+    for (const part of ["units", "run", "disk"]) mkdirSync(join(this.folder, part));
     this.set("filesystem", "1111-2222\n");
   }
 
@@ -85,57 +73,37 @@ export class CopyHost implements Host {
     this.set("source", content);
   }
 
-  /**
-   * Switches of the stand-ins: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the
-   * source serves the second time), `broken-reread` (it breaks off then), `filesystem`.
-   */
-  set(name: string, content: string | undefined): void {
-    if (content === undefined) rmSync(join(this.#folder, name), { force: true });
-    else writeFileSync(join(this.#folder, name), content);
-  }
-
-  /** From now on a script is killed there; `undefined`: none. */
-  kill(at: Kill | undefined): void {
-    this.set("steps", "");
-    this.set("kill", at && `${at.step} ${at.when}\n`);
-  }
-
   /** The link breaks while the next command's input is on its way. */
   cutInput(): void {
     this.#cutInput = true;
   }
 
-  /** Steps since `kill` was called. */
-  get stepsTaken(): number {
-    return readFileSync(join(this.#folder, "steps"), "utf8").length;
-  }
-
   /** How many jobs were started. */
   get started(): number {
-    const list = join(this.#folder, "started");
+    const list = join(this.folder, "started");
     return existsSync(list) ? readFileSync(list, "utf8").trim().split("\n").length : 0;
   }
 
   /** All that lies where copies are made, as paths from there. */
   left(): string[] {
     const files = readdirSync(this.disk, { recursive: true }).map(String);
-    const runs = readdirSync(join(this.#folder, "run")).filter((file) => file !== "lvm-nbd.lock");
+    const runs = readdirSync(join(this.folder, "run")).filter((file) => file !== "lvm-nbd.lock");
     return [...files, ...runs.map((file) => `/run/${file}`)].sort();
   }
 
   /** Keeps what is there, for `restore`; nothing may run. */
   save(): void {
-    rmSync(join(this.#folder, "saved"), { recursive: true, force: true });
-    mkdirSync(join(this.#folder, "saved"));
-    this.#copy(this.#folder, join(this.#folder, "saved"));
+    rmSync(join(this.folder, "saved"), { recursive: true, force: true });
+    mkdirSync(join(this.folder, "saved"));
+    this.#copy(this.folder, join(this.folder, "saved"));
   }
 
   /** Ends what runs, and brings back what `save` kept, as if nothing had happened since. */
   restore(): void {
     this.#stopUnits();
-    for (const part of savedParts) rmSync(join(this.#folder, part), { recursive: true, force: true });
+    for (const part of savedParts) rmSync(join(this.folder, part), { recursive: true, force: true });
     for (const name of ["hold", "broken", "reread", "broken-reread"]) this.set(name, undefined);
-    this.#copy(join(this.#folder, "saved"), this.#folder);
+    this.#copy(join(this.folder, "saved"), this.folder);
     this.kill(undefined);
     this.commands.length = 0;
     this.onCommand = () => undefined;
@@ -147,83 +115,30 @@ export class CopyHost implements Host {
     if (status !== 0) throw new Error(`cp: ${stderr}`);
   }
 
-  close(): void {
+  override close(): void {
     this.#stopUnits();
-    rmSync(this.#folder, { recursive: true, force: true });
+    super.close();
   }
 
   #stopUnits(): void {
-    for (const file of readdirSync(join(this.#folder, "units")).filter((one) => one.endsWith(".pid"))) {
+    for (const file of readdirSync(join(this.folder, "units")).filter((one) => one.endsWith(".pid"))) {
       const unit = file.slice(0, -".pid".length);
-      spawnSync(join(this.#folder, "bin", "systemctl"), ["stop", unit], { env: this.#environment(false) });
+      spawnSync(join(this.folder, "bin", "systemctl"), ["stop", unit], { env: this.environment(false) });
     }
   }
 
   async run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
     const after = this.onCommand(command, this.commands.push(command) - 1);
     if (signal?.aborted) throw new LvmNbdError("CANCELLED", { message: "cancelled" });
-    const result = await this.#execute(command);
+    const isCut = this.#cutInput;
+    this.#cutInput = false;
+    const result = await this.execute(command, isCut);
     after?.();
     if (result === undefined) throw new LvmNbdError("LINK_LOST", { message: "the script was killed" });
     return result;
   }
 
-  #execute(command: RemoteCommand): Promise<CommandResult | undefined> {
-    const inside = (text: string) => text.replaceAll("/run/lvm-nbd", `${this.#folder}/run/lvm-nbd`);
-    const input = inside(command.stdin ?? "");
-    // Scripts are told how long their input is.
-    const lengths = [command.stdin ?? "", input].map((text) => String(Buffer.byteLength(text)));
-    const [program = "", ...args] = command.argv.map(
-      (arg) => (arg === lengths[0] ? lengths[1] : inside(arg)) ?? "",
-    );
-    return new Promise((resolve, reject) => {
-      const child = spawn(program, args, {
-        env: this.#environment(command.kind === "change"),
-        detached: true,
-      });
-      let [stdout, stderr] = ["", ""];
-      child.stdout.on("data", (chunk) => {
-        stdout += chunk;
-      });
-      child.stderr.on("data", (chunk) => {
-        stderr += chunk;
-      });
-      child.on("error", reject);
-      child.on("close", (exitCode) => resolve(exitCode === null ? undefined : { exitCode, stdout, stderr }));
-      // A script that was killed reads no more.
-      child.stdin.on("error", () => undefined);
-      child.stdin.end(this.#cutInput ? input.slice(0, input.length / 2) : input);
-      this.#cutInput = false;
-    });
-  }
-
-  #environment(stepping: boolean): NodeJS.ProcessEnv {
-    const path = `${this.#folder}/bin:${process.env.PATH ?? ""}`;
-    return { PATH: path, LC_ALL: "C", SANDBOX: this.#folder, STEPPING: stepping ? "yes" : "" };
-  }
-
-  #program(name: string, text: string): void {
-    writeFileSync(join(this.#folder, "bin", name), `#!/bin/sh\n${text}\n`, { mode: 0o755 });
-  }
-
-  /** Puts a program in front of the real one that counts the steps of a change, and kills its script at one. */
-  #stepping(name: string): void {
-    const standIn = standIns[name];
-    if (standIn !== undefined) this.#program(`${name}.real`, standIn);
-    const found = spawnSync("sh", ["-c", `command -v ${name}`])
-      .stdout.toString()
-      .trim();
-    const real = standIn === undefined ? found : join(this.#folder, "bin", `${name}.real`);
-    this.#program(
-      name,
-      `
-      [ -n "$STEPPING" ] && [ -e "$SANDBOX/kill" ] || exec ${real} "$@"
-      printf . >>"$SANDBOX/steps"; n=$(wc -c <"$SANDBOX/steps")
-      read -r step when <"$SANDBOX/kill"
-      if [ "$n" = "$step" ] && [ "$when" = before ]; then kill -KILL 0; fi
-      STEPPING= ${real} "$@"; rc=$?
-      if [ "$n" = "$step" ]; then kill -KILL 0; fi
-      exit $rc`,
-    );
+  protected inside(text: string): string {
+    return text.replaceAll("/run/lvm-nbd", `${this.folder}/run/lvm-nbd`);
   }
 }

@@ -2,23 +2,22 @@
  * A host on which the scripts of a mount run in a real shell, in a folder of their own: systemd, the kernel's list of
  * mounts, blkid and partx are stand-ins of a few lines, everything else is the machine's.
  */
-import { spawn, spawnSync } from "node:child_process";
 import {
   existsSync,
   mkdirSync,
-  mkdtempSync,
   readdirSync,
   readFileSync,
   rmSync,
   symlinkSync,
   writeFileSync,
 } from "node:fs";
-import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
+import { type Kill, ShellHost } from "./shellHost.js";
 
+/** Their switches: `attached`, `dead`, `busy`, `refused`, `no-module`. */
 const standIns: Readonly<Record<string, string>> = {
   // A mount unit is active while its path is in the list of mounts. "loaded" is systemd's view of the files.
   systemctl: `
@@ -71,26 +70,19 @@ const steps = ["cat", "mkdir", "mv", "rm", "rmdir", "sync", "systemctl"];
 const inside =
   /(?<![\w/.])\/(?=etc\/systemd\/system|etc\/fstab|proc\/1\/mountinfo|proc\/filesystems|run\/lvm-nbd|dev\/nbd|dev\/lvm-nbd|sys\/class\/block|sys\/fs\/btrfs|mnt|srv)/g;
 
-export interface Kill {
-  /** The how-many-th program that the host's changes start, from 1. */
-  readonly step: number;
-  readonly when: "before" | "after";
-}
-
-export class MountHost implements Host {
+export class MountHost extends ShellHost implements Host {
   readonly name = "server2";
   readonly commands: RemoteCommand[] = [];
   /** Called when a command has run; may throw. */
   afterCommand: (command: RemoteCommand, index: number) => void = () => undefined;
   #down = false;
-  readonly #folder = mkdtempSync(join(tmpdir(), "lvm-nbd-mount-"));
-  readonly #root = join(this.#folder, "root");
+  readonly #root: string;
 
   /** `path`: the mount point that is tested. vm1 is attached as /dev/nbd0. */
   constructor(path = "/mnt/vm1") {
-    for (const folder of ["bin", "content", "loaded"]) mkdirSync(join(this.#folder, folder));
-    for (const [program, text] of Object.entries(standIns)) this.#program(program, text);
-    for (const program of steps) this.#stepping(program);
+    super("mount", standIns, steps);
+    this.#root = join(this.folder, "root");
+    for (const folder of ["content", "loaded"]) mkdirSync(join(this.folder, folder));
     this.set("attached", "active\n");
     this.set("where", join(this.#root, path));
     for (const folder of ["mnt", "srv", "run", "sys/fs/btrfs"])
@@ -130,12 +122,6 @@ export class MountHost implements Host {
     }
   }
 
-  /** Switches of the stand-ins: `attached`, `dead`, `busy`, `refused`, `no-module`. */
-  set(name: string, content: string | undefined): void {
-    if (content === undefined) rmSync(join(this.#folder, name), { force: true });
-    else writeFileSync(join(this.#folder, name), content);
-  }
-
   /** Where a path of the host really lies. */
   real(path: string): string {
     return join(this.#root, path);
@@ -144,7 +130,7 @@ export class MountHost implements Host {
   write(path: string, text: string): void {
     const file = this.real(path);
     mkdirSync(dirname(file), { recursive: true });
-    writeFileSync(file, text.replace(inside, `${this.#root}/`));
+    writeFileSync(file, this.inside(text));
   }
 
   read(path: string): string | undefined {
@@ -185,59 +171,23 @@ export class MountHost implements Host {
   }
 
   /** From now on a script is killed there, and the host is gone after that; `undefined`: none, and it is there again. */
-  kill(at: Kill | undefined): void {
+  override kill(at: Kill | undefined): void {
     this.#down = false;
-    this.set("steps", "");
-    this.set("kill", at && `${at.step} ${at.when}\n`);
-  }
-
-  /** Steps since `kill` was called. */
-  get stepsTaken(): number {
-    return readFileSync(join(this.#folder, "steps"), "utf8").length;
-  }
-
-  close(): void {
-    rmSync(this.#folder, { recursive: true, force: true });
+    super.kill(at);
   }
 
   async run(command: RemoteCommand): Promise<CommandResult> {
     if (this.#down) throw new LvmNbdError("HOST_UNREACHABLE", { message: "it is gone" });
     const index = this.commands.push(command) - 1;
-    const result = await this.#execute(command);
+    const result = await this.execute(command);
     this.#down = result === undefined;
     if (result === undefined) throw new LvmNbdError("LINK_LOST", { message: "the script was killed" });
     this.afterCommand(command, index);
-    return result;
+    return { ...result, stdout: this.#outside(result.stdout) };
   }
 
-  #execute(command: RemoteCommand): Promise<CommandResult | undefined> {
-    const into = (text: string) => text.replace(inside, `${this.#root}/`);
-    const input = into(command.stdin ?? "");
-    // Scripts are told how long their input is.
-    const lengths = [command.stdin ?? "", input].map((text) => String(Buffer.byteLength(text)));
-    const [program = "", ...args] = command.argv.map(
-      (arg) => (arg === lengths[0] ? lengths[1] : into(arg)) ?? "",
-    );
-    return new Promise((resolve, reject) => {
-      const child = spawn(program, args, {
-        env: this.#environment(command.kind === "change"),
-        detached: true,
-      });
-      let [stdout, stderr] = ["", ""];
-      child.stdout.on("data", (chunk) => {
-        stdout += chunk;
-      });
-      child.stderr.on("data", (chunk) => {
-        stderr += chunk;
-      });
-      child.on("error", reject);
-      child.on("close", (exitCode) =>
-        resolve(exitCode === null ? undefined : { exitCode, stdout: this.#outside(stdout), stderr }),
-      );
-      // A script that was killed reads no more.
-      child.stdin.on("error", () => undefined);
-      child.stdin.end(input);
-    });
+  protected inside(text: string): string {
+    return text.replace(inside, `${this.#root}/`);
   }
 
   /** An answer as of a host whose root is the folder; fields are in base64. */
@@ -250,38 +200,7 @@ export class MountHost implements Host {
       .replaceAll(this.#root, "");
   }
 
-  #environment(stepping: boolean): NodeJS.ProcessEnv {
-    return {
-      PATH: `${this.#folder}/bin:${process.env.PATH ?? ""}`,
-      LC_ALL: "C",
-      SANDBOX: this.#folder,
-      ROOT: this.#root,
-      STEPPING: stepping ? "yes" : "",
-    };
-  }
-
-  #program(name: string, text: string): void {
-    writeFileSync(join(this.#folder, "bin", name), `#!/bin/sh\n${text}\n`, { mode: 0o755 });
-  }
-
-  /** Puts a program in front of the real one that counts the steps of a change, and kills its script at one. */
-  #stepping(name: string): void {
-    const standIn = standIns[name];
-    if (standIn !== undefined) this.#program(`${name}.real`, standIn);
-    const found = spawnSync("sh", ["-c", `command -v ${name}`])
-      .stdout.toString()
-      .trim();
-    const real = standIn === undefined ? found : join(this.#folder, "bin", `${name}.real`);
-    this.#program(
-      name,
-      `
-      [ -n "$STEPPING" ] && [ -e "$SANDBOX/kill" ] || exec ${real} "$@"
-      printf . >>"$SANDBOX/steps"; n=$(wc -c <"$SANDBOX/steps")
-      read -r step when <"$SANDBOX/kill"
-      if [ "$n" = "$step" ] && [ "$when" = before ]; then kill -KILL 0; fi
-      STEPPING= ${real} "$@"; rc=$?
-      if [ "$n" = "$step" ]; then kill -KILL 0; fi
-      exit $rc`,
-    );
+  protected override environment(stepping: boolean): NodeJS.ProcessEnv {
+    return { ...super.environment(stepping), ROOT: this.#root };
   }
 }
