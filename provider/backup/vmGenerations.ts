@@ -1,4 +1,5 @@
 /** Which backups of a VM a program should declare. */
+import { folderOf } from "../linux/copyJob.js";
 import { generations, type RetentionPolicy } from "./generations.js";
 import { type Image, withoutSlash } from "./listImages.js";
 
@@ -46,7 +47,8 @@ export function vmGenerations<Volume extends NamedVolume>(wanted: VmWanted<Volum
   const { name, volumes, keep, now } = wanted;
   if (!/^[A-Za-z0-9][A-Za-z0-9_.+-]*$/.test(name))
     throw new Error(`"${name}" becomes part of file names: it may hold letters, digits and _ . + -`);
-  const elsewhere = wanted.made.find(({ file }) => folderOf(file) !== withoutSlash(wanted.folder));
+  const folder = folderOf(`${withoutSlash(wanted.folder)}/`);
+  const elsewhere = wanted.made.find(({ file }) => folderOf(file) !== folder);
   if (elsewhere !== undefined)
     throw new Error(
       `made: ${elsewhere.file} is not in ${wanted.folder}: give what listImages told of that very folder`,
@@ -80,10 +82,6 @@ export function vmGenerations<Volume extends NamedVolume>(wanted: VmWanted<Volum
         volumes: [...there.map((volume) => ({ ...volume, file: file(volume) })), ...dropped],
       };
     });
-}
-
-function folderOf(file: string): string {
-  return file.slice(0, file.lastIndexOf("/"));
 }
 
 /** The images of the VM by their day. Whose it is, the name of the file and the manifest must tell alike. */

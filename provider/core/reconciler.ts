@@ -225,6 +225,7 @@ function refuseForeign(
   });
 }
 
-function ownerPhrase(seen: CommonObservation): string {
+/** Whose it is, in words that follow "exists already". */
+export function ownerPhrase(seen: Pick<CommonObservation, "mark">): string {
   return seen.mark === undefined ? "and carries no owner mark" : `and belongs to ${ownerOfMark(seen.mark)}`;
 }

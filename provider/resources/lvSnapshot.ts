@@ -1,13 +1,13 @@
 /**
  * LvSnapshot: a moment of a logical volume, as a COW snapshot (with `size`) or a thin one (without).
  */
-import { createHash } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, script } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
 import {
+  digest,
   generationMark,
   isOfAnotherGeneration,
   makingMark,
@@ -372,14 +372,15 @@ export async function takeTogether(
 }
 
 function takeCommand(wanted: readonly Inputs[], first: Inputs, quiesce: Inputs["quiesce"]): RemoteCommand {
-  const snapshots = wanted.flatMap(({ volumeGroup, origin, name, ...rest }) => {
+  const unlocked = quiesce === undefined ? [] : ["--config", "global{wait_for_locks=0}"];
+  const snapshots = wanted.flatMap((one) => {
+    const { volumeGroup, origin, name, readOnly } = one;
     const argv = createSnapshotCommand({
-      ...{ volumeGroup, origin, name, readOnly: rest.readOnly },
-      size: rest.size === undefined ? undefined : parseSize(rest.size),
-      chunkSize: chunkSizeBytes(rest.chunkSize) ?? 64 * KiB,
-      tags: [...marks({ ...rest, volumeGroup, origin, name }), makingMark, ...rest.tags],
+      ...{ volumeGroup, origin, name, readOnly },
+      size: one.size === undefined ? undefined : parseSize(one.size),
+      chunkSize: chunkSizeBytes(one.chunkSize) ?? 64 * KiB,
+      tags: [...marks(one), makingMark, ...one.tags],
     });
-    const unlocked = quiesce === undefined ? [] : ["--config", "global{wait_for_locks=0}"];
     return [volumeGroup, name, quoteAll([...argv, ...unlocked])];
   });
   const most = wanted.length * changeSeconds;
@@ -387,7 +388,7 @@ function takeCommand(wanted: readonly Inputs[], first: Inputs, quiesce: Inputs["
     return { ...changing, deadlineSeconds: most, argv: script(takeScript, ...snapshots) };
   const { freeze, thaw, timeoutSeconds } = quiesce;
   const lock = `/run/lvm-nbd-quiesce.${first.volumeGroup}.${first.origin}`;
-  const freezeLock = `/run/lvm-nbd-freeze.${createHash("sha256").update(freeze).digest("hex").slice(0, 16)}`;
+  const freezeLock = `/run/lvm-nbd-freeze.${digest(freeze, 16)}`;
   return {
     kind: "change",
     argv: script(quiesceScript, freeze, thaw, String(timeoutSeconds), lock, freezeLock, ...snapshots),

@@ -4,10 +4,9 @@
  * Snapshots and exports carry the mark of all backups of the stack to that host, and in their names a volume's series:
  * what a killed run has left is so found by the next backup of the volume, whatever generation that makes.
  */
-import { createHash } from "node:crypto";
 import { script, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
-import { ownerMark, ownerOf } from "../core/owner.js";
+import { digest, ownerMark, ownerOf } from "../core/owner.js";
 import { converge as convergeOn, PartialSuccess, remove as removeFrom } from "../core/reconciler.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -75,13 +74,10 @@ export async function momentOf(
 ): Promise<Moment> {
   const [organization = "", project = "", stack = ""] = owner.split("/");
   const ofSet = copyName(declared[0]?.file ?? "").slice(0, 8);
-  const seriesOf = (volumeGroup: string, origin: string) =>
-    createHash("sha256")
-      .update(`${organization}/${project}/${stack} ${volumeGroup}/${origin} to ${destination}`)
-      .digest();
-  const [first] = declared;
-  const base =
-    20_000 + (seriesOf(first?.volumeGroup ?? "", first?.origin ?? "").readUInt32BE(20) % 999) * portsTried;
+  const digestOf = ({ volumeGroup, origin }: Pick<SnapshotInputs, "volumeGroup" | "origin">) =>
+    digest(`${organization}/${project}/${stack} ${volumeGroup}/${origin} to ${destination}`, 48);
+  const [first = { volumeGroup: "", origin: "" }] = declared;
+  const base = 20_000 + (Number.parseInt(digestOf(first).slice(-8), 16) % 999) * portsTried;
   const ports = source.port === undefined ? consecutive(base, portsTried) : [source.port];
   const common = {
     host: source.host,
@@ -91,7 +87,7 @@ export async function momentOf(
   return {
     context: { ...context, host },
     parts: declared.map(({ file, volumeGroup, origin, size, chunkSize }) => {
-      const series = `backup-${seriesOf(volumeGroup, origin).toString("hex").slice(0, 12)}-`;
+      const series = `backup-${digestOf({ volumeGroup, origin }).slice(0, 12)}-`;
       const name = `${series}${ofSet}-${copyName(file)}`;
       return {
         snapshot: lvSnapshotInputs.parse({
