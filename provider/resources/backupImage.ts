@@ -11,7 +11,8 @@ import { z } from "zod";
 import { succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { commonInputs, hostInput, refusing, triggersInput } from "../core/inputs.js";
-import { generationMark, ownerMark, ownerOfMark } from "../core/owner.js";
+import { generationMark, ownerMark } from "../core/owner.js";
+import { ownerPhrase } from "../core/reconciler.js";
 import {
   type Change,
   ChangedMeanwhile,
@@ -291,19 +292,20 @@ async function goesOn(
   images: ReadonlyMap<string, ImageObservation>,
 ): Promise<LvSnapshotOutputs[] | undefined> {
   const kept = await keptMoment(moment);
+  if (kept === undefined) return undefined;
   // All of them are of one moment.
   const isOther = wanted.volumes.some(({ file }, index) => {
-    const { manifest } = images.get(file) ?? noImage;
+    const image = images.get(file) ?? noImage;
     return (
-      manifest !== undefined &&
-      isDecided(images.get(file) ?? noImage) &&
-      snapshotOf(manifest)?.uuid !== kept?.[index]?.uuid
+      isDecided(image) &&
+      image.manifest !== undefined &&
+      snapshotOf(image.manifest)?.uuid !== kept[index]?.uuid
     );
   });
   if (isOther) return undefined;
   const isBegun = wanted.volumes.some(({ file }, index) => {
     const image = images.get(file);
-    return isOwnPart(image, wanted) || isCopyOf(image, wanted, kept?.[index]);
+    return isOwnPart(image, wanted) || isCopyOf(image, wanted, kept[index]);
   });
   return isBegun ? kept : undefined;
 }
@@ -429,14 +431,17 @@ async function converge(
   old: State | undefined,
 ): Promise<void> {
   const images = new Map(seen.images);
-  const unseen = wanted.volumes.filter(({ file }) => !old?.volumes.some((one) => one.file === file));
-  if (old !== undefined)
-    for (const [file, image] of await observeFiles(context, unseen, undefined)) images.set(file, image);
+  // What was seen is what the state tells of, or else the declaration.
+  for (const [file, image] of await observeFiles(context, without(wanted, old ?? wanted), undefined))
+    images.set(file, image);
   for (const { file } of wanted.volumes) refuseForeign(context, wanted, file, images.get(file), old);
   const copyId = old?.copyId ?? randomUUID();
   const there = wanted.volumes
     .map(({ file }) => file)
-    .filter((file) => images.get(file)?.file !== undefined || isDecided(images.get(file) ?? noImage));
+    .filter((file) => {
+      const image = images.get(file) ?? noImage;
+      return image.file !== undefined || isDecided(image);
+    });
   if (isKept(wanted, images, there, old)) {
     for (const { file } of wanted.volumes) {
       const image = images.get(file);
@@ -447,9 +452,14 @@ async function converge(
     requireMaking(context, wanted, there);
     await backUp(context, wanted, images, copyId);
   }
-  for (const { file } of old?.volumes ?? [])
-    if (!wanted.volumes.some((one) => one.file === file))
-      await removeOwn(context, file, images.get(file), old);
+  if (old === undefined) return;
+  for (const { file } of without(old, wanted)) await removeOwn(context, file, images.get(file), old);
+}
+
+/** The volumes of one declaration whose images are not of the other. */
+function without(one: Inputs, other: Inputs): Inputs["volumes"] {
+  const files = new Set(other.volumes.map(({ file }) => file));
+  return one.volumes.filter(({ file }) => !files.has(file));
 }
 
 /** True if what is there is what is meant, or is history. */
@@ -479,10 +489,7 @@ function refuseForeign(
   if (image === undefined || isOwn(image, wanted, old)) return;
   if (wanted.adopt && image.mark === undefined) return;
   throw new LvmNbdError("FOREIGN_RESOURCE", {
-    message:
-      image.mark === undefined
-        ? `${file} exists already and carries no owner mark`
-        : `${file} exists already and belongs to ${ownerOfMark(image.mark)}`,
+    message: `${file} exists already ${ownerPhrase(image)}`,
     host: context.host.name,
     resource: context.resource,
     property: "volumes",
@@ -512,9 +519,9 @@ async function removeOwn(
   context: Context,
   file: string,
   image: ImageObservation | undefined,
-  state: State | undefined,
+  state: State,
 ): Promise<void> {
-  if (image === undefined || state === undefined) return;
+  if (image === undefined) return;
   const isSuperseded = image.manifest !== undefined && image.manifest.copyId !== state.copyId;
   if (isOwn(image, state, state) && !isSuperseded) return removeImage(context, { ...state, file }, image);
   context.warn(`${file} is not what was made here; it is left alone`);
