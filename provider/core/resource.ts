@@ -20,6 +20,8 @@ export interface CommonObservation {
   readonly mark: string | undefined;
   /** True for what an interrupted create of ours left that is not yet the thing: it counts as not there. */
   readonly halfMade?: boolean;
+  /** False for what `adopt` does not take over. */
+  readonly adoptable?: boolean;
 }
 
 /** Where an operation runs and how it reports. */

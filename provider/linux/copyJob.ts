@@ -100,7 +100,7 @@ export function copyPrograms(plan: Pick<CopyPlan, "format" | "bandwidthLimit">):
  * Shell function. `sum_of TEXT`: the checksum in it; fails unless the text also says `rc 0`. The exit code of what was
  * read travels with the checksum: a note of it in a file would be lost on a full disk.
  */
-const sumOf = `
+export const sumOf = `
 sum_of() {
   case $1 in *"rc 0"*) ;; *) return 1;; esac
   printf '%s\\n' "$1" | sed -n 's/^\\([0-9a-f]\\{64\\}\\) .*/\\1/p' | grep .
@@ -138,7 +138,7 @@ hash_file() {
  * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND`: runs that with the source's uri in
  * `source`. `read_again`, then `require_same SUM`: the source is read a second time meanwhile, and must have this checksum.
  */
-const jobFunctions = `
+export const jobFunctions = `
 phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
 fail() { undo; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
 with_source() {
@@ -155,7 +155,7 @@ read_again() {
 require_same() {
   [ "$verify" = yes ] || return 0
   wait "$reading" && source_sum=$(sum_of "$(cat "$run/sum")") || fail "the source could not be read a second time"
-  [ "$1" = "$source_sum" ] || fail "mismatch: the image reads back as $1, the source as $source_sum"
+  [ "$1" = "$source_sum" ] || fail "mismatch: the copy reads back as $1, the source as $source_sum"
 }
 `;
 

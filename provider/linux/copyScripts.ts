@@ -16,7 +16,7 @@ export const imageChanged = 78;
 const takePaths = "file=$1 part=$2 manifest=$3 unit=$4 run=$5; shift 5";
 
 /** `stop_job UNIT`: nothing of it runs afterwards. */
-const stopJobFunction = `
+export const stopJobFunction = `
 stop_job() {
   systemctl stop "$1" 2>/dev/null
   case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) echo "$1 could not be stopped" >&2; return 1;; esac
@@ -26,7 +26,7 @@ stop_job() {
 `;
 
 /** `start_job UNIT DESCRIPTION SECONDS`: runs `$run/job`, for so long at most. */
-const startJobFunction = `
+export const startJobFunction = `
 start_job() {
   systemd-run --quiet --collect --unit="$1" --description="$2" -p CPUAccounting=yes -p NoNewPrivileges=yes \\
     -p RuntimeMaxSec="$3" -p TimeoutStopSec=10 -p UMask=0077 /bin/sh "$run/job"

@@ -47,11 +47,35 @@ done
 exit 0
 `;
 
-const kind = z.enum(["device", "mount", "swap", "process"]);
+/**
+ * Prints, as `holdersScript` does, who serves one of the devices over NBD: servers open a device only while a client is
+ * connected, so that nobody may hold it just now. Arguments: devices.
+ */
+export const serversScript = `
+say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
+for file in /etc/systemd/system/lvm-nbd-export-*.service; do
+  [ -e "$file" ] || continue
+  unit=\${file##*/}
+  case $(systemctl show -p ActiveState --value "$unit") in active|activating|reloading) ;; *) continue;; esac
+  served=$(readlink -f "$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")")
+  for device; do
+    [ "$served" != "$(readlink -f "$device")" ] || say export "$unit"
+  done
+done
+exit 0
+`;
+
+const kind = z.enum(["device", "mount", "swap", "process", "export"]);
 
 /** The holders in words, e.g. `mounted at /mnt`. */
 export function parseHolders(stdout: string): string[] {
-  const phrase = { device: "used by device", mount: "mounted at", swap: "swap on", process: "open in" };
+  const phrase = {
+    device: "used by device",
+    mount: "mounted at",
+    swap: "swap on",
+    process: "open in",
+    export: "exported by",
+  };
   return stdout
     .split("\n")
     .filter((line) => line !== "")

@@ -4,6 +4,7 @@
  */
 import { createHash } from "node:crypto";
 import { setTimeout as delay } from "node:timers/promises";
+import type { z } from "zod";
 import { failure, parseOutput, succeed } from "../core/command.js";
 import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { ChangedMeanwhile, type Context } from "../core/resource.js";
@@ -19,22 +20,28 @@ import { parseShow } from "../linux/systemd.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 
+/** Whose life a copy belongs to, and the mark of what it was made for. */
+export interface CopyIdentity {
+  readonly copyId: string;
+  readonly generation: string;
+}
+
 /** One copy: what differs by what it is made into. */
 export interface CopyRun {
   /** What is made, for messages. */
   readonly target: string;
   /** What a cut run leaves on the host, for messages. */
   readonly unfinished: string;
-  /** Where room is needed, and what to do when there is none. */
-  readonly whenFull: string;
+  /** What to do when its disk is full; `undefined`: what the code advises. */
+  readonly whenFull: string | undefined;
   /** Digest of the record of a job that runs or has ended; `undefined`: none is of use. */
   readonly going: string | undefined;
   /** Prints how the job is; see `followCopyScript`. */
   readonly following: readonly string[];
   /** Refuses what would fail, by looking only. Returns the record of the job that is to be started. */
   prepare(): Promise<string>;
-  /** Starts the job of the record. */
-  start(record: string): Promise<void>;
+  /** Starts the job of the record, which has this digest. */
+  start(record: string, recordDigest: string): Promise<void>;
   /** Certifies what the job has read. Returns what gives the verified copy its name. */
   certify(result: CopyResult, recordDigest: string): Promise<() => Promise<void>>;
   /** Ends the job of the record and removes what it made. */
@@ -61,7 +68,7 @@ export async function runCopy(context: Context, run: CopyRun): Promise<void> {
     if (recordDigest === undefined) {
       const record = await run.prepare();
       recordDigest = digest(record);
-      await run.start(record);
+      await run.start(record, recordDigest);
     } else context.progress(`a copy to ${run.target} is on its way: going on with it`);
     const result = await follow(context, run, recordDigest, (now) => {
       progress = now;
@@ -200,19 +207,25 @@ function jobEnd(
 /** `systemctl stop` may have to wait for a disk, the lock for another script. */
 const changing = { deadlineSeconds: 240, kind: "change" } as const;
 
-/**
- * Runs one of the changing scripts. One that takes `stdin` is told its length last, and so sees whether all has arrived.
- * `explain`: the failure of an exit code of its own.
- */
+/** What a changing script needs beside its arguments. */
+interface ScriptOptions {
+  /** Its length follows as the last argument, so that the script sees whether all has arrived. */
+  readonly stdin?: string | undefined;
+  /** Seconds between TERM and KILL. */
+  readonly graceSeconds?: number;
+  /** The failure, where more can be said of it. */
+  readonly explain?: (command: RemoteCommand, result: CommandResult) => LvmNbdError | undefined;
+}
+
+/** Runs one of the changing scripts. */
 export async function changeByScript(
   context: Context,
   what: string,
   argv: string[],
-  stdin?: string,
-  explain: (command: RemoteCommand, result: CommandResult) => LvmNbdError | undefined = () => undefined,
+  { stdin, explain = () => undefined, ...limits }: ScriptOptions = {},
 ): Promise<void> {
   const length = stdin === undefined ? [] : [String(Buffer.byteLength(stdin))];
-  const command: RemoteCommand = { ...changing, argv: [...argv, ...length], stdin };
+  const command: RemoteCommand = { ...changing, ...limits, argv: [...argv, ...length], stdin };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
   if (result.exitCode === changedMeanwhile)
@@ -227,4 +240,14 @@ export async function changeByScript(
 
 function noSpace(text: string): boolean {
   return /No space left on device|Disk quota exceeded/.test(text);
+}
+
+/** What is not of our making, or was spoiled, is not ours. */
+export function parsed<T>(text: string | undefined, shape: z.ZodType<T>): T | undefined {
+  if (text === undefined) return undefined;
+  try {
+    return shape.safeParse(JSON.parse(text)).data;
+  } catch {
+    return undefined;
+  }
 }

@@ -42,8 +42,8 @@ import type { LogicalVolume } from "../linux/lvm.js";
 import { missingPrograms } from "../linux/programs.js";
 import { hostName } from "../ssh/config.js";
 import { quoteAll } from "../ssh/quoting.js";
-import type { RemoteCommand } from "../ssh/types.js";
-import { changeByScript, longestSeconds, runCopy } from "./copyRun.js";
+import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { type CopyIdentity, changeByScript, longestSeconds, parsed, runCopy } from "./copyRun.js";
 import {
   type CopySource,
   certifySize,
@@ -87,26 +87,31 @@ export const imageInputs = {
     .describe("Whether a refresh reads the whole image and compares its SHA-256, not only size and time."),
 } as const;
 
-/** What is added to them in the state. */
-export const imageOutputs = {
-  manifest: z
-    .string()
-    .describe("Path of the manifest, JSON beside the image: what it is, without any Pulumi state."),
+/** What is added to the state of a copy, wherever it goes. */
+export const copyOutputs = {
   sha256: z
     .string()
     .describe("SHA-256 of the content (of a qcow2 image too: what a reader of the disk sees)."),
   sizeBytes: z.number().describe("Size of the content in bytes."),
-  allocatedBytes: z.number().describe("What the image takes on the disk, in bytes; informational."),
+  allocatedBytes: z.number().describe("What the copy takes on the disk, in bytes; informational."),
   seconds: z.number().describe("How long copying and verifying took."),
   bytesPerSecond: z.number().describe("`sizeBytes` by `seconds`."),
-  completedAt: z.string().describe("When the image was complete (ISO 8601, by the host's clock)."),
+  completedAt: z.string().describe("When the copy was complete (ISO 8601, by the host's clock)."),
   verified: z
     .boolean()
     .describe("Whether its source was read a second time and had the same SHA-256; see `verify`."),
+  copyId: z.string().describe("Which resource's life the copy belongs to."),
+} as const;
+
+/** What is added to the state of an image. */
+export const imageOutputs = {
+  ...copyOutputs,
+  manifest: z
+    .string()
+    .describe("Path of the manifest, JSON beside the image: what it is, without any Pulumi state."),
   filesystem: z
     .string()
     .describe("UUID of the file system that holds the image, or its source where it has none."),
-  copyId: z.string().describe("Which resource's life the image belongs to."),
 } as const;
 
 /** What is copied to where, for whom. */
@@ -209,7 +214,7 @@ function scriptOn(paths: CopyPaths, text: string, ...args: string[]): string[] {
 /** Looks at the image and at what an unfinished copy has left. `filesystem`: where the image was when it was last seen. */
 export async function observeImage(
   context: Context,
-  { file, filesystem }: { readonly file: string; readonly filesystem?: string },
+  { file, filesystem }: { readonly file: string; readonly filesystem?: string | undefined },
 ): Promise<ImageObservation | undefined> {
   const command: RemoteCommand = { ...quick, argv: scriptOn(copyPaths(file), observeCopyScript) };
   const result = await succeed(context, command, `${file} could not be looked at`);
@@ -270,16 +275,6 @@ function required(fields: ReadonlyMap<string, string>, name: string): string {
   return value;
 }
 
-/** What is not of our making, or was spoiled, is not ours. */
-function parsed<T>(text: string | undefined, shape: z.ZodType<T>): T | undefined {
-  if (text === undefined) return undefined;
-  try {
-    return shape.safeParse(JSON.parse(text)).data;
-  } catch {
-    return undefined;
-  }
-}
-
 /** The manifest in a text; `undefined` for what is none of ours. */
 export function readManifest(text: string | undefined): Manifest | undefined {
   return parsed(text, manifestShape);
@@ -324,7 +319,7 @@ export async function inspectImage(
 
 /** Runs one of the changing scripts. */
 async function change(context: Context, what: string, argv: string[], stdin?: string): Promise<void> {
-  await changeByScript(context, what, argv, stdin, (command, result) => {
+  const explain = (command: RemoteCommand, result: CommandResult) => {
     if (result.exitCode === fileInUse) {
       return new LvmNbdError("FILE_IN_USE", {
         message: `${what}: it is held by ${result.stdout.trim().split("\n").join(", ")}`,
@@ -334,7 +329,8 @@ async function change(context: Context, what: string, argv: string[], stdin?: st
     }
     if (result.exitCode !== imageChanged) return undefined;
     return failure(context, command, result, "somebody wrote the image after it was verified", "COPY_FAILED");
-  });
+  };
+  await changeByScript(context, what, argv, { stdin, explain });
 }
 
 /**
@@ -388,18 +384,12 @@ function foreign(context: Context, message: string, advice: string): LvmNbdError
   });
 }
 
-/** Whose life an image belongs to, and the mark of what it was made for. */
-export interface ImageIdentity {
-  readonly copyId: string;
-  readonly generation: string;
-}
-
 /** Makes the copy, or goes on with one of ours that runs or has ended. */
 export async function copyImage(
   context: Context,
   wanted: CopyWanted,
   seen: ImageObservation,
-  identity: ImageIdentity,
+  identity: CopyIdentity,
 ): Promise<void> {
   const paths = copyPaths(wanted.file);
   const { uri, snapshot: reference, format, compress } = wanted;
@@ -504,7 +494,7 @@ function manifestText(manifest: Manifest): string {
 
 function manifestOf(
   wanted: CopyWanted,
-  identity: ImageIdentity,
+  identity: CopyIdentity,
   result: CopyResult,
   snapshotFacts: object | undefined,
 ): Manifest {
@@ -638,7 +628,7 @@ export async function removeImage(
 /** The outputs of an image; `before`: those of the state. */
 export function imageState(
   file: string,
-  before: z.infer<z.ZodObject<typeof imageOutputs>> | undefined,
+  before: z.infer<z.ZodObject<typeof copyOutputs>> | undefined,
   { manifest, file: seen, filesystem }: ImageObservation,
 ): z.infer<z.ZodObject<typeof imageOutputs>> {
   const seconds = manifest?.seconds ?? before?.seconds ?? 0;
@@ -663,7 +653,13 @@ export function imageState(
  */
 export function isRotten(
   before: { readonly state: string; readonly completedAt: string } | undefined,
-  { content, manifest }: ImageObservation,
+  {
+    content,
+    manifest,
+  }: {
+    readonly content: ImageObservation["content"];
+    readonly manifest: { readonly completedAt: string } | undefined;
+  },
 ): boolean {
   if (content !== "unread") return content === "bad";
   return before?.state === "corrupt" && manifest?.completedAt === before.completedAt;

@@ -3,7 +3,7 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { failure, script } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
 import {
@@ -23,7 +23,6 @@ import {
   type ResourceType,
 } from "../core/resource.js";
 import { serially } from "../core/serial.js";
-import { holdersScript, parseHolders } from "../linux/holders.js";
 import {
   activateCommand,
   createSnapshotCommand,
@@ -45,7 +44,16 @@ import {
 import { changedMeanwhile } from "../linux/unitScript.js";
 import { hostName } from "../ssh/config.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { listed, observeSeconds, requireGroup, volumes } from "./volumes.js";
+import {
+  changeSeconds,
+  changeVolume,
+  changing,
+  holdersOf,
+  listed,
+  refuseSuspended,
+  requireGroup,
+  volumes,
+} from "./volumes.js";
 
 const KiB = 1024;
 
@@ -158,9 +166,6 @@ function generationOf(wanted: Inputs): string {
   ]);
 }
 
-/** Also the time between TERM and KILL: an LVM command killed half-way leaves the origin suspended. */
-const changeSeconds = 120;
-const changing = { kind: "change", deadlineSeconds: changeSeconds, graceSeconds: changeSeconds } as const;
 /** How often a VM is frozen when somebody else takes LVM's lock just then. */
 const quiesceTries = 3;
 
@@ -177,16 +182,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const inGroup = (name: string | undefined) =>
     all.find((candidate) => candidate.volumeGroup === lv.volumeGroup && candidate.name === name);
   const pool = inGroup(lv.pool);
-  const still = [lv, inGroup(lv.origin)].find((volume) => volume?.suspended);
-  if (still !== undefined) {
-    const path = `${still.volumeGroup}/${still.name}`;
-    throw new LvmNbdError("VOLUME_SUSPENDED", {
-      message: `${path} is suspended, so whoever uses it stands still`,
-      host: context.host.name,
-      resource: context.resource,
-      advice: `An LVM command was killed half-way. Run \`lvchange --refresh ${path}\` on the host NOW, then \`pulumi up\` again.`,
-    });
-  }
+  refuseSuspended(context, [lv, inGroup(lv.origin)]);
   const mark = markAmong(lv.tags);
   if (lv.kind === "other" && lv.uuid === uuid) {
     throw new LvmNbdError("IDENTITY_MISMATCH", {
@@ -215,13 +211,6 @@ function stateOf({ lv, poolFull }: Observed): State["state"] {
   if (lv.merging) return "merging";
   if (!lv.active) return "inactive";
   return poolFull ? "poolFull" : "valid";
-}
-
-/** LVM locks the volume group for a change; those of one group wait for each other here. */
-function change(context: Context, volumeGroup: string, argv: string[], what: string): Promise<unknown> {
-  return serially(context.host, volumeGroup, () =>
-    succeed(context, { ...changing, argv }, what, (result) => lvmFailure(result.stderr)),
-  );
 }
 
 /** Everything that would make lvcreate fail, or make something else than meant, is found before it runs. */
@@ -457,7 +446,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   }
   if (lv.name !== wanted.name) {
     context.progress(`renaming ${lv.name} to ${wanted.name}`);
-    await change(
+    await changeVolume(
       context,
       lv.volumeGroup,
       renameCommand(lv, wanted.name),
@@ -469,7 +458,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   const add = right.filter((tag) => !lv.tags.includes(tag));
   const drop = lv.tags.filter((tag) => !right.includes(tag));
   if (add.length > 0 || drop.length > 0) {
-    await change(
+    await changeVolume(
       context,
       lv.volumeGroup,
       tagCommand(lv, add, drop),
@@ -477,7 +466,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     );
   }
   if (lv.readOnly !== wanted.readOnly) {
-    await change(
+    await changeVolume(
       context,
       lv.volumeGroup,
       permissionCommand(lv, wanted.readOnly),
@@ -485,10 +474,10 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     );
   }
   if (!lv.active && lv.kind === "thin")
-    await change(context, lv.volumeGroup, activateCommand(lv), `${lv.name} could not be activated`);
+    await changeVolume(context, lv.volumeGroup, activateCommand(lv), `${lv.name} could not be activated`);
   if (wanted.size !== undefined && isSmaller(lv, wanted.size)) {
     context.progress(`growing ${lv.name} to ${wanted.size}`);
-    await change(
+    await changeVolume(
       context,
       lv.volumeGroup,
       extendCommand(lv, parseSize(wanted.size)),
@@ -522,8 +511,7 @@ async function removeVolume(context: Context, seen: Observed): Promise<void> {
       resource: context.resource,
     });
   }
-  if (lv.open !== false && lv.active) await refuseOpen(context, lv);
-  if (stateOf(seen) === "merging") {
+  if (lv.merging) {
     throw new LvmNbdError("SNAPSHOT_MERGING", {
       message: `${lv.volumeGroup}/${lv.name} is being merged into "${lv.origin}" and cannot be removed`,
       host: context.host.name,
@@ -531,8 +519,9 @@ async function removeVolume(context: Context, seen: Observed): Promise<void> {
       advice: "Wait until the merge has ended: LVM removes the snapshot by itself then.",
     });
   }
+  if (lv.open !== false && lv.active) await refuseOpen(context, lv);
   context.progress(`removing the snapshot ${lv.volumeGroup}/${lv.name}`);
-  await change(
+  await changeVolume(
     context,
     lv.volumeGroup,
     removeCommand(lv),
@@ -541,18 +530,10 @@ async function removeVolume(context: Context, seen: Observed): Promise<void> {
 }
 
 async function refuseOpen(context: Context, lv: LogicalVolume): Promise<void> {
-  const command: RemoteCommand = {
-    argv: script(holdersScript, lv.path),
-    kind: "read",
-    deadlineSeconds: observeSeconds,
-  };
-  const result = await succeed(context, command, `who holds ${lv.path} could not be found out`);
-  const holders = parseOutput(context, command, result, parseHolders);
-  // udev itself has a device open for a moment after each change.
-  const now = (await volumes(context)).find(({ uuid }) => uuid === lv.uuid);
-  if (now?.open !== true && holders.length === 0) return;
+  const holders = await holdersOf(context, lv);
+  if (holders.length === 0) return;
   throw new LvmNbdError("VOLUME_IN_USE", {
-    message: `${lv.volumeGroup}/${lv.name} is open: ${holders.join(", ") || "by a program that has just closed it or is in another namespace"}`,
+    message: `${lv.volumeGroup}/${lv.name} is open: ${holders.join(", ")}`,
     host: context.host.name,
     resource: context.resource,
   });

@@ -1,7 +1,9 @@
 /** What the resources that look at logical volumes share. */
-import { parseOutput, succeed } from "../core/command.js";
+import { parseOutput, script, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
 import type { Context } from "../core/resource.js";
+import { serially } from "../core/serial.js";
+import { holdersScript, parseHolders, serversScript } from "../linux/holders.js";
 import { type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
 import type { HostArgs, RemoteCommand } from "../ssh/types.js";
 
@@ -14,6 +16,60 @@ export async function volumes(context: Context): Promise<LogicalVolume[]> {
     lvmFailure(failed.stderr),
   );
   return parseOutput(context, command, result, parseLvs);
+}
+
+/** Also the time between TERM and KILL: an LVM command killed half-way leaves the origin suspended. */
+export const changeSeconds = 120;
+export const changing = {
+  kind: "change",
+  deadlineSeconds: changeSeconds,
+  graceSeconds: changeSeconds,
+} as const;
+
+/** LVM locks the volume group for a change; those of one group wait for each other here. */
+export function changeVolume(
+  context: Context,
+  volumeGroup: string,
+  argv: string[],
+  what: string,
+): Promise<unknown> {
+  return serially(context.host, volumeGroup, () =>
+    succeed(context, { ...changing, argv }, what, (result) => lvmFailure(result.stderr)),
+  );
+}
+
+/** Raises VOLUME_SUSPENDED if the users of one of them stand still. */
+export function refuseSuspended(context: Context, all: readonly (LogicalVolume | undefined)[]): void {
+  const still = all.find((volume) => volume?.suspended);
+  if (still === undefined) return;
+  const path = `${still.volumeGroup}/${still.name}`;
+  throw new LvmNbdError("VOLUME_SUSPENDED", {
+    message: `${path} is suspended, so whoever uses it stands still`,
+    host: context.host.name,
+    resource: context.resource,
+    advice: `An LVM command was killed half-way. Run \`lvchange --refresh ${path}\` on the host NOW, then \`pulumi up\` again.`,
+  });
+}
+
+/** Who has the volume open, in words; none for one that is closed. */
+export async function holdersOf(context: Context, lv: LogicalVolume): Promise<string[]> {
+  const holders = await told(context, script(holdersScript, lv.path), lv.path);
+  if (holders.length > 0) return holders;
+  // udev itself has a device open for a moment after each change.
+  const now = (await volumes(context)).find(({ uuid }) => uuid === lv.uuid);
+  return now?.open === true ? ["by a program that has just closed it or is in another namespace"] : [];
+}
+
+/** Who serves one of the volumes over NBD, in words, whether or not a client is connected. */
+export function serversOf(context: Context, all: readonly LogicalVolume[]): Promise<string[]> {
+  const paths = all.map(({ path }) => path);
+  return told(context, script(serversScript, ...paths), paths.join(" or "));
+}
+
+async function told(context: Context, argv: string[], what: string): Promise<string[]> {
+  const command: RemoteCommand = { argv, kind: "read", deadlineSeconds: observeSeconds };
+  const result = await succeed(context, command, `who holds ${what} could not be found out`);
+  return parseOutput(context, command, result, parseHolders);
 }
 
 /** A group that has vanished (a disk not there yet) says nothing of its volumes: that is not an absence. */
