@@ -7,6 +7,7 @@ const longest = [
   "lab/faults/network",
   "lab/refusals",
   "lab/faults/copy",
+  "lab/copyVolume",
   "lab/package",
   "lab/faults/hosts",
   "lab/inPlace",
@@ -15,6 +16,7 @@ const longest = [
   "fakehost/model",
   "lab/chain",
   "lab/reboot",
+  "resources/copiedVolume",
   "resources/volumeCopy",
 ];
 

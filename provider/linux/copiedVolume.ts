@@ -173,9 +173,10 @@ if [ "$old" = - ]; then
   [ -z "$taken" ] || exit ${changedMeanwhile}
 else volume_is "$group" "$name" "$old"; fi
 if [ "$#" != 0 ]; then lvchange -y "$@" -S "lv_uuid=\\"$uuid\\"" "$group/$part" </dev/null 9>&- || exit 1; fi
-if [ "$old" != - ]; then lvremove -y -S "lv_uuid=\\"$old\\"" "$group/$name" </dev/null 9>&- || exit 1; fi
-lvrename -y "$group" "$part" "$name" </dev/null 9>&- || exit 1
+# What it held is in the tags now.
 rm -rf "$run"
+if [ "$old" != - ]; then lvremove -y -S "lv_uuid=\\"$old\\"" "$group/$name" </dev/null 9>&- || exit 1; fi
+lvrename -y "$group" "$part" "$name" </dev/null 9>&-
 `;
 
 /** True if the tags are those of this very volume: those of another, copied along by vgimportclone(8), tell nothing of it. */

@@ -126,7 +126,8 @@ export async function observeVolume(
   const find = ({ volumeGroup, name }: VolumeName) =>
     all.find((lv) => lv.volumeGroup === volumeGroup && lv.name === name);
   const [lv, part] = [find(volume), find(partOf(volume))];
-  if (lv === undefined && part === undefined) {
+  // What lies there and is no unfinished copy says nothing of the copy; `makePart` refuses it.
+  if (lv === undefined && (part === undefined || runTagAmong(part.tags) === undefined)) {
     await requireGroup(context, volume.volumeGroup, all);
     return undefined;
   }
@@ -221,9 +222,12 @@ function refuseOthers(
   { volume, owner }: Pick<VolumeWanted, "volume" | "owner">,
   seen: VolumeObservation,
 ): void {
-  if (seen.part === undefined || ownRun(owner, seen) !== undefined) return;
-  const { volumeGroup, name } = seen.part;
-  throw new LvmNbdError("FOREIGN_RESOURCE", {
+  if (seen.part !== undefined && ownRun(owner, seen) === undefined) throw foreignPart(context, volume);
+}
+
+function foreignPart(context: Context, volume: VolumeName): LvmNbdError {
+  const { volumeGroup, name } = partOf(volume);
+  return new LvmNbdError("FOREIGN_RESOURCE", {
     message: `volume: ${volumeGroup}/${name} exists and is not an unfinished copy of this resource to ${volume.name}`,
     host: context.host.name,
     resource: context.resource,
@@ -385,6 +389,7 @@ async function makePart(
 ): Promise<LogicalVolume> {
   const part = partOf(volume);
   const path = `${part.volumeGroup}/${part.name}`;
+  let failed: unknown;
   try {
     await changeVolume(
       context,
@@ -394,18 +399,22 @@ async function makePart(
     );
   } catch (error) {
     const taken = isLvmNbdError(error) && /already exists in volume group/.test(error.details.stderr ?? "");
-    throw taken ? new ChangedMeanwhile(error) : error;
+    if (!taken) throw error;
+    failed = error;
   }
-  const made = (await volumes(context)).find(
+  const there = (await volumes(context)).find(
     (lv) => lv.volumeGroup === part.volumeGroup && lv.name === part.name,
   );
-  if (made !== undefined && tags.every((tag) => made.tags.includes(tag))) return made;
+  if (there !== undefined && tags.every((tag) => there.tags.includes(tag))) return there;
+  if (there !== undefined && runTagAmong(there.tags) === undefined) throw foreignPart(context, volume);
   throw new ChangedMeanwhile(
-    new LvmNbdError("COPY_FAILED", {
-      message: `somebody else removed ${path} right after it was made`,
-      host: context.host.name,
-      resource: context.resource,
-    }),
+    isLvmNbdError(failed)
+      ? failed
+      : new LvmNbdError("COPY_FAILED", {
+          message: `somebody else removed ${path} right after it was made`,
+          host: context.host.name,
+          resource: context.resource,
+        }),
   );
 }
 

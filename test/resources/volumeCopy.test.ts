@@ -136,7 +136,7 @@ describe("bad input is refused before any host is asked", () => {
     ]);
   });
 
-  it.each(["uri", "file", "host"])("a missing %s", async (property) => {
+  it.each(["uri", "host"])("a missing %s", async (property) => {
     const wanted = { ...declared, [property]: undefined };
     const { problems } = await handlersOn("VolumeCopy", untouchedHost()).check(undefined, wanted, none);
     expect(problems).toContainEqual({ property, reason: "is required" });
