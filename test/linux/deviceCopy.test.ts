@@ -1,8 +1,8 @@
 import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { copyPaths } from "../../provider/linux/copyJob.js";
 import {
@@ -12,6 +12,7 @@ import {
   deviceCopyPrograms,
   deviceJob,
 } from "../../provider/linux/deviceCopy.js";
+import { CopyHost } from "../support/copyHost.js";
 
 it("a job follows from the path alone, and is none of a file's", () => {
   const job = deviceJob("/dev/VgVm/vm1");
@@ -83,5 +84,45 @@ describe("reading a device back", () => {
 
   it("does not call it unreadable for want of a program", () => {
     expect(check(device(), 512, "/nowhere")).toEqual({ status: 71, stdout: "" });
+  });
+});
+
+describe("a job onto a volume that is there", () => {
+  let host: CopyHost;
+  beforeAll(() => {
+    host = new CopyHost();
+    host.serve("content".repeat(1000));
+  });
+  afterAll(() => host.close());
+
+  const run = async (device: string, rest: "zero" | "keep") => {
+    const folder = join(host.disk, "job");
+    rmSync(folder, { recursive: true, force: true });
+    mkdirSync(folder);
+    mkdirSync(dirname(host.device("old")), { recursive: true });
+    writeFileSync(host.device("old"), device);
+    const plan = { uri: "nbd://a/b", connections: 1, verify: true, bandwidthLimit: undefined, rest };
+    const args = deviceCopyArguments({ unit: "-", run: folder }, "/dev/VgVm/old", plan);
+    const argv = ["sh", "-c", deviceCopyJob, "sh", ...args];
+    const { exitCode } = await host.run({ argv, kind: "read", deadlineSeconds: 30 });
+    const told = (name: string) => readFileSync(join(folder, name), "utf8");
+    return { exitCode, told, held: readFileSync(host.device("old"), "utf8") };
+  };
+
+  it.each([
+    ["zero", "\0"],
+    ["keep", "#"],
+  ] as const)("makes what lies behind the content %s", async (rest, behind) => {
+    const { exitCode, told, held } = await run("#".repeat(8192), rest);
+    expect(exitCode).toBe(0);
+    expect(held).toBe("content".repeat(1000).padEnd(8192, behind));
+    expect(JSON.parse(told("result"))).toMatchObject({ sizeBytes: 7000, facts: "8192", verified: true });
+  });
+
+  it("does not begin on one that is too small", async () => {
+    const { exitCode, told, held } = await run("#".repeat(6999), "keep");
+    expect(exitCode).toBe(1);
+    expect(told("failure")).toMatch(/has 6999 bytes, fewer than the source with 7000/);
+    expect(held).toBe("#".repeat(6999));
   });
 });
