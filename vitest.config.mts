@@ -9,6 +9,7 @@ const longest = [
   "lab/refusals",
   "lab/faults/copy",
   "fakehost/backupImage",
+  "lab/copyVolume",
   "lab/package",
   "lab/mount",
   "lab/faults/hosts",
@@ -21,6 +22,7 @@ const longest = [
   "fakehost/restore",
   "lab/chain",
   "lab/reboot",
+  "resources/copiedVolume",
   "resources/volumeCopy",
 ];
 

@@ -210,7 +210,7 @@ function refuseForeign(
   old: CommonInputs | undefined,
 ): void {
   if (isOurs(type, seen, wanted, old)) return;
-  if (wanted.adopt && seen.mark === undefined) {
+  if (wanted.adopt && seen.mark === undefined && seen.adoptable !== false) {
     context.warn("exists without a mark and is taken over (adopt: true)");
     return;
   }
@@ -220,7 +220,9 @@ function refuseForeign(
     resource: context.resource,
     advice:
       seen.mark === undefined
-        ? "Choose another name, remove it by hand, or set `adopt: true` to take it over."
+        ? seen.adoptable === false
+          ? "Choose another name, or remove it by hand: it is never taken over."
+          : "Choose another name, remove it by hand, or set `adopt: true` to take it over."
         : `It belongs to ${ownerOfMark(seen.mark)}: choose another name, or remove it there.`,
   });
 }

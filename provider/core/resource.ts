@@ -22,6 +22,8 @@ export interface CommonObservation {
   readonly halfMade?: boolean;
   /** What of the resource the mark is on, where it is several things. */
   readonly what?: string | undefined;
+  /** False for what `adopt` does not take over. */
+  readonly adoptable?: boolean;
 }
 
 /** Where an operation runs and how it reports. */

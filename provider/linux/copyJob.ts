@@ -100,7 +100,7 @@ export function copyPrograms(plan: Pick<CopyPlan, "format" | "bandwidthLimit">):
  * Shell function. `sum_of TEXT`: the checksum in it; fails unless the text also says `rc 0`. The exit code of what was
  * read travels with the checksum: a note of it in a file would be lost on a full disk.
  */
-const sumOf = `
+export const sumOf = `
 sum_of() {
   case $1 in *"rc 0"*) ;; *) return 1;; esac
   printf '%s\\n' "$1" | sed -n 's/^\\([0-9a-f]\\{64\\}\\) .*/\\1/p' | grep .
@@ -134,22 +134,41 @@ hash_file() {
 `;
 
 /**
- * Copies, flushes, reads both ends. It ends with `result` in the folder, or with `failure` below /run and no image:
- * what a full disk needs most is room.
+ * Shell functions of a job, beside `sumOf`; its `uri`, `bits`, `connections`, `verify` and `run` are set, `undo` drops what it
+ * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND`: runs that with the source's uri in
+ * `source`. `read_again`, then `require_same SUM`: the source is read a second time meanwhile, and must have this checksum.
  */
-export const copyJob = `${imageFunctions}
-cd "$1" || exit 1
-run=$2 uri=$3 format=$4 compress=$5 connections=$6 bits=$7 verify=$8
-umask 077
-export LC_ALL=C uri connections run
+export const jobFunctions = `
 phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
-fail() { rm -f image; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
+fail() { undo; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
 with_source() {
   if [ -z "$bits" ]; then source=$uri; export source; sh -c "$1"
   else source=; command=$1; export command
     nbdkit -U - -r --exit-with-parent --filter=rate nbd uri="$uri" rate="$bits" --run 'source=$uri; export source; sh -c "$command"'
   fi
 }
+read_again() {
+  [ "$verify" = yes ] || return 0
+  with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &
+  reading=$!
+}
+require_same() {
+  [ "$verify" = yes ] || return 0
+  wait "$reading" && source_sum=$(sum_of "$(cat "$run/sum")") || fail "the source could not be read a second time"
+  [ "$1" = "$source_sum" ] || fail "mismatch: the copy reads back as $1, the source as $source_sum"
+}
+`;
+
+/**
+ * Copies, flushes, reads both ends. It ends with `result` in the folder, or with `failure` below /run and no image:
+ * what a full disk needs most is room.
+ */
+export const copyJob = `${imageFunctions}${jobFunctions}
+undo() { rm -f image; }
+cd "$1" || exit 1
+run=$2 uri=$3 format=$4 compress=$5 connections=$6 bits=$7 verify=$8
+umask 077
+export LC_ALL=C uri connections run
 began=$(date +%s)
 size=$(nbdinfo --size "$uri") || fail "the source does not answer"
 printf '%s\\n' "$size" >"$run/size"
@@ -164,15 +183,9 @@ fi || fail "the copy broke off"
 sync image || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
 phase verify
-if [ "$verify" = yes ]; then
-  with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &
-  reading=$!
-fi
+read_again
 sum=$(hash_file "$format" image 3>"$run/read") || fail "the image could not be read back"
-if [ "$verify" = yes ]; then
-  wait "$reading" && source_sum=$(sum_of "$(cat "$run/sum")") || fail "the source could not be read a second time"
-  [ "$sum" = "$source_sum" ] || fail "mismatch: the image reads back as $sum, the source as $source_sum"
-fi
+require_same "$sum"
 [ "$format" = qcow2 ] || [ "$(stat -c %s image)" = "$size" ] || fail "the image is smaller than the source"
 {
   printf '{"sizeBytes":%s,"sha256":"%s","facts":"%s",' "$size" "$sum" "$(facts image)"

@@ -15,18 +15,30 @@ export const imageChanged = 78;
 /** Every script on a copy takes the copy's paths first, in this order; see `CopyPaths`. */
 const takePaths = "file=$1 part=$2 manifest=$3 unit=$4 run=$5; shift 5";
 
-/**
- * `stop_job UNIT`: nothing of it runs afterwards. `held FILE`: who has it open, a line each. `vacant FOLDER`: nothing is
- * in it but what an interrupted start leaves. `drop_all`: removes an unfinished copy, the record of whose it is last.
- * `require_seen FACTS DIGEST`: ends the script unless file and manifest are as they were seen.
- */
-const copyFunctions = `${unitFunctions}${imageFunctions}
+/** `stop_job UNIT`: nothing of it runs afterwards. */
+export const stopJobFunction = `
 stop_job() {
   systemctl stop "$1" 2>/dev/null
   case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) echo "$1 could not be stopped" >&2; return 1;; esac
   systemctl reset-failed "$1" 2>/dev/null
   return 0
 }
+`;
+
+/** `start_job UNIT DESCRIPTION SECONDS`: runs `$run/job`, for so long at most. */
+export const startJobFunction = `
+start_job() {
+  systemd-run --quiet --collect --unit="$1" --description="$2" -p CPUAccounting=yes -p NoNewPrivileges=yes \\
+    -p RuntimeMaxSec="$3" -p TimeoutStopSec=10 -p UMask=0077 /bin/sh "$run/job"
+}
+`;
+
+/**
+ * `held FILE`: who has it open, a line each. `vacant FOLDER`: nothing is in it but what an interrupted start leaves.
+ * `drop_all`: removes an unfinished copy, the record of whose it is last.
+ * `require_seen FACTS DIGEST`: ends the script unless file and manifest are as they were seen.
+ */
+const copyFunctions = `${unitFunctions}${imageFunctions}${stopJobFunction}
 held() {
   [ -e "$1" ] || return 0
   held_by=$(losetup -n -O NAME -j "$1") || return 1
@@ -101,7 +113,7 @@ emit end ""
  * Starts the job (stdin). Arguments: the file's facts and the manifest's digest as they were seen, the record, a
  * description of the unit, after how many seconds it is ended, the job's length in bytes.
  */
-export const startCopyScript = `${copyFunctions}
+export const startCopyScript = `${copyFunctions}${startJobFunction}
 ${takePaths}
 seen=$1 seen_manifest=$2 record=$3 description=$4 runtime=$5 bytes=$6
 lock
@@ -116,9 +128,7 @@ umask 077
 rm -rf "$run" && mkdir "$run" && receive "$run/job" "$bytes" || { rm -rf "$run"; exit 1; }
 mkdir -p "$part" && printf %s "$record" >"$part/record.json.new" && sync "$part/record.json.new" &&
   mv -f "$part/record.json.new" "$part/record.json" || { rm -f "$part/record.json.new"; rmdir "$part"; rm -rf "$run"; exit 1; }
-systemd-run --quiet --collect --unit="$unit" --description="$description" -p CPUAccounting=yes -p NoNewPrivileges=yes \
-  -p RuntimeMaxSec="$runtime" -p TimeoutStopSec=10 -p UMask=0077 /bin/sh "$run/job" ||
-  { stop_job "$unit" && drop_all; exit 1; }
+start_job "$unit" "$description" "$runtime" || { stop_job "$unit" && drop_all; exit 1; }
 `;
 
 /** How the job is. */

@@ -138,9 +138,12 @@ export class Mount extends LvmNbdResource {
   }
 }
 
-/** What an export serves, as a verified image in a file of another host. */
+/** What an export serves, verified, in a file or in a logical volume of another host. */
 export class VolumeCopy extends LvmNbdResource {
-  declare readonly file: pulumi.Output<string>;
+  declare readonly file: pulumi.Output<VolumeCopyOutputs["file"]>;
+  declare readonly volume: pulumi.Output<VolumeCopyOutputs["volume"]>;
+  declare readonly path: pulumi.Output<VolumeCopyOutputs["path"]>;
+  declare readonly uuid: pulumi.Output<VolumeCopyOutputs["uuid"]>;
   declare readonly manifest: pulumi.Output<VolumeCopyOutputs["manifest"]>;
   declare readonly sha256: pulumi.Output<VolumeCopyOutputs["sha256"]>;
   declare readonly sizeBytes: pulumi.Output<VolumeCopyOutputs["sizeBytes"]>;

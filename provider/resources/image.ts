@@ -5,19 +5,16 @@
  * it has been read back, compared with its source, and its snapshot was seen to be valid after the last byte; an earlier
  * image keeps the name until then.
  */
-import { createHash, randomUUID } from "node:crypto";
+import { randomUUID } from "node:crypto";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
 import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
-import { pause } from "../core/following.js";
 import { readableBy, refusing } from "../core/inputs.js";
 import { generationMark, ownerMark } from "../core/owner.js";
-import { ChangedMeanwhile, type Context, type Problem } from "../core/resource.js";
+import type { Context, Problem } from "../core/resource.js";
 import {
-  bytesPhrase,
   type CopyPaths,
   type CopyPlan,
-  type CopyProgress,
   type CopyResult,
   copyArguments,
   copyJob,
@@ -25,9 +22,7 @@ import {
   copyPrograms,
   copyResult,
   folderOf,
-  parseProgress,
   parseRate,
-  progressPhrase,
 } from "../linux/copyJob.js";
 import {
   checkImageScript,
@@ -45,12 +40,26 @@ import {
 import { parseFields } from "../linux/fields.js";
 import type { LogicalVolume } from "../linux/lvm.js";
 import { missingPrograms } from "../linux/programs.js";
-import { parseShow } from "../linux/systemd.js";
-import { changedMeanwhile } from "../linux/unitScript.js";
 import { hostName } from "../ssh/config.js";
 import { quoteAll } from "../ssh/quoting.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { certify, type SnapshotReference, volumes } from "./volumes.js";
+import {
+  type CopyIdentity,
+  changeByScript,
+  copyFailures,
+  discardAfter,
+  longestSeconds,
+  parsed,
+  runCopy,
+} from "./copyRun.js";
+import {
+  type CopySource,
+  certifySize,
+  explained,
+  refused,
+  type SizeAnswer,
+  sourceSize,
+} from "./copySource.js";
 
 /** Declared properties of an image: where it is and how it is copied. */
 export const imageInputs = {
@@ -86,33 +95,36 @@ export const imageInputs = {
     .describe("Whether a refresh reads the whole image and compares its SHA-256, not only size and time."),
 } as const;
 
-/** What is added to them in the state. */
-export const imageOutputs = {
-  manifest: z
-    .string()
-    .describe("Path of the manifest, JSON beside the image: what it is, without any Pulumi state."),
+/** What is added to the state of a copy, wherever it goes. */
+export const copyOutputs = {
   sha256: z
     .string()
     .describe("SHA-256 of the content (of a qcow2 image too: what a reader of the disk sees)."),
   sizeBytes: z.number().describe("Size of the content in bytes."),
-  allocatedBytes: z.number().describe("What the image takes on the disk, in bytes; informational."),
+  allocatedBytes: z.number().describe("What the copy takes on the disk, in bytes; informational."),
   seconds: z.number().describe("How long copying and verifying took."),
   bytesPerSecond: z.number().describe("`sizeBytes` by `seconds`."),
-  completedAt: z.string().describe("When the image was complete (ISO 8601, by the host's clock)."),
+  completedAt: z.string().describe("When the copy was complete (ISO 8601, by the host's clock)."),
   verified: z
     .boolean()
     .describe("Whether its source was read a second time and had the same SHA-256; see `verify`."),
+  copyId: z.string().describe("Which resource's life the copy belongs to."),
+} as const;
+
+/** What is added to the state of an image. */
+export const imageOutputs = {
+  ...copyOutputs,
+  manifest: z
+    .string()
+    .describe("Path of the manifest, JSON beside the image: what it is, without any Pulumi state."),
   filesystem: z
     .string()
     .describe("UUID of the file system that holds the image, or its source where it has none."),
-  copyId: z.string().describe("Which resource's life the image belongs to."),
 } as const;
 
 /** What is copied to where, for whom. */
-export interface CopyWanted extends z.infer<z.ZodObject<Omit<typeof imageInputs, "deepCheck">>> {
+export interface CopyWanted extends z.infer<z.ZodObject<Omit<typeof imageInputs, "deepCheck">>>, CopySource {
   readonly owner: string;
-  readonly uri: string;
-  readonly snapshot?: SnapshotReference | undefined;
   /** The files of all images of the same moment, where they are several. */
   readonly together?: readonly string[] | undefined;
 }
@@ -197,8 +209,6 @@ export interface ImageObservation {
 }
 
 const quick = { deadlineSeconds: 60, kind: "read" } as const;
-/** `systemctl stop` may have to wait for a disk, the lock for another script. */
-const changing = { deadlineSeconds: 240, kind: "change" } as const;
 
 function planOf(wanted: CopyWanted): CopyPlan {
   const { uri, format, compress, connections, verify, bandwidthLimit } = wanted;
@@ -216,7 +226,7 @@ function scriptOn(paths: CopyPaths, text: string, ...args: string[]): string[] {
 /** Looks at the image and at what an unfinished copy has left. `filesystem`: where the image was when it was last seen. */
 export async function observeImage(
   context: Context,
-  { file, filesystem }: { readonly file: string; readonly filesystem?: string },
+  { file, filesystem }: { readonly file: string; readonly filesystem?: string | undefined },
 ): Promise<ImageObservation | undefined> {
   const command: RemoteCommand = { ...quick, argv: scriptOn(copyPaths(file), observeCopyScript) };
   const result = await succeed(context, command, `${file} could not be looked at`);
@@ -277,16 +287,6 @@ function required(fields: ReadonlyMap<string, string>, name: string): string {
   return value;
 }
 
-/** What is not of our making, or was spoiled, is not ours. */
-function parsed<T>(text: string | undefined, shape: z.ZodType<T>): T | undefined {
-  if (text === undefined) return undefined;
-  try {
-    return shape.safeParse(JSON.parse(text)).data;
-  } catch {
-    return undefined;
-  }
-}
-
 /** The manifest in a text; `undefined` for what is none of ours. */
 export function readManifest(text: string | undefined): Manifest | undefined {
   return parsed(text, manifestShape);
@@ -342,43 +342,20 @@ export async function inspectImage(
   return { ...seen, content: result.stdout.trim() === sha256 ? "good" : "bad" };
 }
 
-/** Runs one of the changing scripts. One that takes `stdin` is told its length last, and so sees whether all has arrived. */
-async function change(
-  context: Context,
-  what: string,
-  argv: string[],
-  stdin: string | undefined = undefined,
-): Promise<void> {
-  const length = stdin === undefined ? [] : [String(Buffer.byteLength(stdin))];
-  const command: RemoteCommand = { ...changing, argv: [...argv, ...length], stdin };
-  const result = await context.host.run(command, context.signal);
-  if (result.exitCode !== 0) throw scriptFailure(context, command, result, what);
-}
-
-function scriptFailure(
-  context: Context,
-  command: RemoteCommand,
-  result: CommandResult,
-  what: string,
-): LvmNbdError | ChangedMeanwhile {
-  if (result.exitCode === changedMeanwhile)
-    return new ChangedMeanwhile(
-      failure(context, command, result, "somebody else changed it in the meantime", "FOREIGN_RESOURCE"),
-    );
-  if (result.exitCode === fileInUse) {
-    return new LvmNbdError("FILE_IN_USE", {
-      message: `${what}: it is held by ${result.stdout.trim().split("\n").join(", ")}`,
-      host: context.host.name,
-      resource: context.resource,
-    });
-  }
-  if (result.exitCode === imageChanged)
+/** Runs one of the changing scripts. */
+async function change(context: Context, what: string, argv: string[], stdin?: string): Promise<void> {
+  const explain = (command: RemoteCommand, result: CommandResult) => {
+    if (result.exitCode === fileInUse) {
+      return new LvmNbdError("FILE_IN_USE", {
+        message: `${what}: it is held by ${result.stdout.trim().split("\n").join(", ")}`,
+        host: context.host.name,
+        resource: context.resource,
+      });
+    }
+    if (result.exitCode !== imageChanged) return undefined;
     return failure(context, command, result, "somebody wrote the image after it was verified", "COPY_FAILED");
-  return failure(context, command, result, what, noSpace(result.stderr) ? "NO_SPACE" : "COMMAND_FAILED");
-}
-
-function noSpace(text: string): boolean {
-  return /No space left on device|Disk quota exceeded/.test(text);
+  };
+  await changeByScript(context, what, argv, { stdin, explain });
 }
 
 /**
@@ -390,7 +367,7 @@ async function requireHost(
   wanted: Omit<CopyWanted, "uri">,
   seen: ImageObservation,
   uri: string,
-): Promise<{ readonly exitCode: string | undefined; readonly text: string }> {
+): Promise<SizeAnswer> {
   const paths = copyPaths(wanted.file);
   const folder = folderOf(wanted.file);
   const command: RemoteCommand = {
@@ -422,53 +399,6 @@ export async function requireDestination(
   await requireHost(context, wanted, seen, "");
 }
 
-/** Finds out before anything is changed what would make the copy fail. Returns the source's size in bytes. */
-async function preflight(context: Context, wanted: CopyWanted, seen: ImageObservation): Promise<number> {
-  const { uri, snapshot } = wanted;
-  const { exitCode, text } = await requireHost(context, wanted, seen, uri);
-  const sizeBytes = Number(text);
-  if (exitCode !== "0" || !Number.isSafeInteger(sizeBytes))
-    throw refused(context, "EXPORT_UNREACHABLE", "uri", `${uri} does not answer here`, text);
-  if (snapshot !== undefined) await certifySize(context, wanted, sizeBytes);
-  return sizeBytes;
-}
-
-function refused(
-  context: Context,
-  code: ErrorCode,
-  property: string,
-  message: string,
-  stderr?: string,
-): LvmNbdError {
-  return new LvmNbdError(code, {
-    message: `${property}: ${message}`,
-    host: context.host.name,
-    resource: context.resource,
-    property,
-    stderr,
-  });
-}
-
-/** Sees that the snapshot is valid, and that it has the size of what is served under its name. */
-async function certifySize(
-  context: Context,
-  { snapshot, uri }: CopyWanted,
-  sizeBytes: number,
-): Promise<LogicalVolume | undefined> {
-  if (snapshot === undefined) return undefined;
-  const lv = await certify(context, snapshot);
-  // A thin snapshot has a size of its own, and its origin may have grown since.
-  const size = lv.kind === "cow" ? lv.originSizeBytes : lv.sizeBytes;
-  if (size === sizeBytes) return lv;
-  throw new LvmNbdError("COPY_MISMATCH", {
-    message: `uri: ${uri} serves ${sizeBytes} bytes, the snapshot ${lv.volumeGroup}/${lv.name} has ${size}: it is not what this export serves`,
-    host: context.host.name,
-    resource: context.resource,
-    property: "uri",
-    advice: "Give the `uri` of the NbdExport whose `device` is that snapshot's `path`.",
-  });
-}
-
 function foreign(context: Context, message: string, advice: string): LvmNbdError {
   return new LvmNbdError("FOREIGN_RESOURCE", {
     message,
@@ -479,15 +409,6 @@ function foreign(context: Context, message: string, advice: string): LvmNbdError
   });
 }
 
-/**
- * After these nothing of the copy is of use. After any other failure, of a look at it above all, its job goes on, or waits to
- * be put in its place.
- */
-const failures: readonly ErrorCode[] = [
-  ...(["CANCELLED", "COPY_FAILED", "COPY_MISMATCH", "COPY_STALLED", "COPY_UNCERTIFIED"] as const),
-  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED"] as const),
-];
-
 /** What cannot be served as declared: then nothing of a copy is of use either. */
 const notServed: readonly ErrorCode[] = [
   ...(["ADDRESS_NOT_LOCAL", "CLIENTS_NOT_ENFORCED", "EXPORT_NOT_SERVING", "EXPORT_UNREACHABLE"] as const),
@@ -496,13 +417,7 @@ const notServed: readonly ErrorCode[] = [
 
 /** True for a failure after which nothing will go on with the copy. */
 export function isFinalFailure(error: unknown): boolean {
-  return isLvmNbdError(error, ...failures, ...notServed);
-}
-
-/** Whose life an image belongs to, and the mark of what it was made for. */
-export interface ImageIdentity {
-  readonly copyId: string;
-  readonly generation: string;
+  return isLvmNbdError(error, ...copyFailures, ...notServed);
 }
 
 /** A copy that is complete and verified, and does not have its name yet. */
@@ -517,7 +432,7 @@ export async function copyImage(
   context: Context,
   wanted: CopyWanted,
   seen: ImageObservation,
-  identity: ImageIdentity,
+  identity: CopyIdentity,
 ): Promise<void> {
   await commitCopy(context, wanted, seen, await verifiedCopy(context, wanted, seen, identity));
 }
@@ -527,7 +442,7 @@ export async function verifiedCopy(
   context: Context,
   wanted: CopyWanted,
   seen: ImageObservation,
-  identity: ImageIdentity,
+  identity: CopyIdentity,
 ): Promise<VerifiedCopy> {
   const paths = copyPaths(wanted.file);
   const { snapshot: reference, format, compress } = wanted;
@@ -546,34 +461,37 @@ export async function verifiedCopy(
     await discard(context, paths, part.recordDigest);
     part = undefined;
   }
-  let recordDigest = part?.recordDigest;
-  let progress: CopyProgress | undefined;
-  try {
-    if (recordDigest === undefined) {
-      const sizeBytes = await preflight(context, wanted, seen);
+  let sizeBytes = 0;
+  return runCopy(context, {
+    target: wanted.file,
+    unfinished: paths.part,
+    whenFull: "The disk of the image is full: make room there, or choose another `file`, and run again.",
+    going: part?.recordDigest,
+    following: scriptOn(paths, followCopyScript),
+    prepare: async () => {
+      sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
       const { owner, verify } = wanted;
-      const record = `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
-      recordDigest = digest(record);
-      await start(context, paths, wanted, seen, record, sizeBytes);
-    } else context.progress(`a copy to ${wanted.file} is on its way: going on with it`);
-    const result = await follow(context, paths, recordDigest, (now) => {
-      progress = now;
-    });
-    const lv = await certifySize(context, wanted, result.sizeBytes);
-    const snapshot = lv && {
+      return `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
+    },
+    start: (record) => start(context, paths, wanted, seen, record, sizeBytes),
+    certify: async (result, recordDigest) => {
+      const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes));
+      const manifest = manifestOf(wanted, identity, result, snapshot);
+      return { recordDigest, imageFacts: result.facts, manifest };
+    },
+    discard: (to, recordDigest) => discard(to, paths, recordDigest),
+    explain: (error, progress) => explained(context, wanted, error, progress),
+  });
+}
+
+/** What a manifest tells of the snapshot, beside its name. */
+function snapshotFacts(lv: LogicalVolume | undefined): object | undefined {
+  return (
+    lv && {
       ...{ origin: lv.origin, originUuid: lv.originUuid },
       takenAt: new Date(lv.createdAt * 1000).toISOString(),
-    };
-    return {
-      recordDigest,
-      imageFacts: result.facts,
-      manifest: manifestOf(wanted, identity, result, snapshot),
-    };
-  } catch (error) {
-    if (recordDigest === undefined || !isLvmNbdError(error, ...failures)) throw error;
-    await discardAfter(context, paths, recordDigest);
-    throw await explained(context, wanted, error, progress);
-  }
+    }
+  );
 }
 
 /** Gives a verified copy its name. */
@@ -589,7 +507,8 @@ export async function commitCopy(
     await commit(context, paths, seen, recordDigest, imageFacts, manifest);
   } catch (error) {
     // Of any other failure the image is kept: its manifest may have its name already, and the next run goes on from there.
-    if (isLvmNbdError(error, "COPY_FAILED")) await discardAfter(context, paths, recordDigest);
+    if (isLvmNbdError(error, "COPY_FAILED"))
+      await discardAfter(context, paths.part, (to) => discard(to, paths, recordDigest));
     throw error;
   }
 }
@@ -642,169 +561,6 @@ async function start(
   );
 }
 
-/** After which a job is ended that nobody follows: a week, and for what is copied slowly twice what both readings take. */
-function longestSeconds(sizeBytes: number, bandwidthLimit: number | undefined): number {
-  const slowest = Math.min(bandwidthLimit ?? Number.POSITIVE_INFINITY, 5 * 1024 ** 2);
-  return Math.max(7 * 24 * 3600, Math.ceil((4 * sizeBytes) / slowest));
-}
-
-const pollSeconds = { first: 0.2, most: 2 };
-/** How long a host that does not answer is waited for: its job goes on. */
-const patienceSeconds = 300;
-/** After so long without a byte or a tick of work the copy hangs. */
-const stallSeconds = 300;
-
-/** Waits for the job's end and returns what it found. */
-async function follow(
-  context: Context,
-  paths: CopyPaths,
-  recordDigest: string,
-  report: (progress: CopyProgress) => void,
-): Promise<CopyResult> {
-  const command: RemoteCommand = {
-    argv: scriptOn(paths, followCopyScript),
-    kind: "read",
-    deadlineSeconds: 30,
-  };
-  let unansweredSince: number | undefined;
-  let [signature, changedAt] = ["", performance.now()];
-  for (let wait = pollSeconds.first; ; wait = Math.min(wait * 2, pollSeconds.most)) {
-    let fields: ReadonlyMap<string, string>;
-    try {
-      const result = await succeed(context, command, "the copy could not be followed");
-      fields = parseOutput(context, command, result, parseFields);
-      unansweredSince = undefined;
-    } catch (error) {
-      if (!isLvmNbdError(error, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT")) throw error;
-      unansweredSince ??= performance.now();
-      const seconds = Math.round((performance.now() - unansweredSince) / 1000);
-      if (seconds > patienceSeconds) throw error;
-      context.progress(`the host has not answered for ${seconds} s; the copy goes on there`);
-      changedAt = performance.now();
-      await pause(context, wait, "the copy ran");
-      continue;
-    }
-    const show = parseShow(fields.get("show") ?? "");
-    if (["inactive", "failed"].includes(show.ActiveState ?? ""))
-      return jobEnd(context, command, fields, recordDigest);
-    const progress = parseProgress(fields);
-    report(progress);
-    context.progress(progressPhrase(progress, Number(fields.get("now"))));
-    const now = [show.CPUUsageNSec, ...["phase", "progress", "read"].map((name) => fields.get(name))].join();
-    if (now !== signature) [signature, changedAt] = [now, performance.now()];
-    if (performance.now() - changedAt > stallSeconds * 1000) {
-      throw new LvmNbdError("COPY_STALLED", {
-        message: `no progress for ${stallSeconds} s at ${Math.floor(progress.done * 100)} %`,
-        host: context.host.name,
-        resource: context.resource,
-      });
-    }
-    await pause(context, wait, "the copy ran");
-  }
-}
-
-function jobEnd(
-  context: Context,
-  command: RemoteCommand,
-  fields: ReadonlyMap<string, string>,
-  recordDigest: string,
-): CopyResult {
-  const text = fields.get("result");
-  const log = fields.get("log")?.trim() ?? "";
-  const where = { host: context.host.name, resource: context.resource };
-  if (fields.get("recordDigest") !== recordDigest) {
-    const message = "somebody else removed the copy while it ran";
-    throw new ChangedMeanwhile(new LvmNbdError("COPY_FAILED", { ...where, message }));
-  }
-  if (text !== undefined)
-    return parseOutput(context, command, { exitCode: 0, stdout: text, stderr: "" }, (stdout) =>
-      copyResult.parse(JSON.parse(stdout)),
-    );
-  const reason = fields.get("failure");
-  if (reason?.startsWith("mismatch: ")) throw new LvmNbdError("COPY_MISMATCH", { ...where, message: reason });
-  throw new LvmNbdError(noSpace(log) ? "NO_SPACE" : "COPY_FAILED", {
-    ...where,
-    message:
-      reason ??
-      "the job ended without a word: it was killed, memory ran out, or the host was rebooted meanwhile",
-    stderr: log,
-    advice: noSpace(log)
-      ? "The disk of the image is full: make room there, or choose another `file`, and run again."
-      : undefined,
-  });
-}
-
-/** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */
-async function explained(
-  context: Context,
-  wanted: CopyWanted,
-  error: LvmNbdError,
-  progress: CopyProgress | undefined,
-): Promise<LvmNbdError> {
-  const { snapshot } = wanted;
-  if (snapshot === undefined || !isLvmNbdError(error, "COPY_FAILED", "SNAPSHOT_OVERFLOWED")) return error;
-  let overflow = error;
-  if (error.code === "COPY_FAILED") {
-    try {
-      await certify(context, snapshot);
-      return error;
-    } catch (reason) {
-      // Whatever else is wrong with the snapshot, the copy's own failure is what the person must see.
-      if (!isLvmNbdError(reason, "SNAPSHOT_OVERFLOWED")) return error;
-      overflow = reason;
-    }
-  }
-  let advice: string | undefined;
-  try {
-    advice = await sizeAdvice(context, snapshot, progress);
-  } catch (reason) {
-    // The code's own advice has to do; the overflow is what the person must see.
-    if (!isLvmNbdError(reason)) throw reason;
-  }
-  return new LvmNbdError("SNAPSHOT_OVERFLOWED", { ...overflow.details, advice });
-}
-
-async function sizeAdvice(
-  context: Context,
-  snapshot: SnapshotReference,
-  progress: CopyProgress | undefined,
-): Promise<string> {
-  const again = "Give the snapshot a larger `size` and run `pulumi up --refresh`, which takes it anew";
-  const never = '`"100%ORIGIN"` cannot overflow';
-  const host = await context.open(snapshot.host);
-  const lv = (await volumes({ ...context, host })).find(({ uuid }) => uuid === snapshot.uuid);
-  const now = Number((await host.run({ ...quick, argv: ["date", "+%s"] }, context.signal)).stdout);
-  const [store, origin] = [lv?.sizeBytes, lv?.originSizeBytes];
-  const lived = now - (lv?.createdAt ?? Number.NaN);
-  if (store === undefined || origin === undefined || !(lived > 0) || progress === undefined)
-    return `${again}; ${never}.`;
-  const wanted = suggestedStore({ store, origin, lived, ...progress, now });
-  const rate = `it filled ${bytesPhrase(store)} in ${Math.round(lived)} s at most`;
-  return wanted >= origin
-    ? `${again}: ${rate}, too fast for a smaller one than \`"100%ORIGIN"\`.`
-    : `${again}: ${rate}, so about \`"${Math.ceil(wanted / 1024 ** 2)}M"\` lasts for such a copy; ${never}.`;
-}
-
-/**
- * Bytes of a store that lasts for the whole copy, twice over: its writes went on at the rate seen, and the copy would
- * have gone on at its own. Reading both ends back takes as long again.
- */
-export function suggestedStore(seen: {
-  readonly store: number;
-  readonly origin: number;
-  /** Seconds since the snapshot was taken. */
-  readonly lived: number;
-  readonly phase: CopyProgress["phase"];
-  readonly done: number;
-  readonly since: number;
-  readonly now: number;
-}): number {
-  const inPhase = Math.max(1, Math.min(seen.now - seen.since, seen.lived));
-  const share = Math.max(0.01, seen.done);
-  const rest = (inPhase / share) * (1 - share) + (seen.phase === "verify" ? 0 : inPhase / share);
-  return Math.min(seen.origin, 2 * seen.store * ((seen.lived + rest) / seen.lived));
-}
-
 async function commit(
   context: Context,
   paths: CopyPaths,
@@ -827,7 +583,7 @@ function manifestText(manifest: Manifest): string {
 
 function manifestOf(
   wanted: CopyWanted,
-  identity: ImageIdentity,
+  identity: CopyIdentity,
   result: CopyResult,
   snapshotFacts: object | undefined,
 ): Manifest {
@@ -860,25 +616,12 @@ function manifestOf(
   };
 }
 
-function digest(text: string): string {
-  return createHash("sha256").update(text).digest("hex");
-}
-
 async function discard(context: Context, paths: CopyPaths, recordDigest: string): Promise<void> {
   await change(
     context,
     `the unfinished copy ${paths.part} could not be removed`,
     scriptOn(paths, discardCopyScript, recordDigest),
   );
-}
-
-/** After a failure or a cancel, whose signal is aborted already. */
-async function discardAfter(context: Context, paths: CopyPaths, recordDigest: string): Promise<void> {
-  try {
-    await discard({ ...context, signal: AbortSignal.timeout(90_000) }, paths, recordDigest);
-  } catch (error) {
-    context.warn(`${paths.part} is left on the host, the next \`pulumi up\` removes it: ${firstLine(error)}`);
-  }
 }
 
 /**
@@ -975,7 +718,7 @@ export async function removeImage(
 /** The outputs of an image; `before`: those of the state. */
 export function imageState(
   file: string,
-  before: z.infer<z.ZodObject<typeof imageOutputs>> | undefined,
+  before: z.infer<z.ZodObject<typeof copyOutputs>> | undefined,
   { manifest, file: seen, filesystem }: ImageObservation,
 ): z.infer<z.ZodObject<typeof imageOutputs>> {
   const seconds = manifest?.seconds ?? before?.seconds ?? 0;
@@ -1000,7 +743,13 @@ export function imageState(
  */
 export function isRotten(
   before: { readonly state: string; readonly completedAt: string } | undefined,
-  { content, manifest }: ImageObservation,
+  {
+    content,
+    manifest,
+  }: {
+    readonly content: ImageObservation["content"];
+    readonly manifest: { readonly completedAt: string } | undefined;
+  },
 ): boolean {
   if (content !== "unread") return content === "bad";
   return before?.state === "corrupt" && manifest?.completedAt === before.completedAt;

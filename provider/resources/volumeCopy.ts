@@ -1,25 +1,45 @@
 /**
- * VolumeCopy: what an export serves, as a verified image in a file of another host.
+ * VolumeCopy: what an export serves, verified, in a file or in a logical volume of another host.
  */
 import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
+import { LvmNbdError } from "../core/errors.js";
 import { commonInputs, hostInput, readableBy, triggersInput } from "../core/inputs.js";
 import { generationMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import { devicePath } from "../linux/copiedVolume.js";
 import { parseNbdUri } from "../linux/nbd.js";
+import {
+  bringVolume,
+  copyToVolume,
+  inspectVolume,
+  isOfGeneration,
+  isVolumeAsMade,
+  noVolume,
+  observeVolume,
+  removeVolume,
+  type VolumeObservation,
+  volumeInput,
+  volumeOutputs,
+  volumeProblems,
+  volumeState,
+} from "./copiedVolume.js";
 import {
   bring,
   compressProblems,
   copyImage,
+  copyOutputs,
   type ImageObservation,
   imageInputs,
   imageOutputs,
   imageResource,
   imageState,
+  inspectImage,
   isAsMade,
   isRotten,
   noImage,
+  observeImage,
   removeImage,
 } from "./image.js";
 
@@ -42,18 +62,30 @@ const inputs = z.strictObject({
         "another snapshot is copied anew.",
     ),
   ...imageInputs,
+  file: imageInputs.file
+    .optional()
+    .describe("Absolute path of the image on the host. Its folder must exist. Either this or `volume`."),
+  volume: volumeInput
+    .optional()
+    .describe(
+      "Logical volume `{ volumeGroup, name }` of the host that the copy is made into, instead of a file. It must not exist yet.",
+    ),
   triggers: triggersInput.describe(
-    "Any values; a change of one copies anew. The earlier image is kept until the new one is verified.",
+    "Any values; a change of one copies anew. The earlier copy is kept until the new one is verified.",
   ),
 });
 
 const outputs = z.object({
-  ...imageOutputs,
+  ...copyOutputs,
+  path: volumeOutputs.path,
+  manifest: imageOutputs.manifest.optional(),
+  filesystem: imageOutputs.filesystem.optional(),
+  uuid: volumeOutputs.uuid.optional(),
   state: z
     .enum(["complete", "changed", "corrupt", "stale"])
     .describe(
-      "`complete`; `changed` (size or time of modification differ from the manifest); `corrupt` (`deepCheck` read something else); " +
-        "`stale` (a copy of an earlier declaration).",
+      "`complete`; `changed` (of a file, size or time of modification differ from the manifest; of a volume, the size); `corrupt` " +
+        "(`deepCheck` read something else); `stale` (a copy of an earlier declaration).",
     ),
 });
 
@@ -70,38 +102,80 @@ function generationOf({ uri, snapshot, format, compress, triggers }: Inputs): st
   return generationMark([uri, snapshot?.uuid ?? "", format, compress, triggers]);
 }
 
-function stateOf(seen: ImageObservation, declared: Inputs): State["state"] {
-  if (!isAsMade(seen)) return "changed";
+type Observed = ImageObservation | VolumeObservation;
+
+function isVolume(seen: Observed): seen is VolumeObservation {
+  return "lv" in seen;
+}
+
+/** Where the copy is to be; `validate` has seen that it is one of both. */
+function toVolume<T extends { readonly file?: unknown; readonly volume?: unknown }>(
+  wanted: T,
+): wanted is T & { readonly volume: NonNullable<T["volume"]> } {
+  return wanted.volume !== undefined;
+}
+
+function fileOf({ file }: { readonly file?: string | undefined }): string {
+  if (file !== undefined) return file;
+  throw new LvmNbdError("INVALID_INPUT", { message: "file: is required, or `volume`", property: "file" });
+}
+
+function withFile<T extends { readonly file?: string | undefined }>(
+  wanted: T,
+): T & { readonly file: string } {
+  return { ...wanted, file: fileOf(wanted) };
+}
+
+function placeOf({ file, volume }: Partial<Inputs>): string | undefined {
+  return volume === undefined ? file : devicePath(volume);
+}
+
+function stateOf(seen: Observed, declared: Inputs): State["state"] {
+  const generation = generationOf(declared);
+  const [asMade, verified, asDeclared] = isVolume(seen)
+    ? [isVolumeAsMade(seen), seen.facts?.verified, isOfGeneration(seen, generation)]
+    : [isAsMade(seen), seen.manifest?.image.verified, seen.manifest?.generation === generation];
+  if (!asMade) return "changed";
   if (seen.content === "bad") return "corrupt";
-  const verified = seen.manifest?.image.verified || !declared.verify;
-  return seen.manifest?.generation === generationOf(declared) && verified ? "complete" : "stale";
+  return asDeclared && (verified || !declared.verify) ? "complete" : "stale";
+}
+
+async function create(context: Context, wanted: Inputs): Promise<void> {
+  const identity = { copyId: randomUUID(), generation: generationOf(wanted) };
+  if (toVolume(wanted)) return copyToVolume(context, wanted, noVolume, identity);
+  return copyImage(context, withFile(wanted), noImage, identity);
 }
 
 async function converge(
   context: Context,
   wanted: Inputs,
-  seen: ImageObservation,
+  seen: Observed,
   old: State | undefined,
 ): Promise<void> {
-  const isRight = seen.file !== undefined && stateOf(seen, wanted) === "complete" && old?.state !== "corrupt";
-  await bring(context, wanted, seen, { isRight, copyId: old?.copyId, generation: generationOf(wanted) });
+  const isThere = isVolume(seen) ? seen.lv !== undefined : seen.file !== undefined;
+  const isRight = isThere && stateOf(seen, wanted) === "complete" && old?.state !== "corrupt";
+  const how = { isRight, copyId: old?.copyId, generation: generationOf(wanted) };
+  if (!isVolume(seen)) return bring(context, withFile(wanted), seen, how);
+  if (toVolume(wanted)) await bringVolume(context, wanted, seen, how);
 }
 
-function toState(declared: Inputs | State, seen: ImageObservation): State {
+function toState(declared: Inputs | State, seen: Observed): State {
   const before = "sha256" in declared ? declared : undefined;
   const state = stateOf(seen, declared);
-  return {
-    ...declared,
-    ...imageState(declared.file, before, seen),
-    state: state !== "changed" && isRotten(before, seen) ? "corrupt" : state,
-  };
+  const outcome =
+    isVolume(seen) && toVolume(declared)
+      ? volumeState(declared.volume, before, seen)
+      : { ...imageState(fileOf(declared), before, isVolume(seen) ? noImage : seen), path: fileOf(declared) };
+  const isBad = state !== "changed" && isRotten(before, { content: seen.content, manifest: outcome });
+  return { ...declared, ...outcome, state: isBad ? "corrupt" : state };
 }
 
 function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
   const changes: Change[] = [];
   const changed = (property: keyof Inputs & string) =>
     unknown.has(property) || !isDeepStrictEqual(wanted[property], state[property]);
-  if (changed("file")) changes.push({ property: "file", effect: "replace" });
+  for (const property of ["file", "volume"] as const)
+    if (changed(property)) changes.push({ property, effect: "replace" });
   for (const property of ["uri", "format", "compress", "triggers", "owner"] as const) {
     if (changed(property)) changes.push({ property, effect: "update" });
   }
@@ -123,32 +197,77 @@ function validate(
   _old: Partial<Inputs> | undefined,
   unknown: ReadonlySet<string>,
 ): Problem[] {
-  return compressProblems(wanted, unknown);
+  const { file, volume } = wanted;
+  const problems = compressProblems(wanted, unknown);
+  const known = !unknown.has("file") && !unknown.has("volume");
+  if (known && file === undefined && volume === undefined)
+    problems.push({ property: "file", reason: "is required, unless `volume` is given: where the copy goes" });
+  if (file !== undefined && volume !== undefined)
+    problems.push({
+      property: "volume",
+      reason: "cannot go with `file`: a copy has one place, leave one out",
+    });
+  if (volume === undefined) return problems;
+  problems.push(...volumeProblems(volume));
+  if (!unknown.has("format") && wanted.format !== undefined && wanted.format !== "raw")
+    problems.push({
+      property: "format",
+      reason: '"qcow2" is a format of files: leave it out for a `volume`',
+    });
+  if (wanted.adopt)
+    problems.push({
+      property: "adopt",
+      reason: "takes over no `volume`: its content would be given up. Remove it by hand, or choose another",
+    });
+  return problems;
 }
 
 /** The resource as the reconciler sees it. */
-export const volumeCopy: ResourceType<Inputs, State, ImageObservation> = {
+export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   type: "VolumeCopy",
-  description: "What an export serves, as a verified image in a file of another host.",
+  description: "What an export serves, verified, in a file or in a logical volume of another host.",
   inputs,
   outputs,
   validate,
-  ...imageResource,
+  predict: (wanted) => {
+    const path = placeOf(wanted);
+    return path === undefined
+      ? {}
+      : { ...(toVolume(wanted) ? {} : imageResource.predict({ file: path })), path };
+  },
+  id: (wanted, name) => `${name}${placeOf(wanted) ?? ""}`,
+  observe: (context, wanted) =>
+    toVolume(wanted) ? observeVolume(context, wanted.volume) : observeImage(context, withFile(wanted)),
+  async inspect(context, state, seen) {
+    if (!isVolume(seen)) return inspectImage(context, withFile(state), seen);
+    return toVolume(state) && state.deepCheck ? inspectVolume(context, state.volume, seen) : seen;
+  },
+  isSame: (seen, state) => copyIdOf(seen) === state.copyId,
+  isSuperseded: (seen, state) => copyIdOf(seen) !== undefined && copyIdOf(seen) !== state.copyId,
+  collides: imageResource.collides,
   isStale: (seen, wanted) => stateOf(seen, wanted) !== "complete",
   toState,
   diff,
-  create: (context, wanted) =>
-    copyImage(context, wanted, noImage, { copyId: randomUUID(), generation: generationOf(wanted) }),
+  create,
   converge,
-  remove: removeImage,
+  async remove(context, state, seen) {
+    if (!isVolume(seen)) return removeImage(context, withFile(state), seen);
+    if (toVolume(state)) await removeVolume(context, state, seen);
+  },
   drift(state, seen) {
     const now = toState(state, seen);
     if (now.state === "complete") return [];
     const what = {
-      changed: "was changed: its size or time of modification are not those of the manifest",
+      changed: isVolume(seen)
+        ? `was changed: it has ${now.allocatedBytes} bytes, not the ${seen.facts?.volumeBytes} that it was made with`
+        : "was changed: its size or time of modification are not those of the manifest",
       corrupt: "does not read back as it was copied",
       stale: "is a copy of an earlier declaration",
     }[now.state];
-    return [`${state.file} ${what}; \`pulumi up\` will copy anew, and replace it when that is verified`];
+    return [`${now.path} ${what}; \`pulumi up\` will copy anew, and replace it when that is verified`];
   },
 };
+
+function copyIdOf(seen: Observed): string | undefined {
+  return isVolume(seen) ? seen.copyId : seen.manifest?.copyId;
+}

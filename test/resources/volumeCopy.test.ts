@@ -13,7 +13,7 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
-import { suggestedStore } from "../../provider/resources/image.js";
+import { suggestedStore } from "../../provider/resources/copySource.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { CopyHost } from "../support/copyHost.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
@@ -136,7 +136,7 @@ describe("bad input is refused before any host is asked", () => {
     ]);
   });
 
-  it.each(["uri", "file", "host"])("a missing %s", async (property) => {
+  it.each(["uri", "host"])("a missing %s", async (property) => {
     const wanted = { ...declared, [property]: undefined };
     const { problems } = await handlersOn("VolumeCopy", untouchedHost()).check(undefined, wanted, none);
     expect(problems).toContainEqual({ property, reason: "is required" });

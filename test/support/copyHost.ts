@@ -6,7 +6,9 @@ import { spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { join } from "node:path";
 import { LvmNbdError } from "../../provider/core/errors.js";
+import { holdersScript } from "../../provider/linux/holders.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
+import { lvmStandIns } from "./lvmStandIns.js";
 import { ShellHost } from "./shellHost.js";
 
 /**
@@ -17,6 +19,7 @@ const standIns: Readonly<Record<string, string>> = {
   // Units are process groups; their pids lie in units/.
   "systemd-run": `
     unit=; while :; do case $1 in --unit=*) unit=\${1#--unit=}; shift;; -p) shift 2;; -*) shift;; *) break;; esac; done
+    [ ! -e "$SANDBOX/no-units" ] || { echo "Failed to start transient service unit" >&2; exit 1; }
     echo "$unit" >>"$SANDBOX/started"
     setsid "$@" >"$SANDBOX/units/$unit.log" 2>&1 </dev/null 9>&- &
     echo $! >"$SANDBOX/units/$unit.pid"`,
@@ -44,14 +47,21 @@ const standIns: Readonly<Record<string, string>> = {
     echo 50/100 >&3
     while [ -e "$SANDBOX/hold" ]; do sleep 0.02; done
     [ ! -e "$SANDBOX/broken" ] || { cat "$SANDBOX/broken" >&2; echo half >"$target"; exit 1; }
-    cp --sparse=always "$SANDBOX/source" "$target"`,
+    case $target in
+      */dev/*) [ "$(stat -c %s "$SANDBOX/source")" -le "$(stat -c %s "$target")" ] && dd if="$SANDBOX/source" of="$target" bs=64K conv=notrunc status=none;;
+      *) cp --sparse=always "$SANDBOX/source" "$target";;
+    esac`,
+  ...lvmStandIns,
 };
 
 /** Programs before and after which a script can be killed. */
-const steps = ["cat", "ls", "mkdir", "mv", "rm", "rmdir", "sync", "systemctl", "systemd-run"];
+const steps = [
+  ...["cat", "ls", "mkdir", "mv", "rm", "rmdir", "sync", "systemctl", "systemd-run"],
+  ...["lvchange", "lvcreate", "lvremove", "lvrename"],
+];
 
 /** What a host keeps, as opposed to what it is. */
-const savedParts = ["disk", "run", "units", "source", "started", "filesystem"];
+const savedParts = ["disk", "run", "units", "source", "started", "filesystem", "lvm", "dev", "extents"];
 
 export class CopyHost extends ShellHost implements Host {
   readonly commands: RemoteCommand[] = [];
@@ -59,13 +69,16 @@ export class CopyHost extends ShellHost implements Host {
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
   /** Where images go. */
   readonly disk: string;
+  /** What `holdersScript` prints. */
+  holders = "";
   #cutInput = false;
 
   constructor(readonly name = "server2") {
     super("copy", standIns, steps);
     this.disk = join(this.folder, "disk");
-    for (const part of ["units", "run", "disk"]) mkdirSync(join(this.folder, part));
+    for (const part of ["units", "run", "disk", "lvm", "dev"]) mkdirSync(join(this.folder, part));
     this.set("filesystem", "1111-2222\n");
+    this.set("extents", "100\n");
   }
 
   /** What the export serves; `undefined` when nothing answers. */
@@ -82,6 +95,23 @@ export class CopyHost extends ShellHost implements Host {
   get started(): number {
     const list = join(this.folder, "started");
     return existsSync(list) ? readFileSync(list, "utf8").trim().split("\n").length : 0;
+  }
+
+  /** The volumes of the group, by name. */
+  volumes(): string[] {
+    return readdirSync(join(this.folder, "lvm"))
+      .filter((name) => !name.startsWith("."))
+      .sort();
+  }
+
+  /** A file of a volume's: `tags`, a line each; `uuid`; `extents`; `open` if somebody has it open. */
+  volume(name: string, part: "tags" | "uuid" | "extents" | "open" | "origin"): string {
+    return join(this.folder, "lvm", name, part);
+  }
+
+  /** The file that is a volume's device. */
+  device(name: string): string {
+    return join(this.folder, "dev", "VgVm", name);
   }
 
   /** All that lies where copies are made, as paths from there. */
@@ -107,12 +137,20 @@ export class CopyHost extends ShellHost implements Host {
     this.kill(undefined);
     this.commands.length = 0;
     this.onCommand = () => undefined;
+    this.holders = "";
   }
 
   #copy(from: string, to: string): void {
     const parts = savedParts.map((part) => join(from, part)).filter((path) => existsSync(path));
     const { status, stderr } = spawnSync("cp", ["-a", ...parts, to]);
     if (status !== 0) throw new Error(`cp: ${stderr}`);
+  }
+
+  /** Ends what runs, and what does not outlive that. */
+  reboot(): void {
+    this.#stopUnits();
+    rmSync(join(this.folder, "run"), { recursive: true });
+    mkdirSync(join(this.folder, "run"));
   }
 
   override close(): void {
@@ -130,6 +168,8 @@ export class CopyHost extends ShellHost implements Host {
   async run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
     const after = this.onCommand(command, this.commands.push(command) - 1);
     if (signal?.aborted) throw new LvmNbdError("CANCELLED", { message: "cancelled" });
+    // It looks at the kernel's devices, of which there are none here.
+    if (command.argv[2] === holdersScript) return { exitCode: 0, stdout: this.holders, stderr: "" };
     const isCut = this.#cutInput;
     this.#cutInput = false;
     const result = await this.execute(command, isCut);
@@ -139,6 +179,8 @@ export class CopyHost extends ShellHost implements Host {
   }
 
   protected inside(text: string): string {
-    return text.replaceAll("/run/lvm-nbd", `${this.folder}/run/lvm-nbd`);
+    return text
+      .replaceAll("/run/lvm-nbd", `${this.folder}/run/lvm-nbd`)
+      .replaceAll("/dev/VgVm/", `${this.folder}/dev/VgVm/`);
   }
 }

@@ -1,0 +1,513 @@
+/**
+ * A copied volume: the content of a source in a logical volume of another host.
+ *
+ * The copy runs onto a volume of another name, made for it alone. That gets the wanted name only when it has been read back,
+ * compared with its source, and the source's snapshot was seen to be valid after the last byte; an earlier copy keeps the name
+ * until then. From the moment its tags call it verified, a cut changes nothing but who finishes the rest.
+ */
+import { randomUUID } from "node:crypto";
+import { z } from "zod";
+import { parseOutput, script, succeed } from "../core/command.js";
+import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { refusing } from "../core/inputs.js";
+import { generationMark, markAmong, ownerMark } from "../core/owner.js";
+import { ChangedMeanwhile, type CommonObservation, type Context, type Problem } from "../core/resource.js";
+import { serially } from "../core/serial.js";
+import {
+  type CopyFacts,
+  copyIdAmong,
+  copyTags,
+  createVolumeCommand,
+  devicePath,
+  discardVolumeScript,
+  extentsFor,
+  factsAmong,
+  type GroupRoom,
+  isAsTagged,
+  nameVolumeScript,
+  outdatedTags,
+  parseRoom,
+  partOf,
+  partPrefix,
+  preflightVolumeScript,
+  runTagAmong,
+  runTagOf,
+  type VolumeName,
+} from "../linux/copiedVolume.js";
+import { bytesPhrase, type CopyResult, parseRate } from "../linux/copyJob.js";
+import { type DeviceCopyPlan, deviceCopyPrograms, deviceJob } from "../linux/deviceCopy.js";
+import { parseFields } from "../linux/fields.js";
+import {
+  deviceMapperNameProblem,
+  type LogicalVolume,
+  logicalVolumeNameProblem,
+  lvmFailure,
+  removeCommand,
+  tagCommand,
+  volumeGroupNameProblem,
+} from "../linux/lvm.js";
+import { missingPrograms } from "../linux/programs.js";
+import { type CopyIdentity, runCopy } from "./copyRun.js";
+import { type CopySource, certifySize, explained, refused, sourceSize } from "./copySource.js";
+import {
+  changeVolumeByScript,
+  type DeviceCopyRecord,
+  type DeviceJobObservation,
+  deviceSum,
+  followingOf,
+  observeDeviceJob,
+  requireClosed,
+  startDeviceCopy,
+} from "./deviceCopy.js";
+import type { copyOutputs } from "./image.js";
+import { changeVolume, listed, refuseSuspended, requireGroup, serversOf, volumes } from "./volumes.js";
+
+/** Which volume a copy goes to. */
+export const volumeInput = z.strictObject({
+  volumeGroup: z
+    .string()
+    .superRefine(refusing(volumeGroupNameProblem))
+    .describe("Volume group, with room for the copy; for its renewal with room for two."),
+  name: z.string().superRefine(refusing(nameProblem)).describe("Name of the volume. It must not exist yet."),
+});
+
+function nameProblem(name: string): string | undefined {
+  return name.startsWith(partPrefix)
+    ? `"${name}" must not begin with "${partPrefix}", as unfinished copies do`
+    : logicalVolumeNameProblem(name);
+}
+
+/** Whether the names fit, of the unfinished copy's too. */
+export function volumeProblems(volume: VolumeName): Problem[] {
+  return [volume, partOf(volume)].flatMap(({ volumeGroup, name }) => {
+    const reason = deviceMapperNameProblem(volumeGroup, name);
+    return reason === undefined ? [] : [{ property: "volume", reason: `"${name}" ${reason}` }];
+  });
+}
+
+/** What is copied to where, for whom. */
+export interface VolumeWanted extends CopySource {
+  readonly owner: string;
+  readonly volume: VolumeName;
+  readonly connections: number;
+  readonly bandwidthLimit?: string | number | undefined;
+  readonly verify: boolean;
+}
+
+/** What was seen of a copied volume and of an unfinished copy. */
+export interface VolumeObservation extends CommonObservation {
+  readonly mark: string | undefined;
+  readonly halfMade: boolean;
+  /** What bears the name, a copy or not. */
+  readonly lv: LogicalVolume | undefined;
+  /** What its tags say, if they say it of this very volume. */
+  readonly facts: CopyFacts | undefined;
+  readonly copyId: string | undefined;
+  readonly part: LogicalVolume | undefined;
+  readonly job: DeviceJobObservation | undefined;
+  /** COW snapshots of the volume would be removed with it. */
+  readonly all: readonly LogicalVolume[];
+  /** What reading the whole copy showed. */
+  readonly content: "unread" | "good" | "bad";
+}
+
+/** Of a volume that is not there. */
+export const noVolume: VolumeObservation = {
+  ...{ mark: undefined, halfMade: false, adoptable: false, lv: undefined, facts: undefined },
+  ...{ copyId: undefined, part: undefined, job: undefined, all: [], content: "unread" },
+};
+
+/** Looks at the volume and at what an unfinished copy has left. */
+export async function observeVolume(
+  context: Context,
+  volume: VolumeName,
+): Promise<VolumeObservation | undefined> {
+  const all = await volumes(context);
+  const find = ({ volumeGroup, name }: VolumeName) =>
+    all.find((lv) => lv.volumeGroup === volumeGroup && lv.name === name);
+  const [lv, part] = [find(volume), find(partOf(volume))];
+  // What lies there and is no unfinished copy says nothing of the copy; `makePart` refuses it.
+  if (lv === undefined && (part === undefined || runTagAmong(part.tags) === undefined)) {
+    await requireGroup(context, volume.volumeGroup, all);
+    return undefined;
+  }
+  refuseSuspended(context, [lv, part]);
+  // Another resource of this name has the same mark: without our tags it is no copy. Nor is one that took our tags along.
+  const facts = lv !== undefined && isAsTagged(lv) ? factsAmong(lv.tags) : undefined;
+  const marked = lv === undefined ? part : facts && lv;
+  return {
+    mark: marked && copyIdAmong(marked.tags) === undefined ? undefined : markAmong(marked?.tags ?? []),
+    halfMade: lv === undefined,
+    adoptable: false,
+    ...{ lv, facts, part, all },
+    copyId: facts && lv && copyIdAmong(lv.tags),
+    job: part && (await observeDeviceJob(context, deviceJob(devicePath(volume)))),
+    content: "unread",
+  };
+}
+
+/** Reads the whole copy. */
+export async function inspectVolume(
+  context: Context,
+  volume: VolumeName,
+  seen: VolumeObservation,
+): Promise<VolumeObservation> {
+  if (seen.lv === undefined || seen.facts === undefined || !isVolumeAsMade(seen)) return seen;
+  const path = devicePath(volume);
+  if (!seen.lv.active) {
+    throw new LvmNbdError("DEVICE_NOT_FOUND", {
+      message: `${path} is not active, so it cannot be read for \`deepCheck\``,
+      host: context.host.name,
+      resource: context.resource,
+      advice: `Activate it (\`lvchange -ay ${volume.volumeGroup}/${volume.name}\`) and run again.`,
+    });
+  }
+  context.progress(`reading ${path} to check its content (deepCheck)`);
+  const sum = await deviceSum(context, path, seen.facts.sizeBytes);
+  return { ...seen, content: sum === seen.facts.sha256 ? "good" : "bad" };
+}
+
+/** True if the volume has the size that it was made with. */
+export function isVolumeAsMade({ lv, facts }: VolumeObservation): boolean {
+  return lv !== undefined && lv.sizeBytes === facts?.volumeBytes;
+}
+
+/** For which declaration the copy was made. */
+export function isOfGeneration({ lv }: VolumeObservation, generation: string): boolean {
+  return lv?.tags.includes(generation) === true;
+}
+
+/** Makes the volume there is into the declared one; see `bring` of image.ts. */
+export async function bringVolume(
+  context: Context,
+  wanted: VolumeWanted,
+  seen: VolumeObservation,
+  {
+    isRight,
+    copyId,
+    generation,
+  }: { readonly isRight: boolean; readonly copyId: string | undefined; readonly generation: string },
+): Promise<void> {
+  refuseOthers(context, wanted, seen);
+  if (!isRight) return copyToVolume(context, wanted, seen, { copyId: copyId ?? randomUUID(), generation });
+  const begun = ownRun(wanted.owner, seen);
+  if (begun !== undefined) await discard(context, wanted.volume, begun);
+  const own = ownerMark(wanted.owner);
+  // Taken over by a create, it is this resource's from now on, and no longer goes with the one that made it.
+  if (seen.lv === undefined || seen.facts === undefined || (copyId !== undefined && seen.mark === own))
+    return;
+  const right = [own, generation, ...copyTags(copyId ?? randomUUID(), seen.facts)];
+  await changeVolume(
+    context,
+    seen.lv.volumeGroup,
+    tagCommand(seen.lv, missingTags(seen.lv, right), outdatedTags(seen.lv.tags, right)),
+    `the tags of ${seen.lv.name} could not be changed`,
+  );
+}
+
+function missingTags({ tags }: LogicalVolume, right: readonly string[]): string[] {
+  return right.filter((tag) => !tags.includes(tag));
+}
+
+/** The tag of the job on an unfinished copy of ours. */
+function ownRun(owner: string, { part, mark }: VolumeObservation): string | undefined {
+  const partMark = part && markAmong(part.tags);
+  const ours = partMark === ownerMark(owner) || partMark === mark;
+  return part !== undefined && partMark !== undefined && ours ? runTagAmong(part.tags) : undefined;
+}
+
+/** An unfinished copy of somebody else's is refused. */
+function refuseOthers(
+  context: Context,
+  { volume, owner }: Pick<VolumeWanted, "volume" | "owner">,
+  seen: VolumeObservation,
+): void {
+  if (seen.part !== undefined && ownRun(owner, seen) === undefined) throw foreignPart(context, volume);
+}
+
+function foreignPart(context: Context, volume: VolumeName): LvmNbdError {
+  const { volumeGroup, name } = partOf(volume);
+  return new LvmNbdError("FOREIGN_RESOURCE", {
+    message: `volume: ${volumeGroup}/${name} exists and is not an unfinished copy of this resource to ${volume.name}`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "volume",
+    advice: "Choose another `volume`, or remove what is there by hand.",
+  });
+}
+
+/** Makes the copy, or goes on with one of ours that runs, has ended or is verified already. */
+export async function copyToVolume(
+  context: Context,
+  wanted: VolumeWanted,
+  seen: VolumeObservation,
+  identity: CopyIdentity,
+): Promise<void> {
+  const { volume, uri, snapshot, verify } = wanted;
+  const [path, job] = [devicePath(volume), deviceJob(devicePath(volume))];
+  // Also of a known snapshot another `uri` is another source: that it serves the snapshot is the program's word alone.
+  const generation = generationMark([identity.generation, uri, snapshot?.uuid ?? ""]);
+  let { part } = seen;
+  const facts = part && factsAmong(part.tags);
+  if (part?.tags.includes(identity.generation) && facts !== undefined && (facts.verified || !verify)) {
+    context.progress(`the copy ${part.name} is verified already: giving it its name`);
+    await giveName(context, wanted, seen, part, identity, facts);
+    return;
+  }
+  const { running, record, recordDigest, result } = seen.job ?? {};
+  // Of a source without identity, what a job read some time ago may be another moment.
+  const goesOn = running === true || (result !== undefined && snapshot !== undefined);
+  const asDeclared = record?.generation === generation && (record.verify || !verify);
+  const writesIt = part?.tags.includes(runTagOf(recordDigest ?? "")) === true;
+  const runTag = ownRun(wanted.owner, seen);
+  if (runTag !== undefined && !(goesOn && asDeclared && writesIt && facts === undefined)) {
+    context.progress(`removing an unfinished copy to ${path}`);
+    await discard(context, volume, runTag);
+    part = undefined;
+  }
+  let sizeBytes = 0;
+  let extents = 0;
+  const [verified, told] = await runCopy(context, {
+    target: path,
+    unfinished: partOf(volume).name,
+    whenFull: undefined,
+    going: part && recordDigest,
+    following: followingOf(job),
+    prepare: async () => {
+      if (seen.lv !== undefined) await requireClosed(context, seen.lv, seen.all);
+      [sizeBytes, extents] = await preflight(context, wanted, seen);
+      const told: DeviceCopyRecord = { generation, verify };
+      return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
+    },
+    start: async (newRecord, newDigest) => {
+      const tags = [
+        ownerMark(wanted.owner),
+        identity.generation,
+        ...copyTags(identity.copyId),
+        runTagOf(newDigest),
+      ];
+      part = await makePart(context, volume, extents, tags);
+      context.progress(`copying ${uri} to ${path}`);
+      try {
+        await startDeviceCopy(context, job, part, planOf(wanted), newRecord, sizeBytes);
+      } catch (error) {
+        if (isLvmNbdError(error, "COMMAND_FAILED")) await discard(context, volume, runTagOf(newDigest));
+        throw error;
+      }
+    },
+    certify: async (done) => {
+      const lv = await certifySize(context, wanted, done.sizeBytes);
+      if (part === undefined) throw new Error("a copy without its volume");
+      return [part, factsOf(part, done, snapshot?.uuid, lv?.createdAt)] as const;
+    },
+    discard: (to, digest) => discard(to, volume, runTagOf(digest)),
+    explain: (error, progress) => explained(context, wanted, error, progress),
+  });
+  context.progress(`the copy is complete: giving it its name ${path}`);
+  await giveName(context, wanted, seen, verified, identity, told);
+}
+
+function planOf({ uri, connections, bandwidthLimit, verify }: VolumeWanted): DeviceCopyPlan {
+  const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
+  // What an earlier volume left there is nobody's to read.
+  return { uri, connections, verify, bandwidthLimit: limit, rest: "zero" };
+}
+
+function factsOf(
+  { uuid, sizeBytes: volumeBytes }: LogicalVolume,
+  { sha256, sizeBytes, verified, startedAt, endedAt }: CopyResult,
+  snapshotUuid = "",
+  takenAt = 0,
+): CopyFacts {
+  const seconds = endedAt - startedAt;
+  return {
+    ...{ uuid, volumeBytes, sha256, sizeBytes, verified, seconds },
+    ...{ completedAt: endedAt, snapshotUuid, takenAt },
+  };
+}
+
+/** Finds out before anything is made what would make the copy fail. Returns the source's size and the volume's extents. */
+async function preflight(
+  context: Context,
+  wanted: VolumeWanted,
+  seen: VolumeObservation,
+): Promise<[sizeBytes: number, extents: number]> {
+  const { uri, volume } = wanted;
+  const programs = deviceCopyPrograms(planOf(wanted));
+  const argv = script(preflightVolumeScript, volume.volumeGroup, uri, ...programs);
+  const command = { argv, kind: "read", deadlineSeconds: 60 } as const;
+  const result = await succeed(context, command, "the host could not be looked at");
+  const fields = parseOutput(context, command, result, parseFields);
+  const missing = missingPrograms(fields);
+  if (missing !== undefined) throw refused(context, "PROGRAM_MISSING", "host", missing);
+  const group = fields.get("group") ?? "";
+  if (fields.get("group.rc") !== "0") {
+    const all = await volumes(context);
+    const there = listed(all.map((lv) => lv.volumeGroup));
+    const message = `the volume group "${volume.volumeGroup}" could not be looked at; there are: ${there}`;
+    throw refused(context, lvmFailure(group) ?? "COMMAND_FAILED", "volume", message, group);
+  }
+  const room = parseOutput(context, command, { ...result, stdout: group }, parseRoom);
+  const sizeBytes = await sourceSize(context, wanted, {
+    exitCode: fields.get("size.rc"),
+    text: fields.get("size") ?? "",
+  });
+  const extents = extentsFor(sizeBytes, room.extentBytes);
+  requireRoom(context, wanted, room, extents, seen.lv);
+  return [sizeBytes, extents];
+}
+
+function requireRoom(
+  context: Context,
+  { volume }: VolumeWanted,
+  { freeBytes, extentBytes }: GroupRoom,
+  extents: number,
+  earlier: LogicalVolume | undefined,
+): void {
+  const needed = extents * extentBytes;
+  if (freeBytes >= needed) return;
+  const number = (bytes: number) => `${bytesPhrase(bytes)} (${bytes} bytes)`;
+  const both =
+    earlier === undefined
+      ? ""
+      : `; the earlier copy with its ${bytesPhrase(earlier.sizeBytes)} is kept until the new one is verified, so there must be room for both`;
+  throw new LvmNbdError("NO_SPACE", {
+    message: `volume: ${volume.volumeGroup} has ${number(freeBytes)} free, the copy needs ${number(needed)}${both}`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "volume",
+    advice: `Nothing was made. Give the group at least ${number(needed - freeBytes)} more (\`vgextend\`), remove volumes that are not needed, or choose another \`volume\`.`,
+  });
+}
+
+/** Makes the volume of an unfinished copy, whose name is free. */
+async function makePart(
+  context: Context,
+  volume: VolumeName,
+  extents: number,
+  tags: readonly string[],
+): Promise<LogicalVolume> {
+  const part = partOf(volume);
+  const path = `${part.volumeGroup}/${part.name}`;
+  let failed: unknown;
+  try {
+    await changeVolume(
+      context,
+      part.volumeGroup,
+      createVolumeCommand(part, extents, tags),
+      `the volume ${path} for the unfinished copy could not be made`,
+    );
+  } catch (error) {
+    const taken = isLvmNbdError(error) && /already exists in volume group/.test(error.details.stderr ?? "");
+    if (!taken) throw error;
+    failed = error;
+  }
+  const there = (await volumes(context)).find(
+    (lv) => lv.volumeGroup === part.volumeGroup && lv.name === part.name,
+  );
+  if (there !== undefined && tags.every((tag) => there.tags.includes(tag))) return there;
+  if (there !== undefined && runTagAmong(there.tags) === undefined) throw foreignPart(context, volume);
+  throw new ChangedMeanwhile(
+    isLvmNbdError(failed)
+      ? failed
+      : new LvmNbdError("COPY_FAILED", {
+          message: `somebody else removed ${path} right after it was made`,
+          host: context.host.name,
+          resource: context.resource,
+        }),
+  );
+}
+
+/** Calls the unfinished copy verified, removes the earlier one and gives its name to the new one. */
+async function giveName(
+  context: Context,
+  { owner, volume }: VolumeWanted,
+  { lv }: VolumeObservation,
+  part: LogicalVolume,
+  { copyId, generation }: CopyIdentity,
+  facts: CopyFacts,
+): Promise<void> {
+  const { unit, run } = deviceJob(devicePath(volume));
+  const right = [ownerMark(owner), generation, ...copyTags(copyId, facts)];
+  const tags = [
+    ...missingTags(part, right).flatMap((tag) => ["--addtag", tag]),
+    ...outdatedTags(part.tags, right).flatMap((tag) => ["--deltag", tag]),
+  ];
+  const { volumeGroup, name } = volume;
+  const what = `the verified copy ${part.name} could not get its name ${volumeGroup}/${name}`;
+  await serially(context.host, volumeGroup, () =>
+    changeVolumeByScript(
+      context,
+      what,
+      script(nameVolumeScript, unit, run, volumeGroup, name, lv?.uuid ?? "-", part.name, part.uuid, ...tags),
+      lv === undefined ? [] : [lv],
+    ),
+  );
+}
+
+/** Ends the job of that tag and removes the volume that it writes. */
+async function discard(context: Context, volume: VolumeName, runTag: string): Promise<void> {
+  const { unit, run } = deviceJob(devicePath(volume));
+  const { volumeGroup, name } = partOf(volume);
+  const what = `the unfinished copy ${volumeGroup}/${name} could not be removed`;
+  const argv = script(discardVolumeScript, unit, run, volumeGroup, name, runTag);
+  await serially(context.host, volumeGroup, () => changeVolumeByScript(context, what, argv, []));
+}
+
+/** Removes the volume, and what is unfinished of ours. */
+export async function removeVolume(
+  context: Context,
+  { volume, owner }: { readonly volume: VolumeName; readonly owner: string },
+  seen: VolumeObservation,
+): Promise<void> {
+  const { lv, all } = seen;
+  const path = `${volume.volumeGroup}/${volume.name}`;
+  if (lv !== undefined) {
+    await requireClosed(context, lv, all);
+    const servers = await serversOf(context, [lv]);
+    if (servers.length > 0) {
+      throw new LvmNbdError("VOLUME_IN_USE", {
+        message: `${path} is in use: ${servers.join(", ")}`,
+        host: context.host.name,
+        resource: context.resource,
+      });
+    }
+  }
+  // What another resource has begun there is left alone.
+  const runTag = ownRun(owner, seen);
+  if (runTag !== undefined) await discard(context, volume, runTag);
+  if (lv === undefined) return;
+  context.progress(`removing the copy ${path}`);
+  await changeVolume(context, lv.volumeGroup, removeCommand(lv), `${path} could not be removed`);
+}
+
+/** What is added to the state of a copied volume. */
+export const volumeOutputs = {
+  path: z.string().describe("The file, or the device `/dev/VG/LV` of the volume."),
+  uuid: z.string().describe("LVM UUID of the volume."),
+} as const;
+
+type VolumeState = z.infer<z.ZodObject<typeof copyOutputs & typeof volumeOutputs>>;
+
+/** The outputs of a copied volume; `before`: those of the state. */
+export function volumeState(
+  volume: VolumeName,
+  before: (Omit<VolumeState, "uuid"> & { readonly uuid?: string | undefined }) | undefined,
+  { lv, facts, copyId }: VolumeObservation,
+): VolumeState {
+  const seconds = facts?.seconds ?? before?.seconds ?? 0;
+  const sizeBytes = facts?.sizeBytes ?? before?.sizeBytes ?? 0;
+  return {
+    path: devicePath(volume),
+    uuid: lv?.uuid ?? before?.uuid ?? "",
+    sha256: facts?.sha256 ?? before?.sha256 ?? "",
+    sizeBytes,
+    allocatedBytes: lv?.sizeBytes ?? before?.allocatedBytes ?? 0,
+    seconds,
+    bytesPerSecond: Math.round(sizeBytes / Math.max(1, seconds)),
+    completedAt:
+      facts === undefined ? (before?.completedAt ?? "") : new Date(facts.completedAt * 1000).toISOString(),
+    verified: facts?.verified ?? before?.verified ?? false,
+    copyId: copyId ?? before?.copyId ?? "",
+  };
+}

@@ -1,0 +1,144 @@
+/**
+ * The source of a copy: an export, and the snapshot behind it where that is known. It is asked for its size before
+ * anything is changed, and its snapshot is seen to be valid after the last byte.
+ */
+import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import type { Context } from "../core/resource.js";
+import { bytesPhrase, type CopyProgress } from "../linux/copyJob.js";
+import type { LogicalVolume } from "../linux/lvm.js";
+import { certify, type SnapshotReference, volumes } from "./volumes.js";
+
+/** What is copied. */
+export interface CopySource {
+  readonly uri: string;
+  readonly snapshot?: SnapshotReference | undefined;
+}
+
+/** What the export answered when it was asked for its size on the destination's host. */
+export interface SizeAnswer {
+  readonly exitCode: string | undefined;
+  readonly text: string;
+}
+
+/** The source's size in bytes, from its answer. Raises EXPORT_UNREACHABLE, or what `certifySize` raises. */
+export async function sourceSize(
+  context: Context,
+  source: CopySource,
+  { exitCode, text }: SizeAnswer,
+): Promise<number> {
+  const sizeBytes = Number(text);
+  if (exitCode !== "0" || !Number.isSafeInteger(sizeBytes))
+    throw refused(context, "EXPORT_UNREACHABLE", "uri", `${source.uri} does not answer here`, text);
+  if (source.snapshot !== undefined) await certifySize(context, source, sizeBytes);
+  return sizeBytes;
+}
+
+/** What a look at the host shows to be impossible; `property`: the input at fault. */
+export function refused(
+  context: Context,
+  code: ErrorCode,
+  property: string,
+  message: string,
+  stderr?: string,
+): LvmNbdError {
+  return new LvmNbdError(code, {
+    message: `${property}: ${message}`,
+    host: context.host.name,
+    resource: context.resource,
+    property,
+    stderr,
+  });
+}
+
+/** Sees that the snapshot is valid, and that it has the size of what is served under its name. */
+export async function certifySize(
+  context: Context,
+  { snapshot, uri }: CopySource,
+  sizeBytes: number,
+): Promise<LogicalVolume | undefined> {
+  if (snapshot === undefined) return undefined;
+  const lv = await certify(context, snapshot);
+  // A thin snapshot has a size of its own, and its origin may have grown since.
+  const size = lv.kind === "cow" ? lv.originSizeBytes : lv.sizeBytes;
+  if (size === sizeBytes) return lv;
+  throw new LvmNbdError("COPY_MISMATCH", {
+    message: `uri: ${uri} serves ${sizeBytes} bytes, the snapshot ${lv.volumeGroup}/${lv.name} has ${size}: it is not what this export serves`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "uri",
+    advice: "Give the `uri` of the NbdExport whose `device` is that snapshot's `path`.",
+  });
+}
+
+/** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */
+export async function explained(
+  context: Context,
+  source: CopySource,
+  error: LvmNbdError,
+  progress: CopyProgress | undefined,
+): Promise<LvmNbdError> {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isLvmNbdError(error, "COPY_FAILED", "SNAPSHOT_OVERFLOWED")) return error;
+  let overflow = error;
+  if (error.code === "COPY_FAILED") {
+    try {
+      await certify(context, snapshot);
+      return error;
+    } catch (reason) {
+      // Whatever else is wrong with the snapshot, the copy's own failure is what the person must see.
+      if (!isLvmNbdError(reason, "SNAPSHOT_OVERFLOWED")) return error;
+      overflow = reason;
+    }
+  }
+  let advice: string | undefined;
+  try {
+    advice = await sizeAdvice(context, snapshot, progress);
+  } catch (reason) {
+    // The code's own advice has to do; the overflow is what the person must see.
+    if (!isLvmNbdError(reason)) throw reason;
+  }
+  return new LvmNbdError("SNAPSHOT_OVERFLOWED", { ...overflow.details, advice });
+}
+
+const clock = { argv: ["date", "+%s"], kind: "read", deadlineSeconds: 60 } as const;
+
+async function sizeAdvice(
+  context: Context,
+  snapshot: SnapshotReference,
+  progress: CopyProgress | undefined,
+): Promise<string> {
+  const again = "Give the snapshot a larger `size` and run `pulumi up --refresh`, which takes it anew";
+  const never = '`"100%ORIGIN"` cannot overflow';
+  const host = await context.open(snapshot.host);
+  const lv = (await volumes({ ...context, host })).find(({ uuid }) => uuid === snapshot.uuid);
+  const now = Number((await host.run(clock, context.signal)).stdout);
+  const [store, origin] = [lv?.sizeBytes, lv?.originSizeBytes];
+  const lived = now - (lv?.createdAt ?? Number.NaN);
+  if (store === undefined || origin === undefined || !(lived > 0) || progress === undefined)
+    return `${again}; ${never}.`;
+  const wanted = suggestedStore({ store, origin, lived, ...progress, now });
+  const rate = `it filled ${bytesPhrase(store)} in ${Math.round(lived)} s at most`;
+  return wanted >= origin
+    ? `${again}: ${rate}, too fast for a smaller one than \`"100%ORIGIN"\`.`
+    : `${again}: ${rate}, so about \`"${Math.ceil(wanted / 1024 ** 2)}M"\` lasts for such a copy; ${never}.`;
+}
+
+/**
+ * Bytes of a store that lasts for the whole copy, twice over: its writes went on at the rate seen, and the copy would
+ * have gone on at its own. Reading both ends back takes as long again.
+ */
+export function suggestedStore(seen: {
+  readonly store: number;
+  readonly origin: number;
+  /** Seconds since the snapshot was taken. */
+  readonly lived: number;
+  readonly phase: CopyProgress["phase"];
+  readonly done: number;
+  readonly since: number;
+  readonly now: number;
+}): number {
+  const inPhase = Math.max(1, Math.min(seen.now - seen.since, seen.lived));
+  const share = Math.max(0.01, seen.done);
+  const rest = (inPhase / share) * (1 - share) + (seen.phase === "verify" ? 0 : inPhase / share);
+  return Math.min(seen.origin, 2 * seen.store * ((seen.lived + rest) / seen.lived));
+}

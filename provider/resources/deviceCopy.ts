@@ -1,0 +1,159 @@
+/**
+ * A copy onto a volume that is there and closed: started, found again, followed and verified. Where the volume comes from and
+ * what becomes of it is its user's.
+ */
+import { z } from "zod";
+import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { LvmNbdError } from "../core/errors.js";
+import type { Context } from "../core/resource.js";
+import { type CopyResult, copyResult } from "../linux/copyJob.js";
+import { followCopyScript } from "../linux/copyScripts.js";
+import {
+  checkDeviceScript,
+  type DeviceCopyPlan,
+  type DeviceJob,
+  deviceCopyArguments,
+  deviceCopyJob,
+  observeDeviceCopyScript,
+  startDeviceCopyScript,
+  volumeOpen,
+} from "../linux/deviceCopy.js";
+import { parseFields } from "../linux/fields.js";
+import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
+import { quoteAll } from "../ssh/quoting.js";
+import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
+import { changeSeconds, holdersOf, listed } from "./volumes.js";
+
+/** What a copy onto a device is for. In the folder of its job. */
+const recordShape = z.object({ generation: z.string(), verify: z.boolean() });
+export type DeviceCopyRecord = z.infer<typeof recordShape>;
+
+/** What was seen of a job. */
+export interface DeviceJobObservation {
+  readonly running: boolean;
+  /** `undefined` if there is none, or none of ours. */
+  readonly record: DeviceCopyRecord | undefined;
+  /** "" without a record. */
+  readonly recordDigest: string;
+  readonly result: CopyResult | undefined;
+}
+
+/** Looks at the job, and changes nothing. */
+export async function observeDeviceJob(context: Context, job: DeviceJob): Promise<DeviceJobObservation> {
+  const argv = script(observeDeviceCopyScript, job.unit, job.run);
+  const command: RemoteCommand = { argv, kind: "read", deadlineSeconds: 60 };
+  const result = await succeed(context, command, `${job.unit} could not be looked at`);
+  const fields = parseOutput(context, command, result, parseFields);
+  return {
+    running: !["inactive", "failed"].includes(fields.get("active") ?? ""),
+    record: parsed(fields.get("record"), recordShape),
+    recordDigest: fields.get("recordDigest") ?? "",
+    result: parsed(fields.get("result"), copyResult),
+  };
+}
+
+/** Prints how the job is, for `CopyRun`. */
+export function followingOf({ unit, run }: DeviceJob): string[] {
+  return script(followCopyScript, "-", run, "-", unit, run);
+}
+
+/**
+ * Starts the copy of `sizeBytes` bytes onto the volume; `record` is what `observeDeviceJob` finds again. Raises VOLUME_IN_USE
+ * if the volume is open, and is `ChangedMeanwhile` if its name is another volume's.
+ */
+export async function startDeviceCopy(
+  context: Context,
+  job: DeviceJob,
+  volume: LogicalVolume,
+  plan: DeviceCopyPlan,
+  record: string,
+  sizeBytes: number,
+): Promise<void> {
+  const { volumeGroup, name, uuid, path } = volume;
+  const runtime = String(longestSeconds(sizeBytes, plan.bandwidthLimit));
+  const description = `lvm-nbd: copy of ${plan.uri} onto ${path}`;
+  await changeVolumeByScript(
+    context,
+    `the copy onto ${path} could not be started`,
+    script(
+      ...[startDeviceCopyScript, job.unit, job.run, volumeGroup, name, uuid],
+      ...[record, description, runtime],
+    ),
+    [volume],
+    // The arguments travel in the file: systemd would expand what is in them.
+    `set -- ${quoteAll(deviceCopyArguments(job, path, plan))}\n${deviceCopyJob}`,
+  );
+}
+
+/** Runs a script that changes volumes. Raises VOLUME_IN_USE if one of `closed` is open. */
+export async function changeVolumeByScript(
+  context: Context,
+  what: string,
+  argv: string[],
+  closed: readonly LogicalVolume[],
+  stdin?: string,
+): Promise<void> {
+  let open = false;
+  const explain = (command: RemoteCommand, result: CommandResult) => {
+    open = result.exitCode === volumeOpen;
+    const code = lvmFailure(result.stderr);
+    return code && failure(context, command, result, what, code);
+  };
+  try {
+    await changeByScript(context, what, argv, { stdin, explain, graceSeconds: changeSeconds });
+  } catch (error) {
+    if (!open) throw error;
+    const holders = await Promise.all(closed.map((volume) => holdersOf(context, volume)));
+    throw inUse(context, what, holders.flat());
+  }
+}
+
+function inUse(context: Context, what: string, holders: readonly string[]): LvmNbdError {
+  return new LvmNbdError("VOLUME_IN_USE", {
+    message: `${what}: it is open${holders.length === 0 ? " or has snapshots" : `: ${holders.join(", ")}`}`,
+    host: context.host.name,
+    resource: context.resource,
+  });
+}
+
+/** Raises VOLUME_IN_USE if somebody has the volume open, or it has COW snapshots, among `all`, that would go with it. */
+export async function requireClosed(
+  context: Context,
+  volume: LogicalVolume,
+  all: readonly LogicalVolume[],
+): Promise<void> {
+  const path = `${volume.volumeGroup}/${volume.name}`;
+  const snapshots = all.filter(({ kind, originUuid }) => kind === "cow" && originUuid === volume.uuid);
+  if (snapshots.length > 0) {
+    throw new LvmNbdError("VOLUME_IN_USE", {
+      message: `${path} is the origin of ${listed(snapshots.map(({ name }) => name))}, which would be removed with it`,
+      host: context.host.name,
+      resource: context.resource,
+    });
+  }
+  if (volume.open === false || !volume.active) return;
+  const holders = await holdersOf(context, volume);
+  if (holders.length > 0) throw inUse(context, `${path} is in use`, holders);
+}
+
+/**
+ * SHA-256 of the first bytes of a device, read from the disk; `undefined` if they cannot be read. What cannot be told is an
+ * error.
+ */
+export async function deviceSum(
+  context: Context,
+  path: string,
+  sizeBytes: number,
+): Promise<string | undefined> {
+  const command: RemoteCommand = {
+    argv: script(checkDeviceScript, path, String(sizeBytes)),
+    kind: "read",
+    deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),
+  };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 70) return undefined;
+  if (result.exitCode !== 0)
+    throw failure(context, command, result, `${path} could not be checked`, "COMMAND_FAILED");
+  return result.stdout.trim();
+}

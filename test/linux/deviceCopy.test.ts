@@ -1,0 +1,128 @@
+import { spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { copyPaths } from "../../provider/linux/copyJob.js";
+import {
+  checkDeviceScript,
+  deviceCopyArguments,
+  deviceCopyJob,
+  deviceCopyPrograms,
+  deviceJob,
+} from "../../provider/linux/deviceCopy.js";
+import { CopyHost } from "../support/copyHost.js";
+
+it("a job follows from the path alone, and is none of a file's", () => {
+  const job = deviceJob("/dev/VgVm/vm1");
+  expect(job.unit).toMatch(/^lvm-nbd-copy-[0-9a-f]{16}\.service$/);
+  expect(deviceJob("/dev/VgVm/vm1")).toEqual(job);
+  expect(deviceJob("/dev/VgVm/vm2")).not.toEqual(job);
+  expect(copyPaths("/backup/vm1").unit).not.toBe(job.unit);
+});
+
+it("nbdkit is told bits, and needed only for a limit", () => {
+  const plan = {
+    uri: "nbd://a/b",
+    connections: 2,
+    verify: false,
+    rest: "zero",
+    bandwidthLimit: 1000,
+  } as const;
+  expect(deviceCopyArguments({ unit: "u", run: "/run/x" }, "/dev/VgVm/part", plan)).toEqual([
+    "/run/x",
+    "/dev/VgVm/part",
+    "nbd://a/b",
+    "2",
+    "8000",
+    "no",
+    "zero",
+  ]);
+  expect(deviceCopyPrograms(plan)).toContain("nbdkit");
+  expect(deviceCopyPrograms({ bandwidthLimit: undefined })).not.toContain("nbdkit");
+});
+
+it("nothing of a volume is taken for zero that was not written", () => {
+  expect(deviceCopyJob).not.toContain("--destination-is-zero");
+  expect(deviceCopyJob).toContain("iflag=direct,");
+});
+
+describe("reading a device back", () => {
+  let folder: string;
+  const device = () => join(folder, "device");
+  beforeAll(() => {
+    folder = mkdtempSync(join(tmpdir(), "lvm-nbd-device-"));
+    mkdirSync(join(folder, "bin"));
+    writeFileSync(join(folder, "bin", "blockdev"), "#!/bin/sh\necho 512\n", { mode: 0o755 });
+    // As a device's: part of a sector cannot be read; every request is counted.
+    const dd = `#!/bin/sh
+      for arg; do case $arg in count=*) [ $((\${arg#count=} % 512)) = 0 ] || { echo "Invalid argument" >&2; exit 1; };; esac; done
+      for arg; do shift; case $arg in iflag=direct,*) arg=iflag=\${arg#iflag=direct,};; iflag=*) exit 9;; esac; set -- "$@" "$arg"; done
+      PATH=\${PATH#*:} exec dd "$@"\n`;
+    writeFileSync(join(folder, "bin", "dd"), dd, { mode: 0o755 });
+    writeFileSync(device(), "content".repeat(1000).padEnd(8192, "#"));
+  });
+  afterAll(() => rmSync(folder, { recursive: true }));
+
+  const check = (path: string, bytes: number, programs = process.env.PATH) => {
+    const argv = ["-c", checkDeviceScript, "sh", path, String(bytes)];
+    const env = { PATH: `${join(folder, "bin")}:${programs}` };
+    const { status, stdout } = spawnSync("/bin/sh", argv, { env, encoding: "utf8" });
+    return { status, stdout: stdout.trim() };
+  };
+
+  it.each([7000, 512, 1, 8192])("gives the checksum of its first %d bytes", (bytes) => {
+    const content = "content".repeat(1000).padEnd(8192, "#").slice(0, bytes);
+    const stdout = createHash("sha256").update(content).digest("hex");
+    expect(check(device(), bytes)).toEqual({ status: 0, stdout });
+  });
+
+  it("fails as unreadable where reading fails", () => {
+    expect(check(folder, 512)).toEqual({ status: 70, stdout: "" });
+  });
+
+  it("does not call it unreadable for want of a program", () => {
+    expect(check(device(), 512, "/nowhere")).toEqual({ status: 71, stdout: "" });
+  });
+});
+
+describe("a job onto a volume that is there", () => {
+  let host: CopyHost;
+  beforeAll(() => {
+    host = new CopyHost();
+    host.serve("content".repeat(1000));
+  });
+  afterAll(() => host.close());
+
+  const run = async (device: string, rest: "zero" | "keep") => {
+    const folder = join(host.disk, "job");
+    rmSync(folder, { recursive: true, force: true });
+    mkdirSync(folder);
+    mkdirSync(dirname(host.device("old")), { recursive: true });
+    writeFileSync(host.device("old"), device);
+    const plan = { uri: "nbd://a/b", connections: 1, verify: true, bandwidthLimit: undefined, rest };
+    const args = deviceCopyArguments({ unit: "-", run: folder }, "/dev/VgVm/old", plan);
+    const argv = ["sh", "-c", deviceCopyJob, "sh", ...args];
+    const { exitCode } = await host.run({ argv, kind: "read", deadlineSeconds: 30 });
+    const told = (name: string) => readFileSync(join(folder, name), "utf8");
+    return { exitCode, told, held: readFileSync(host.device("old"), "utf8") };
+  };
+
+  it.each([
+    ["zero", "\0"],
+    ["keep", "#"],
+  ] as const)("makes what lies behind the content %s", async (rest, behind) => {
+    const { exitCode, told, held } = await run("#".repeat(8192), rest);
+    expect(exitCode).toBe(0);
+    expect(held).toBe("content".repeat(1000).padEnd(8192, behind));
+    expect(JSON.parse(told("result"))).toMatchObject({ sizeBytes: 7000, facts: "8192", verified: true });
+  });
+
+  it("does not begin on one that is too small", async () => {
+    const { exitCode, told, held } = await run("#".repeat(6999), "keep");
+    expect(exitCode).toBe(1);
+    expect(told("failure")).toMatch(/has 6999 bytes, fewer than the source with 7000/);
+    expect(held).toBe("#".repeat(6999));
+  });
+});
