@@ -20,6 +20,8 @@ export = async () => {
   const config = new pulumi.Config();
   const host = config.require("backupHost");
   const folder = config.require("folder");
+  // Where the disk of the backups is mounted: without it nothing is to be written to the disk below.
+  const mountPoint = config.get("mountPoint");
   const today = config.get("today");
   const vms: Vm[] = JSON.parse(readFileSync(config.require("vms"), "utf8"));
 
@@ -38,6 +40,7 @@ export = async () => {
         volumes: vm.volumes,
         keep,
         made,
+        ...(mountPoint ? { mountPoint } : {}),
         ...(today ? { now: new Date(today) } : {}),
       }),
   );

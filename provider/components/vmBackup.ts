@@ -24,7 +24,7 @@ export interface VmBackupVolume {
 export interface VmBackupArgs
   extends Pick<
     BackupImageArgs,
-    "host" | "source" | "compress" | "connections" | "bandwidthLimit" | "verify" | "deepCheck"
+    "host" | "source" | "mountPoint" | "compress" | "connections" | "bandwidthLimit" | "verify" | "deepCheck"
   > {
   /** Absolute path of the folder on the host in which the images are: `NAME.GROUP.VOLUME.DAY.FORMAT`. It must exist. */
   readonly folder: string;

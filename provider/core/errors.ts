@@ -79,6 +79,8 @@ export const errorCodes = {
   NO_FREE_DEVICE: "No NBD device is free on the host. Detach what is not needed.",
   DIRECTORY_NOT_FOUND:
     "The folder of `file` does not exist on the host, or cannot be written. Create it, mount what belongs there, or correct `file`.",
+  NOT_MOUNTED:
+    "Nothing is mounted at `mountPoint`, so the image would go to the disk below it. Nothing was written. Mount the disk of the images and run again.",
   ANOTHER_FILE_SYSTEM:
     "The copy is not there, and its folder is on another file system than when it was made: the disk of the backups is probably not mounted. Nothing is taken for gone. Mount it and run again. If the disk was replaced for good, so that its copies are lost, take them out of the state with `pulumi state delete URN` (`pulumi stack --show-urns` lists them), and run again: they are copied anew.",
   FILE_IN_USE:

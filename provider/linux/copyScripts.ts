@@ -99,9 +99,10 @@ emit end ""
 /** Whether a copy can be made. Arguments: uri ("" while nothing is exported yet), programs. */
 export const preflightCopyScript = `${emitFunctions}${missingFunction}
 ${takePaths}
-parent=\${file%/*} uri=$1; shift
+parent=\${file%/*} uri=$1 mount=$2; shift 2
 [ -n "$parent" ] || parent=/
 emit_missing "$@"
+if [ -n "$mount" ] && mountpoint -q "$mount"; then emit mounted yes; fi
 if [ -d "$parent" ]; then emit parent yes; fi
 if [ -d "$parent" ] && [ -w "$parent" ]; then emit writable yes; fi
 if [ -e "$manifest" ] || [ -L "$manifest" ]; then emit manifest yes; fi

@@ -39,6 +39,7 @@ import {
   isFinalFailure,
   isRotten,
   keepImage,
+  mountPointProblems,
   noImage,
   observeImage,
   removeImage,
@@ -586,8 +587,8 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
     changes.push({ property: "volumes", effect: sameFiles ? "connection" : "update" });
   }
   // How the next one is to be made.
-  const later = ["source", "format", "compress", "connections", "bandwidthLimit", "verify", "deepCheck"];
-  for (const property of [...later, "existing"] as (keyof Inputs)[])
+  const later = ["source", "mountPoint", "format", "compress", "connections", "bandwidthLimit", "verify"];
+  for (const property of [...later, "deepCheck", "existing"] as (keyof Inputs)[])
     if (changed(property)) changes.push({ property, effect: "connection" });
   return changes;
 }
@@ -600,7 +601,8 @@ function validate(
   const problems = compressProblems(wanted, unknown);
   const { volumes = [] } = wanted;
   const twice = (values: readonly string[]) => values.find((value, index) => values.indexOf(value) < index);
-  for (const [index, { volumeGroup }] of volumes.entries()) {
+  for (const [index, { volumeGroup, file }] of volumes.entries()) {
+    problems.push(...mountPointProblems({ ...wanted, file }, `volumes.${index}.file`));
     const reason = deviceMapperNameProblem(volumeGroup, snapshotNameSample);
     if (reason !== undefined)
       problems.push({

@@ -67,6 +67,14 @@ export const imageInputs = {
     .string()
     .superRefine(refusing(fileProblem))
     .describe("Absolute path of the image on the host. Its folder must exist."),
+  mountPoint: z
+    .string()
+    .superRefine(refusing(mountPointProblem))
+    .optional()
+    .describe(
+      "Where the disk of the images is mounted on the host: an image is refused while nothing is mounted there, instead of being " +
+        "written to the disk below. Default: what holds the folder is not asked.",
+    ),
   format: z.enum(["raw", "qcow2"]).default("raw").describe("Format of the image; both are sparse."),
   compress: z.boolean().default(false).describe('Whether a `"qcow2"` image is compressed.'),
   connections: z
@@ -136,6 +144,24 @@ export function compressProblems(
 ): Problem[] {
   if (compress !== true || unknown.has("format") || format === "qcow2") return [];
   return [{ property: "compress", reason: 'needs `format: "qcow2"`: a raw image cannot be compressed' }];
+}
+
+/** An image lies below its `mountPoint`. `property`: the file's. */
+export function mountPointProblems(
+  { file, mountPoint }: { readonly file?: string | undefined; readonly mountPoint?: string | undefined },
+  property: string,
+): Problem[] {
+  if (file === undefined || mountPoint === undefined) return [];
+  if (file.startsWith(mountPoint === "/" ? mountPoint : `${mountPoint}/`)) return [];
+  return [{ property, reason: `"${file}" is not below \`mountPoint\` "${mountPoint}"` }];
+}
+
+function mountPointProblem(path: string): string | undefined {
+  if (path !== "/" && !/^(\/[^/\p{Cc}]+)+$/u.test(path))
+    return `"${path}" must be an absolute path without a slash at its end, e.g. "/var/backups"`;
+  return path.split("/").some((part) => part === "." || part === "..")
+    ? `"${path}" must not hold "." and ".."`
+    : undefined;
 }
 
 const longestName = 255 - ".manifest.json.new".length;
@@ -372,12 +398,17 @@ async function requireHost(
   const folder = folderOf(wanted.file);
   const command: RemoteCommand = {
     ...quick,
-    argv: scriptOn(paths, preflightCopyScript, uri, ...copyPrograms(planOf({ ...wanted, uri }))),
+    argv: scriptOn(
+      ...[paths, preflightCopyScript, uri, wanted.mountPoint ?? ""],
+      ...copyPrograms(planOf({ ...wanted, uri })),
+    ),
   };
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
   const missing = missingPrograms(fields);
   if (missing !== undefined) throw refused(context, "PROGRAM_MISSING", "host", missing);
+  if (wanted.mountPoint !== undefined && !fields.has("mounted"))
+    throw refused(context, "NOT_MOUNTED", "mountPoint", `nothing is mounted at ${wanted.mountPoint}`);
   if (!fields.has("parent"))
     throw refused(context, "DIRECTORY_NOT_FOUND", "file", `there is no folder ${folder}`);
   if (!fields.has("writable"))

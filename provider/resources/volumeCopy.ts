@@ -38,6 +38,7 @@ import {
   inspectImage,
   isAsMade,
   isRotten,
+  mountPointProblems,
   noImage,
   observeImage,
   removeImage,
@@ -185,7 +186,7 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   // An image that is verified is so also where that is no longer asked for.
   if (changed("verify"))
     changes.push({ property: "verify", effect: wanted.verify === false ? "connection" : "update" });
-  for (const property of ["connections", "bandwidthLimit", "deepCheck"] as const) {
+  for (const property of ["mountPoint", "connections", "bandwidthLimit", "deepCheck"] as const) {
     if (changed(property)) changes.push({ property, effect: "connection" });
   }
   if (state.state !== "complete") changes.push({ property: "state", effect: "update" });
@@ -198,7 +199,7 @@ function validate(
   unknown: ReadonlySet<string>,
 ): Problem[] {
   const { file, volume } = wanted;
-  const problems = compressProblems(wanted, unknown);
+  const problems = [...compressProblems(wanted, unknown), ...mountPointProblems(wanted, "file")];
   const known = !unknown.has("file") && !unknown.has("volume");
   if (known && file === undefined && volume === undefined)
     problems.push({ property: "file", reason: "is required, unless `volume` is given: where the copy goes" });
@@ -209,6 +210,8 @@ function validate(
     });
   if (volume === undefined) return problems;
   problems.push(...volumeProblems(volume));
+  if (wanted.mountPoint !== undefined)
+    problems.push({ property: "mountPoint", reason: "is of a `file`: leave it out for a `volume`" });
   if (!unknown.has("format") && wanted.format !== undefined && wanted.format !== "raw")
     problems.push({
       property: "format",

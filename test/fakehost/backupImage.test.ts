@@ -517,6 +517,12 @@ describe("a backup that fails leaves nothing but its reason", () => {
     expect(sent.filter(({ kind }) => kind === "change")).toEqual([]);
   });
 
+  it("the disk of the backups is not mounted: nothing is frozen for it", async () => {
+    const error = await made({ mountPoint: destination.disk }).catch((reason: unknown) => reason);
+    expect(error).toMatchObject({ code: "NOT_MOUNTED" });
+    expect(sent.filter(({ kind }) => kind === "change")).toEqual([]);
+  });
+
   it("no such volume", () => fails("ORIGIN_NOT_FOUND", { origin: "smal" }));
 
   it("freeze fails", () =>

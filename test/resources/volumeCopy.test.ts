@@ -123,6 +123,9 @@ describe("bad input is refused before any host is asked", () => {
       { snapshot: { ...snapshot, uuid: undefined } },
       /^snapshot\.uuid: is required/,
     ],
+    ["a relative mount point", { mountPoint: "backup" }, /^mountPoint: .*absolute path/],
+    ["a mount point that climbs", { mountPoint: "/backup/.." }, /^mountPoint: .*"\.\."/],
+    ["a file beside the mount point", { mountPoint: "/back" }, /^file: .*not below `mountPoint` "\/back"/],
     ["an unknown property", { path: "/backup/vm1" }, /^path: is no property/],
   ])("%s", async (_what, change, message) => {
     const asked = untouchedHost();
@@ -213,6 +216,7 @@ describe("a copy", () => {
     ["bandwidthLimit", { bandwidthLimit: "20M" }],
     ["verify, which was done", { verify: false }],
     ["deepCheck", { deepCheck: true }],
+    ["mountPoint", { mountPoint: "/" }],
   ])("with another %s is not made anew", async (what, change) => {
     const property = what.split(",")[0];
     const state = await made();
@@ -296,6 +300,12 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
   it("there is no such folder", async () => {
     await fails("DIRECTORY_NOT_FOUND", /there is no folder .*nowhere/, {
       file: join(destination.disk, "nowhere/vm1"),
+    });
+  });
+
+  it("nothing is mounted where the disk of the images should be", async () => {
+    await fails("NOT_MOUNTED", new RegExp(`nothing is mounted at ${destination.disk}`), {
+      mountPoint: destination.disk,
     });
   });
 
