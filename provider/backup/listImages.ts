@@ -30,6 +30,8 @@ export interface Image {
   readonly origin: string | undefined;
   /** The files of all images of the same moment, this one's too. */
   readonly together: readonly string[];
+  /** What tells the moment of several images from others; `undefined` for an image that was made alone. */
+  readonly moment: string | undefined;
 }
 
 const listScript = `${imageFunctions}
@@ -100,11 +102,11 @@ function parseImages(stdout: string): Image[] {
     const generation = name.replace(/(?<=.)\.[^.]*$/, "");
     const { completedAt } = manifest;
     const { takenAt, volumeGroup, origin } = snapshotOf(manifest) ?? {};
-    const { together = [file] } = manifest;
+    const { together = [file], moment } = manifest;
     return [
       {
         ...{ file, generation, format, sha256, sizeBytes, completedAt, takenAt, verified, sound },
-        ...{ volumeGroup, origin, together },
+        ...{ volumeGroup, origin, together, moment },
       },
     ];
   });

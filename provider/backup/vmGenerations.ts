@@ -99,7 +99,10 @@ function found(wanted: VmWanted<NamedVolume>): Map<string, Image[]> {
 
 function isWhole(images: readonly Image[]): boolean {
   const files = images.map(({ file }) => file);
-  return images.every(({ sound, together }) => sound && together.every((file) => files.includes(file)));
+  const isOne = images.every(({ moment }) => moment === images[0]?.moment);
+  return (
+    isOne && images.every(({ sound, together }) => sound && together.every((file) => files.includes(file)))
+  );
 }
 
 function formatOf(format: string | undefined): "raw" | "qcow2" | undefined {

@@ -178,6 +178,12 @@ receive "$part/manifest.json" "$bytes" && mv -fT "$part/manifest.json" "$manifes
   mv -fT "$part/image" "$file" && sync "\${file%/*}/" && drop_all
 `;
 
+/** Ends with `fileInUse` if the file is open. */
+export const heldImageScript = `${copyFunctions}
+${takePaths}
+refuse_held "$file"
+`;
+
 /** Writes a manifest (stdin) anew. Arguments: facts and digest as seen, the manifest's length in bytes. */
 export const claimCopyScript = `${copyFunctions}
 ${takePaths}

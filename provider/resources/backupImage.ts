@@ -11,7 +11,7 @@ import { z } from "zod";
 import { succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { commonInputs, hostInput, refusing, triggersInput } from "../core/inputs.js";
-import { generationMark, ownerMark } from "../core/owner.js";
+import { digest, generationMark, ownerMark } from "../core/owner.js";
 import { ownerPhrase } from "../core/reconciler.js";
 import {
   type Change,
@@ -42,6 +42,7 @@ import {
   mountPointProblems,
   noImage,
   observeImage,
+  refuseHeldImages,
   removeImage,
   requireDestination,
   snapshotOf,
@@ -121,6 +122,8 @@ const inputs = z.strictObject({
 });
 
 const imageStates = ["complete", "changed", "corrupt", "missing"] as const;
+/** Of a set, the worst last. */
+const setStates = ["complete", "changed", "corrupt", "mixed", "missing"] as const;
 type ImageState = (typeof imageStates)[number];
 
 const { copyId, ...factsOfImage } = imageOutputs;
@@ -145,7 +148,11 @@ const outputs = z.object({
     .describe("The image of each volume, in the order of `volumes`."),
   takenAt: z.string().describe("The moment of the volumes (ISO 8601, by the source's clock)."),
   copyId,
-  state: z.enum(imageStates).describe("The worst state of an image."),
+  state: z
+    .enum(setStates)
+    .describe(
+      "The worst state of an image; `mixed` if the images are not of one moment, as after a backup that was cut while they got their names.",
+    ),
 });
 
 type Inputs = z.infer<typeof inputs>;
@@ -262,6 +269,8 @@ async function backUp(
       }
       const verified = await copyAll(context, moment, wanted, images, snapshots, copyId);
       committing = true;
+      // Between the first name and the last the set is of two moments: nothing foreseeable is to come between.
+      await refuseHeldImages(context, [...verified.keys()]);
       for (const { file } of wanted.volumes) {
         const [image, copy] = [images.get(file) ?? noImage, verified.get(file)];
         if (copy === undefined) await keepImage(context, { ...wanted, file }, image, copyId);
@@ -353,7 +362,8 @@ async function copyAll(
 ): Promise<Map<string, VerifiedCopy>> {
   const verified = new Map<string, VerifiedCopy>();
   const files = wanted.volumes.map(({ file }) => file);
-  const together = files.length > 1 ? { together: files } : {};
+  const uuids = snapshots.map(({ uuid }) => uuid).sort();
+  const together = files.length > 1 ? { together: files, moment: digest(uuids.join(" "), 16) } : {};
   for (const [index, part] of moment.parts.entries()) {
     const [file, snapshot] = [files[index], snapshots[index]];
     if (file === undefined || snapshot === undefined || isCopyOf(images.get(file), wanted, snapshot))
@@ -543,14 +553,25 @@ function toState(declared: Inputs | State, { images: seen }: Observed): State {
   });
   const takenAt = images.map((image) => image.takenAt).filter((time) => time !== "");
   const made = [...seen.values()].find(({ manifest }) => manifest !== undefined)?.manifest;
-  const states = images.map(({ state }) => state);
+  const states: State["state"][] = [
+    ...images.map(({ state }) => state),
+    ...(isMixed(seen) ? ["mixed" as const] : []),
+  ];
   return {
     ...declared,
     images,
     takenAt: takenAt.sort()[0] ?? "",
     copyId: before?.copyId ?? made?.copyId ?? "",
-    state: imageStates.findLast((state) => states.includes(state)) ?? "complete",
+    state: setStates.findLast((state) => states.includes(state)) ?? "complete",
   };
+}
+
+/** True if the images are not of one moment. */
+function isMixed(images: ReadonlyMap<string, ImageObservation>): boolean {
+  const moments = [...images.values()].flatMap(({ manifest }) =>
+    manifest === undefined ? [] : [manifest.moment],
+  );
+  return new Set(moments).size > 1;
 }
 
 function stateOf(
@@ -681,7 +702,9 @@ export const backupImage: ResourceType<Inputs, State, Observed> = {
   converge,
   remove,
   drift(state, seen) {
-    return toState(state, seen).images.flatMap(({ file, state: now }) => {
+    const now = toState(state, seen);
+    const mixed = `the images are of different moments: ${now.images.map(({ file, takenAt }) => `${file} of ${takenAt}`).join(", ")}. Each is good by itself; change \`triggers\` to back up all of them as of one moment`;
+    const ofImages = now.images.flatMap(({ file, state: now }) => {
       if (now === "complete") return [];
       const what = {
         changed: "was changed: its size or time of modification are not those of the manifest",
@@ -692,5 +715,6 @@ export const backupImage: ResourceType<Inputs, State, Observed> = {
         `${file} ${what}. It is left as it is, since a backup of now would not be what it was: remove the resource, or change \`triggers\` to put one of now in its place`,
       ];
     });
+    return now.state === "mixed" ? [mixed, ...ofImages] : ofImages;
   },
 };

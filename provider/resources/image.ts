@@ -31,6 +31,7 @@ import {
   discardCopyScript,
   fileInUse,
   followCopyScript,
+  heldImageScript,
   imageChanged,
   observeCopyScript,
   preflightCopyScript,
@@ -133,8 +134,9 @@ export const imageOutputs = {
 /** What is copied to where, for whom. */
 export interface CopyWanted extends z.infer<z.ZodObject<Omit<typeof imageInputs, "deepCheck">>>, CopySource {
   readonly owner: string;
-  /** The files of all images of the same moment, where they are several. */
+  /** The files of all images of the same moment, where they are several, and what tells that moment from others. */
   readonly together?: readonly string[] | undefined;
+  readonly moment?: string | undefined;
 }
 
 /** Only a qcow2 image can be compressed. */
@@ -201,8 +203,9 @@ const manifestShape = z.object({
   startedAt: z.string(),
   completedAt: z.string(),
   tools: z.string(),
-  /** The files of all images of the same moment, this one's too. */
+  /** The files of all images of the same moment, this one's too, and what tells that moment from others. */
   together: z.array(z.string()).optional(),
+  moment: z.string().optional(),
 });
 export type Manifest = z.infer<typeof manifestShape>;
 
@@ -368,16 +371,18 @@ export async function inspectImage(
   return { ...seen, content: result.stdout.trim() === sha256 ? "good" : "bad" };
 }
 
+function imageInUse(context: Context, what: string, { stdout }: CommandResult): LvmNbdError {
+  return new LvmNbdError("FILE_IN_USE", {
+    message: `${what}: it is held by ${stdout.trim().split("\n").join(", ")}`,
+    host: context.host.name,
+    resource: context.resource,
+  });
+}
+
 /** Runs one of the changing scripts. */
 async function change(context: Context, what: string, argv: string[], stdin?: string): Promise<void> {
   const explain = (command: RemoteCommand, result: CommandResult) => {
-    if (result.exitCode === fileInUse) {
-      return new LvmNbdError("FILE_IN_USE", {
-        message: `${what}: it is held by ${result.stdout.trim().split("\n").join(", ")}`,
-        host: context.host.name,
-        resource: context.resource,
-      });
-    }
+    if (result.exitCode === fileInUse) return imageInUse(context, what, result);
     if (result.exitCode !== imageChanged) return undefined;
     return failure(context, command, result, "somebody wrote the image after it was verified", "COPY_FAILED");
   };
@@ -525,6 +530,17 @@ function snapshotFacts(lv: LogicalVolume | undefined): object | undefined {
   );
 }
 
+/** Raises FILE_IN_USE, with who holds it, if one of the images that are to be replaced is open. Changes nothing. */
+export async function refuseHeldImages(context: Context, files: readonly string[]): Promise<void> {
+  for (const file of files) {
+    const command: RemoteCommand = { ...quick, argv: scriptOn(copyPaths(file), heldImageScript) };
+    const result = await context.host.run(command, context.signal);
+    if (result.exitCode === fileInUse) throw imageInUse(context, `${file} cannot be replaced`, result);
+    if (result.exitCode !== 0)
+      throw failure(context, command, result, `who holds ${file} could not be found out`, "COMMAND_FAILED");
+  }
+}
+
 /** Gives a verified copy its name. */
 export async function commitCopy(
   context: Context,
@@ -643,7 +659,7 @@ function manifestOf(
     startedAt: new Date(result.startedAt * 1000).toISOString(),
     completedAt: new Date(result.endedAt * 1000).toISOString(),
     tools: result.tools,
-    ...(wanted.together === undefined ? {} : { together: [...wanted.together] }),
+    ...(wanted.together === undefined ? {} : { together: [...wanted.together], moment: wanted.moment }),
   };
 }
 

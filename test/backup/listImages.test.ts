@@ -70,6 +70,7 @@ describe("the images in a folder", () => {
       ...{ sizeBytes: 1, verified: true, sound: true },
       ...{ completedAt: "2026-01-01T01:00:00.000Z", takenAt: "2026-01-01T00:00:00.000Z" },
       ...{ volumeGroup: "VgVm", origin: "vm", together: [join(folder, "2026-01-01.raw")] },
+      moment: undefined,
     });
   });
 

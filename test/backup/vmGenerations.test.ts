@@ -26,7 +26,7 @@ function moment(
       sizeBytes: 1,
     },
     ...{ completedAt: `${key}T02:00:00Z`, takenAt: `${key}T01:00:00Z`, verified: true, sound: true },
-    ...{ volumeGroup, origin, together },
+    ...{ volumeGroup, origin, together, moment: key },
     ...change,
   }));
 }
@@ -50,6 +50,15 @@ describe("the backups of a VM", () => {
         ],
       },
     ]);
+  });
+
+  it("of which the images are of two moments are no whole one: the last good one stays", () => {
+    const [vm, records] = [moment("2026-11-19"), moment("2026-11-19", [disk, data], { moment: "another" })];
+    const mixed = [...vm.slice(0, 1), ...records.slice(1)];
+    const made = [...mixed, ...moment("2026-11-18"), ...moment("2026-11-17")];
+    const kept = keys(wanted({ keep: { daily: 1 }, made }));
+    expect(kept).toContain("2026-11-18");
+    expect(kept).not.toContain("2026-11-17");
   });
 
   it("are, after thirty nights, each night exactly those that the policy keeps", () => {

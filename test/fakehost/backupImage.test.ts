@@ -2,7 +2,16 @@
  * BackupImage between two hosts: the source is a server of the fake world, with LVM, systemd and NBD; on the other one
  * the scripts run in a real shell, and what its NBD tools read is what the source serves at that moment.
  */
-import { appendFileSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  appendFileSync,
+  closeSync,
+  existsSync,
+  mkdirSync,
+  openSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
@@ -840,4 +849,55 @@ it("the folder of the backups may be made meanwhile", async () => {
   mkdirSync(join(destination.disk, "vms"));
   await made({ file: join(destination.disk, "vms/vm.raw") });
   expect(destination.left()).toContain("vms/vm.raw");
+});
+
+describe("the images of a set are of one moment", () => {
+  it("while one of them is open, none gets its name", async () => {
+    const state = await made(both());
+    write(later);
+    let held: number | undefined;
+    // Opened while its new copy is on its way.
+    onCommand = () => {
+      if (destination.started === 4) held ??= openSync(image("data.raw"), "r");
+      return undefined;
+    };
+    const wanted = await checked({ ...both(), triggers: [2] }, state);
+    await expect(handlers().update(state, wanted)).rejects.toThrow(
+      /FILE_IN_USE.*data\.raw cannot be replaced/,
+    );
+    onCommand = () => undefined;
+    expect(content()).toBe(before);
+    expect(await handlers().read(state)).toMatchObject({ state: "complete" });
+    if (held !== undefined) closeSync(held);
+    expect(await handlers().update(state, wanted)).toMatchObject({ state: "complete" });
+    expect(content()).toBe(later);
+    expect(destination.started).toBe(4);
+    expect(manifest().moment).toMatch(/^[0-9a-f]{16}$/);
+    expect(manifest("data.raw").moment).toBe(manifest().moment);
+  });
+
+  it("where a cut came between their names and the program was taken back, it is told that they are not", async () => {
+    const state = await made(both());
+    write(later);
+    onCommand = (index) => {
+      if (!sent[index]?.text.includes("$part/manifest.json")) return undefined;
+      return () => {
+        throw new Died("the provider died");
+      };
+    };
+    const wanted = await checked({ ...both(), triggers: [2] }, state);
+    await expect(handlers().update(state, wanted)).rejects.toBeInstanceOf(PartialFailure);
+    onCommand = () => undefined;
+    const after = await handlers().update(state, await checked(both(), state));
+    expect([content(), content("data.raw")]).toEqual([later, dataBefore]);
+    expect(after).toMatchObject({ state: "mixed", images: [{ state: "complete" }, { state: "complete" }] });
+    await handlers().read(after as Values);
+    expect(warnings.join()).toMatch(
+      /the images are of different moments: .*vm\.raw of .*data\.raw of .*change `triggers`/,
+    );
+    expect(destination.left()).toEqual(completeBoth);
+    expectSourceClean();
+    const again = await checked({ ...both(), triggers: [2] }, after as Values);
+    expect(await handlers().update(after as Values, again)).toMatchObject({ state: "complete" });
+  });
 });
