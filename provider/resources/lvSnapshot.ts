@@ -319,19 +319,26 @@ take() {
   said="$said$said_now
 "
   [ "$rc" = 0 ] || return "$rc"
-  taken=yes
+  taken="$taken $1/$2"
+}
+# What was taken before another one that could not be is of a moment that is given up.
+take_back() {
+  for one in $taken; do
+    lvremove -y -S 'lv_tags={"${makingMark}"}' "$one" </dev/null 8>&- 9>&- >&2 || exit 1
+  done
 }
 each refuse_there "$@"
 tries=0
 while :; do
   each await_lock "$@" || exit 1
-  thawed=no said='' taken=no
+  thawed=no said='' taken=''
   timeout -k 5 "$limit" sh -c "$freeze" </dev/null >&2 8>&- 9>&- || exit 90
   each take "$@"
   thaw
   printf '%s' "$said" >&2
   tries=$((tries+1))
-  [ "$locked" = yes ] && [ "$taken" = no ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
+  [ "$locked" = yes ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
+  take_back
 done
 [ "$thaw_rc" = 0 ] || { [ "$rc" = 0 ] && exit 91; exit 92; }
 [ "$rc" = 0 ] || exit "$rc"
@@ -365,9 +372,12 @@ export async function takeTogether(
     wanted.length === 1 ? `the snapshot ${names} of ${first.origin}` : `${wanted.length} snapshots, ${names}`;
   context.progress(quiesce === undefined ? `taking ${what}` : `freezing, taking ${what}, thawing`);
   const command = takeCommand(wanted, first, quiesce);
-  const result = await serially(context.host, first.volumeGroup, () =>
-    context.host.run(command, context.signal),
-  );
+  // Always in the same order: two of them never wait for each other.
+  const groups = [...new Set(wanted.map(({ volumeGroup }) => volumeGroup))].sort();
+  const result = await groups.reduceRight(
+    (inner, group) => () => serially(context.host, group, inner),
+    () => context.host.run(command, context.signal),
+  )();
   if (result.exitCode !== 0) throw takeFailure(context, wanted, quiesce, command, result);
 }
 

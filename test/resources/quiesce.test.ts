@@ -3,7 +3,7 @@ import { type ChildProcess, execFileSync, spawn } from "node:child_process";
 import { chmodSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterEach, beforeEach, expect, it, vi } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import type { Context } from "../../provider/core/resource.js";
 import { lvSnapshotInputs, takeTogether } from "../../provider/resources/lvSnapshot.js";
 import { fakeHost, handlersOn } from "../support/fakeHost.js";
@@ -55,7 +55,13 @@ async function commandOfTwo(freeze: string, thaw: string): Promise<readonly stri
 }
 
 function start(argv: readonly string[], lvcreate: string, lvs = "exit 5"): ChildProcess {
-  for (const [name, text] of Object.entries({ lvcreate, lvs, vgs: "exit 0", lvchange: "exit 0" })) {
+  for (const [name, text] of Object.entries({
+    lvcreate,
+    lvs,
+    vgs: "exit 0",
+    lvchange: "exit 0",
+    lvremove: note('"lvremove $*"'),
+  })) {
     const program = join(folder, name);
     writeFileSync(program, `#!/bin/sh\n${text}\n`);
     chmodSync(program, 0o755);
@@ -183,11 +189,32 @@ it("takes no second snapshot after a first that failed, thaws, and tells its exi
   expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
 });
 
-it("freezes no second time a moment of which a part was taken", async () => {
-  const argv = await commandOfTwo(note("freeze"), note("thaw"));
-  const second = `case "$*" in *"-n b"*) echo "Can't get lock for VgVm" >&2; exit 5;; esac; ${note("lvcreate")}`;
-  expect(await ended(start(argv, second))).toBe(5);
-  expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
+describe("where LVM's lock is taken before a later snapshot of a moment,", () => {
+  const later = (busyTimes: number) =>
+    `case "$*" in *"-n b"*) ;; *) ${note("a")}; exit 0;; esac; ${busy(busyTimes)}`;
+
+  it("what was taken is removed once the VM runs again, and all are taken anew as of one moment", async () => {
+    const argv = await commandOfTwo(note("freeze"), note("thaw"));
+    expect(await ended(start(argv, later(10)))).toBe(0);
+    const removed = expect.stringMatching(/^lvremove -y -S lv_tags=\{"lvm-nbd.making"\} VgVm\/a$/);
+    expect(log()).toEqual(["freeze", "a", "thaw", removed, "freeze", "a", taken, "thaw"]);
+  });
+
+  it("it gives up in the end, thawed", async () => {
+    const argv = await commandOfTwo(note("freeze"), note("thaw"));
+    expect(await ended(start(argv, later(100)))).toBe(5);
+    expect(log().filter((line) => !line.startsWith("lvremove"))).toEqual([
+      "freeze",
+      "a",
+      "thaw",
+      "freeze",
+      "a",
+      "thaw",
+      "freeze",
+      "a",
+      "thaw",
+    ]);
+  });
 });
 
 it("freezes nothing where one of the snapshots is there already", async () => {
