@@ -13,7 +13,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
@@ -24,6 +24,10 @@ import { CopyHost } from "../support/copyHost.js";
 import { before, expectOthersUntouched, furnish, later, ours } from "./program.js";
 import type { Values } from "./stack.js";
 import { FakeWorld } from "./world.js";
+
+vi.mock("node:timers/promises", async (original) =>
+  (await import("../support/shortWaits.js")).shortWaits(await original()),
+);
 
 const MiB = 1024 ** 2;
 const none: ReadonlySet<string> = new Set();

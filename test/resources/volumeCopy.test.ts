@@ -9,7 +9,7 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
-import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
@@ -18,6 +18,10 @@ import type { Host } from "../../provider/ssh/types.js";
 import { CopyHost } from "../support/copyHost.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { recordedLvs } from "../support/recorded.js";
+
+vi.mock("node:timers/promises", async (original) =>
+  (await import("../support/shortWaits.js")).shortWaits(await original()),
+);
 
 type Values = Readonly<Record<string, unknown>>;
 const none: ReadonlySet<string> = new Set();
