@@ -39,6 +39,7 @@ import {
   startCopyScript,
 } from "../linux/copyScripts.js";
 import { parseFields } from "../linux/fields.js";
+import { fileProblem, imageFormats } from "../linux/imageFile.js";
 import type { LogicalVolume } from "../linux/lvm.js";
 import { missingPrograms } from "../linux/programs.js";
 import { hostName } from "../ssh/config.js";
@@ -76,7 +77,7 @@ export const imageInputs = {
       "Where the disk of the images is mounted on the host: an image is refused while nothing is mounted there, instead of being " +
         "written to the disk below. Default: what holds the folder is not asked.",
     ),
-  format: z.enum(["raw", "qcow2"]).default("raw").describe("Format of the image; both are sparse."),
+  format: z.enum(imageFormats).default("raw").describe("Format of the image; both are sparse."),
   compress: z.boolean().default(false).describe('Whether a `"qcow2"` image is compressed.'),
   connections: z
     .number()
@@ -164,23 +165,6 @@ function mountPointProblem(path: string): string | undefined {
   return path.split("/").some((part) => part === "." || part === "..")
     ? `"${path}" must not hold "." and ".."`
     : undefined;
-}
-
-const longestName = 255 - ".manifest.json.new".length;
-
-/** Why the path cannot be an image's; `undefined` when it is good. */
-function fileProblem(file: string): string | undefined {
-  if (!file.startsWith("/")) return `"${file}" must be an absolute path, e.g. "/var/backups/vm1.raw"`;
-  if (/\p{Cc}/u.test(file)) return "must not hold control characters";
-  const parts = file.slice(1).split("/");
-  if (parts.some((part) => part === "" || part === "." || part === ".."))
-    return `"${file}" must name a file without empty parts, "." and ".."`;
-  if (/^\/(dev|proc|sys|run)\//.test(file))
-    return `"${file}" does not outlive a reboot: name a file on a disk, e.g. "/var/backups/vm1.raw"`;
-  if (/\.(part|manifest\.json)$/.test(file)) return `"${file}" must not end in .part or .manifest.json`;
-  if (Buffer.byteLength(parts.at(-1) ?? "") > longestName)
-    return `has a name of more than ${longestName} bytes, which leaves no room for the manifest's`;
-  return undefined;
 }
 
 /** JSON beside the image. Fields are added, never changed: an image outlives the provider's version. */

@@ -43,3 +43,13 @@ export function recordedPreview(
 ): string {
   return readFileSync(join(process.cwd(), "test", "recorded", "preview", `${state}.jsonl`), "utf8");
 }
+
+/** What `qemu-img info --output=json` (QEMU 7.2) printed of a qcow2 image without or with another file. */
+export function recordedImageInfo(name: "plain" | "backingFile" | "dataFile"): string {
+  return readFileSync(join(process.cwd(), "test", "recorded", `imageInfo.${name}.json`), "utf8");
+}
+
+/** The unit of an export of a device, as versions wrote it that knew no other. */
+export function recordedExportUnit(): string {
+  return readFileSync(join(process.cwd(), "test", "recorded", "exportOfDevice.service"), "utf8");
+}
