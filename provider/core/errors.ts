@@ -66,6 +66,10 @@ export const errorCodes = {
   DEVICE_NOT_BLOCK: "The path is not a block device. Name one, e.g. `/dev/VG/LV`.",
   DEVICE_UNREADABLE:
     "The device exists but cannot be read, e.g. an overflowed snapshot; dd's words are in the message. Run `pulumi up --refresh`, which takes an overflowed one anew.",
+  FILE_NOT_FOUND:
+    "The image does not exist on the host. Correct `file`, or mount the disk that it is on, and run again.",
+  FILE_UNSUITABLE:
+    "The file cannot be served: it is no regular file, a symbolic link, not readable for a root without capabilities, no image of the declared `format`, or one that needs another file; the message says which. Nothing was touched. Name another `file`, or correct `format`.",
   PORT_IN_USE: "Another program listens on that address and port. Choose another `port`, or stop it.",
   ADDRESS_NOT_LOCAL: "The listen address is not an address of the host. Choose one that `ip address` lists.",
   EXPORT_NOT_SERVING:
@@ -84,7 +88,7 @@ export const errorCodes = {
   ANOTHER_FILE_SYSTEM:
     "The copy is not there, and its folder is on another file system than when it was made: the disk of the backups is probably not mounted. Nothing is taken for gone. Mount it and run again. If the disk was replaced for good, so that its copies are lost, take them out of the state with `pulumi state delete URN` (`pulumi stack --show-urns` lists them), and run again: they are copied anew.",
   FILE_IN_USE:
-    "The file is open; the message names who holds it. Nothing was replaced or removed. End what holds it and run again.",
+    "The file is open, or exported; the message names who holds it. Nothing was replaced or removed. End what holds it and run again.",
   COPY_FAILED:
     "The copy broke off; what had been copied was removed, and an earlier copy of that name is untouched. The last lines of the job are in the message. Put right what they name and run again.",
   COPY_MISMATCH:

@@ -1,7 +1,15 @@
-/** The systemd unit of an export: hardened, bound to one device, its clients enforced by the kernel. */
+/** The systemd unit of an export: hardened, bound to one device or image, its clients enforced by the kernel. */
 import { ownerMark } from "../core/owner.js";
 import { isAnyAddress, isLoopback } from "./addresses.js";
-import { type NbdServer, nbdServerConfig, nbdUri, serverCommand } from "./nbd.js";
+import { folderOf } from "./copyJob.js";
+import {
+  type NbdServer,
+  nbdServerConfig,
+  nbdUri,
+  type Served,
+  type ServeOptions,
+  serverCommand,
+} from "./nbd.js";
 import {
   type Directive,
   deviceUnit,
@@ -9,22 +17,38 @@ import {
   literal,
   ownDirective,
   ownSection,
+  pathUnit,
+  quotedPath,
   renderUnit,
 } from "./systemd.js";
 import { unitName } from "./unitName.js";
 
 /** All that the unit is made from; it is kept in the unit itself, so that it can be read back. */
-export interface ExportPlan {
+export type ExportPlan = ExportTerms & Served;
+
+interface ExportTerms extends FoundOnHost {
   readonly owner: string;
-  readonly device: string;
   readonly exportName: string;
   readonly listenAddress: string;
   readonly port: number;
   readonly readOnly: boolean;
   readonly clients: readonly string[];
   readonly server: NbdServer;
+}
+
+/** What the host itself tells. */
+export interface FoundOnHost {
   /** From where the host reaches the listen address, if not from that itself (a second address of a network). */
   readonly ownAddress?: string | undefined;
+  /** Where `file` really is, if symbolic links lead to its folder. */
+  readonly realPath?: string | undefined;
+  /** Where the file system of `file` is mounted, if it is not that of `/`. */
+  readonly mountPoint?: string | undefined;
+}
+
+/** As the server is to see it. */
+function serveOptions(plan: ExportPlan): ServeOptions {
+  return "file" in plan ? { ...plan, file: plan.realPath ?? plan.file } : plan;
 }
 
 export function exportUnitName(exportName: string): string {
@@ -37,7 +61,7 @@ export function exportConfigPath(exportName: string): string {
 }
 
 export function exportConfig(plan: ExportPlan): string | undefined {
-  return plan.server === "nbd-server" ? nbdServerConfig(plan) : undefined;
+  return plan.server === "nbd-server" ? nbdServerConfig(serveOptions(plan)) : undefined;
 }
 
 /** Where the host itself reaches the export to look at it. */
@@ -59,15 +83,89 @@ export function allowedAddresses(
   return [...new Set([...plan.clients, itself, ...(plan.ownAddress === undefined ? [] : [plan.ownAddress])])];
 }
 
+/** What the unit has for the thing that it serves. */
+interface Subject {
+  /** For people. */
+  readonly name: string;
+  /** Without it the unit does not run, and with it it starts. */
+  readonly needs: readonly Directive[];
+  readonly unit: string | undefined;
+  /** Whom the server runs as, and what it sees. */
+  readonly rights: readonly Directive[];
+  readonly protectHome: string;
+  readonly own: readonly Directive[];
+}
+
+function deviceSubject({
+  device,
+  readOnly,
+}: {
+  readonly device: string;
+  readonly readOnly: boolean;
+}): Subject {
+  const unit = literal(deviceUnit(device));
+  return {
+    name: device,
+    needs: [["Requires", unit]],
+    unit,
+    rights: [
+      ["DynamicUser", "yes"],
+      ["SupplementaryGroups", "disk"],
+      ["DevicePolicy", "closed"],
+      ["DeviceAllow", `${literal(device)} ${readOnly ? "r" : "rw"}`],
+    ],
+    protectHome: "yes",
+    own: [["Device", device]],
+  };
+}
+
+/** What a server needs of the host beside the image: programs and libraries. `-`: where it is there. */
+const programPaths =
+  "/usr -/bin -/sbin -/lib -/lib32 -/lib64 -/etc/ld.so.cache -/run/systemd/journal/dev-log";
+
+/**
+ * The image stays root's alone, so the server runs as root: without any capability, and in a file system in which there is
+ * nothing else of the host but programs. A root without capabilities owns, and reads, whatever is root's.
+ */
+function imageSubject(plan: ExportTerms & { readonly file: string; readonly format: string }): Subject {
+  const path = plan.realPath ?? plan.file;
+  const unit = plan.mountPoint && literal(pathUnit(plan.mountPoint, "mount"));
+  const nbdServer = plan.server === "nbd-server";
+  return {
+    name: plan.file,
+    // Also BindsTo: a file system that is unmounted would stay in use here, unseen.
+    needs: [["RequiresMountsFor", quotedPath(folderOf(path))], ...(unit ? [["BindsTo", unit] as const] : [])],
+    unit,
+    rights: [
+      ["PrivateDevices", "yes"],
+      ["DevicePolicy", "closed"],
+      // An empty folder, in which only what is bound appears.
+      ["RootDirectory", "%t/%N"],
+      ["RuntimeDirectory", "%N"],
+      ["MountAPIVFS", "yes"],
+      ["BindReadOnlyPaths", programPaths],
+      ["BindReadOnlyPaths", quotedPath(path)],
+      ...(nbdServer ? [["BindReadOnlyPaths", quotedPath(exportConfigPath(plan.exportName))] as const] : []),
+    ],
+    protectHome: "tmpfs",
+    own: [
+      ["File", plan.file],
+      ["RealPath", path],
+      ["Format", plan.format],
+    ],
+  };
+}
+
 /** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */
 export function renderExportUnit(plan: ExportPlan): string {
-  const device = deviceUnit(plan.device);
+  const subject = "file" in plan ? imageSubject(plan) : deviceSubject(plan);
+  const also = subject.unit === undefined ? "" : ` ${subject.unit}`;
   const low = plan.port < 1024 ? "CAP_NET_BIND_SERVICE" : "";
   return renderUnit({
     Unit: [
-      ["Description", literal(`lvm-nbd: export ${plan.exportName} of ${plan.device}`)],
-      ["Requires", literal(device)],
-      ["After", `network-online.target ${literal(device)}`],
+      ["Description", literal(`lvm-nbd: export ${plan.exportName} of ${subject.name}`)],
+      ...subject.needs,
+      ["After", `network-online.target${also}`],
       ["Wants", "network-online.target"],
       ["StartLimitIntervalSec", "0"],
     ],
@@ -82,15 +180,12 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["TimeoutStopSec", "10"],
       ["IPAddressDeny", "any"],
       ["IPAddressAllow", allowedAddresses(plan).join(" ")],
-      ["DynamicUser", "yes"],
-      ["SupplementaryGroups", "disk"],
-      ["DevicePolicy", "closed"],
-      ["DeviceAllow", `${literal(plan.device)} ${plan.readOnly ? "r" : "rw"}`],
+      ...subject.rights,
       ["CapabilityBoundingSet", low],
       ["AmbientCapabilities", low],
       ["NoNewPrivileges", "yes"],
       ["ProtectSystem", "strict"],
-      ["ProtectHome", "yes"],
+      ["ProtectHome", subject.protectHome],
       ["PrivateTmp", "yes"],
       ["ProtectProc", "invisible"],
       ["ProcSubset", "pid"],
@@ -114,11 +209,11 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["SystemCallErrorNumber", "EPERM"],
       ["UMask", "0077"],
     ],
-    // Also by the device: one that appears later than systemd waits for it at boot starts the export then.
-    Install: [["WantedBy", `multi-user.target ${literal(device)}`]],
+    // Also by the device or mount: one that appears later than systemd waits for it at boot starts the export then.
+    Install: [["WantedBy", `multi-user.target${also}`]],
     [ownSection]: [
       ["Mark", ownerMark(plan.owner)],
-      ["Device", plan.device],
+      ...subject.own,
       ["ProbeUri", probeUri(plan)],
       ["Plan", JSON.stringify(plan)],
     ],
@@ -126,7 +221,7 @@ export function renderExportUnit(plan: ExportPlan): string {
 }
 
 function start(plan: ExportPlan): Directive[] {
-  const command = execLine(serverCommand(plan.server, plan, exportConfigPath(plan.exportName)));
+  const command = execLine(serverCommand(plan.server, serveOptions(plan), exportConfigPath(plan.exportName)));
   if (plan.server !== "nbd-server")
     return [
       ["Type", "exec"],
@@ -134,7 +229,7 @@ function start(plan: ExportPlan): Directive[] {
     ];
   return [
     ["Type", "forking"],
-    ["RuntimeDirectory", "%N"],
+    ...("file" in plan ? [] : [["RuntimeDirectory", "%N"] as const]),
     ["ExecStart", `${command} -p %t/%N/pid`],
   ];
 }

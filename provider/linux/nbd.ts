@@ -1,5 +1,6 @@
 /** NBD: URIs, servers' command lines and the client's, as pure functions. Sources: nbd-uri(7), nbdkit(1), nbd-server(5), qemu-nbd(8), nbd-client(8). */
 import { isIP } from "node:net";
+import type { ImageFormat } from "./imageFile.js";
 
 /** Programs that can serve an export. */
 export const nbdServers = ["nbdkit", "nbd-server", "qemu-nbd"] as const;
@@ -43,12 +44,21 @@ function decoded(name: string, uri: string): string {
   }
 }
 
-/** What a server process is to serve. */
-export interface ServeOptions extends Pick<NbdEndpoint, "port" | "exportName"> {
-  readonly device: string;
-  readonly listenAddress: string;
-  readonly readOnly: boolean;
+/** What is served: a block device, or the content of an image. */
+export type Served = { readonly device: string } | { readonly file: string; readonly format: ImageFormat };
+
+export function pathOf(served: Served): string {
+  return "file" in served ? served.file : served.device;
 }
+
+/** Whether the server can serve an image of the format. */
+export function canServe(server: NbdServer, format: ImageFormat): boolean {
+  return format === "raw" || server === "qemu-nbd";
+}
+
+/** What a server process is to serve. */
+export type ServeOptions = Served &
+  Pick<NbdEndpoint, "port" | "exportName"> & { readonly listenAddress: string; readonly readOnly: boolean };
 
 /** The command line of a server; in the foreground, but for nbd-server. nbd-server reads `nbdServerConfig` from `configPath`. */
 export function serverCommand(server: NbdServer, serve: ServeOptions, configPath: string): string[] {
@@ -64,7 +74,7 @@ export function serverCommand(server: NbdServer, serve: ServeOptions, configPath
         String(serve.port),
         "--filter=exportname",
         "file",
-        `file=${serve.device}`,
+        `file=${pathOf(serve)}`,
         "cache=none",
         "exportname-strict=true",
         `exportname=${serve.exportName}`,
@@ -82,17 +92,27 @@ export function serverCommand(server: NbdServer, serve: ServeOptions, configPath
         "0",
         "-x",
         serve.exportName,
-        "-f",
-        "raw",
-        "--cache=none",
-        "--aio=native",
+        ...qemuOptions(serve),
         "-b",
         serve.listenAddress,
         "-p",
         String(serve.port),
-        serve.device,
+        qemuSource(serve),
       ];
   }
+}
+
+/** A raw image is never probed for another format; not every file system knows direct I/O. */
+function qemuOptions(served: Served): string[] {
+  if (!("file" in served)) return ["-f", "raw", "--cache=none", "--aio=native"];
+  return served.format === "raw" ? ["-f", "raw"] : [];
+}
+
+/** Of a qcow2 image no other file that it names is read. */
+function qemuSource(served: Served): string {
+  if (!("file" in served) || served.format === "raw") return pathOf(served);
+  const file = { driver: "file", filename: served.file };
+  return `json:${JSON.stringify({ driver: served.format, backing: null, file })}`;
 }
 
 /** nbd-server(5). No user or allow-list: the unit drops rights, and the kernel keeps others out. */
@@ -102,7 +122,7 @@ export function nbdServerConfig(serve: ServeOptions): string {
     `listenaddr=${serve.listenAddress}`,
     `port=${serve.port}`,
     `[${serve.exportName}]`,
-    `exportname=${serve.device.replaceAll("\\", "\\\\")}`,
+    `exportname=${pathOf(serve).replaceAll("\\", "\\\\")}`,
     `readonly=${serve.readOnly}`,
     "virtstyle=none",
     "",

@@ -7,6 +7,7 @@ const packageOf: Readonly<Record<string, string>> = {
   "nbd-client": "nbd-client (Debian) or nbd (RPM distributions)",
   "qemu-nbd": "qemu-utils (Debian) or qemu-img (RPM distributions)",
   "qemu-img": "qemu-utils (Debian) or qemu-img (RPM distributions)",
+  setpriv: "util-linux",
   nbdinfo: "libnbd-bin (Debian) or libnbd (RPM distributions)",
   nbdcopy: "libnbd-bin (Debian) or libnbd (RPM distributions)",
 };

@@ -37,6 +37,11 @@ export function literal(value: string): string {
   return value.replaceAll("%", "%%");
 }
 
+/** A path in a list of them: quoted, and nothing in it is expanded. */
+export function quotedPath(path: string): string {
+  return `"${literal(path).replace(/[\\"]/g, "\\$&")}"`;
+}
+
 /** The unit of a device. */
 export function deviceUnit(path: string): string {
   return pathUnit(path, "device");

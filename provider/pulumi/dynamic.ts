@@ -98,10 +98,11 @@ export class LvSnapshot extends LvmNbdResource {
   }
 }
 
-/** A block device offered over NBD to named clients. */
+/** A block device, or the content of an image, offered over NBD to named clients. */
 export class NbdExport extends LvmNbdResource {
   declare readonly exportName: pulumi.Output<string>;
-  declare readonly device: pulumi.Output<string>;
+  declare readonly device: pulumi.Output<NbdExportOutputs["device"]>;
+  declare readonly file: pulumi.Output<NbdExportOutputs["file"]>;
   declare readonly uri: pulumi.Output<NbdExportOutputs["uri"]>;
   declare readonly sizeBytes: pulumi.Output<NbdExportOutputs["sizeBytes"]>;
   declare readonly state: pulumi.Output<NbdExportOutputs["state"]>;

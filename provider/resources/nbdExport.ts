@@ -1,11 +1,11 @@
 /**
- * NbdExport: a block device offered over NBD by a hardened systemd unit of its own.
+ * NbdExport: a block device, or the content of an image, offered over NBD by a hardened systemd unit of its own.
  */
 import { isIP } from "node:net";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, script, succeed } from "../core/command.js";
-import { LvmNbdError } from "../core/errors.js";
+import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { commonInputs, refusing } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
@@ -15,13 +15,21 @@ import {
   exportConfig,
   exportConfigPath,
   exportUnitName,
+  type FoundOnHost,
   probeUri,
   renderExportUnit,
   unitMark,
 } from "../linux/exportUnit.js";
 import { emitFunctions, parseFields } from "../linux/fields.js";
+import {
+  fileProblem,
+  type ImageFormat,
+  type ImageInfo,
+  imageFormats,
+  parseImageInfo,
+} from "../linux/imageFile.js";
 import { listenersOn, parseListeners } from "../linux/listeners.js";
-import { defaultPort, nbdServers, nbdUri } from "../linux/nbd.js";
+import { canServe, defaultPort, nbdServers, nbdUri, pathOf, type Served } from "../linux/nbd.js";
 import { missingFunction, missingPrograms } from "../linux/programs.js";
 import { parseShow, type UnitProperties } from "../linux/systemd.js";
 import { unitNameProblem } from "../linux/unitName.js";
@@ -29,14 +37,30 @@ import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScr
 import type { RemoteCommand } from "../ssh/types.js";
 import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
 
+const deviceInput = z
+  .string()
+  .regex(/^\/dev\/[^\s%\\"]+$/, 'must be the path of a block device below /dev, e.g. "/dev/VgVm/vm1-snap"')
+  .refine((path) => !path.split("/").includes(".."), 'must not hold ".."');
+const fileInput = z
+  .string()
+  .superRefine(refusing(fileProblem))
+  .refine((path) => !path.endsWith("\\"), "must not end with a backslash");
+const formatInput = z.enum(imageFormats);
+
 /** Declared properties. */
 export const nbdExportInputs = z.strictObject({
   ...commonInputs,
-  device: z
-    .string()
-    .regex(/^\/dev\/[^\s%\\"]+$/, 'must be the path of a block device below /dev, e.g. "/dev/VgVm/vm1-snap"')
-    .refine((path) => !path.split("/").includes(".."), 'must not hold ".."')
-    .describe("Block device to export, e.g. the `path` of an LvSnapshot."),
+  device: deviceInput
+    .optional()
+    .describe("Block device to export, e.g. the `path` of an LvSnapshot. Either this or `file`."),
+  file: fileInput
+    .optional()
+    .describe(
+      "Absolute path of an image to export instead of a device, e.g. the `path` of a VolumeCopy. It is only read.",
+    ),
+  format: formatInput
+    .optional()
+    .describe('Format of `file`; `"qcow2"` needs `server: "qemu-nbd"`. Default: `"raw"`.'),
   exportName: z
     .string()
     .min(1)
@@ -72,7 +96,8 @@ const outputs = z.object({
     .enum(["serving", "stopped", "failed", "notServing", "disabled", "edited"])
     .describe(
       "`serving` (proven by a handshake); `stopped`; `failed` (the server ends by itself); `notServing` (runs, but the handshake " +
-        "fails or shows another size); `disabled` (would not come back after a reboot); `edited` (its unit was changed by hand).",
+        "fails or shows another size, or another file has taken the image's place); `disabled` (would not come back after a " +
+        "reboot); `edited` (its unit was changed by hand).",
     ),
 });
 
@@ -92,7 +117,10 @@ interface Observed {
   /** The unit runs, but its file was deleted. */
   readonly fileGone: boolean;
   readonly show: UnitProperties;
-  readonly deviceSizeBytes: number | undefined;
+  /** Of the device, or of the image's content. */
+  readonly contentSizeBytes: number | undefined;
+  /** Another file has the image's name than the server has. */
+  readonly fileReplaced: boolean;
   /** False if a boot would not start it whenever its device appears. */
   readonly wanted: boolean;
   readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
@@ -113,6 +141,17 @@ if [ -e "$file" ]; then
   device=$(own Device "$file")
   uri=$(own ProbeUri "$file")
   if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
+  image=$(own File "$file")
+  if [ -n "$image" ] && [ -f "$image" ]; then
+    case $(own Format "$file") in
+    raw) emit fileSize "$(stat -L -c %s "$image")";;
+    *)
+      command -v qemu-img >/dev/null || { echo "qemu-img: not found" >&2; exit 127; }
+      emit_output image timeout 20 qemu-img info --output=json -f qcow2 -U "$image";;
+    esac
+    seen=/proc/$(systemctl show -p MainPID --value "$unit")/root$(own RealPath "$file")
+    [ "$seen" -ef "$image" ] || emit replaced yes
+  fi
   case $show in *ActiveState=active*)
     command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
     emit_output size timeout 15 nbdinfo --size "$uri"
@@ -131,7 +170,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const command: RemoteCommand = {
     argv: script(observeScript, unit, exportConfigPath(wanted.exportName)),
     kind: "read",
-    deadlineSeconds: 60,
+    deadlineSeconds: 90,
   };
   const result = await succeed(context, command, `the unit ${unit} could not be looked at`, (failed) =>
     failed.exitCode === 127 ? "PROGRAM_MISSING" : undefined,
@@ -153,7 +192,8 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
           fileGone: true,
           show,
           wanted: false,
-          deviceSizeBytes: undefined,
+          contentSizeBytes: undefined,
+          fileReplaced: false,
           probe: undefined,
         }
       : undefined;
@@ -163,7 +203,6 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
   // A handshake alone can succeed where every read hangs: the proof is a sector.
   const served = fields.get("size.rc") === "0" && fields.get("bytes")?.trim() === "512";
   const size = served ? Number(fields.get("size")) : Number.NaN;
-  const deviceSize = fields.get("deviceSize");
   return {
     mark: unitMark(text),
     plan,
@@ -176,11 +215,25 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
     fileGone: false,
     show,
     wanted: !fields.has("unwanted"),
-    deviceSizeBytes: deviceSize === undefined ? undefined : Number(deviceSize),
+    contentSizeBytes: contentSize(fields),
+    fileReplaced: fields.has("replaced"),
     probe: Number.isSafeInteger(size)
       ? { sizeBytes: size, readOnly: fields.get("readOnly.rc") === "0" }
       : undefined,
   };
+}
+
+/** `undefined` where there is no content, or none that may be served. */
+function contentSize(fields: ReadonlyMap<string, string>): number | undefined {
+  const size = fields.get("deviceSize") ?? fields.get("fileSize");
+  if (size !== undefined) return Number(size);
+  const info = imageInfo(fields);
+  return info?.needs === undefined ? info?.sizeBytes : undefined;
+}
+
+/** What qemu-img told; `undefined` if it was not asked, or could not read the image. */
+function imageInfo(fields: ReadonlyMap<string, string>): ImageInfo | undefined {
+  return fields.get("image.rc") === "0" ? parseImageInfo(required(fields, "image")) : undefined;
 }
 
 function required(fields: ReadonlyMap<string, string>, name: string): string {
@@ -189,23 +242,35 @@ function required(fields: ReadonlyMap<string, string>, name: string): string {
   return value;
 }
 
-const planShape = nbdExportInputs
-  .pick({
-    owner: true,
-    device: true,
-    exportName: true,
-    listenAddress: true,
-    port: true,
-    readOnly: true,
-    clients: true,
-    server: true,
-  })
-  .extend({ ownAddress: z.string().optional() })
-  .strict();
+const { owner: ownerInput, ...termsInputs } = nbdExportInputs.pick({
+  owner: true,
+  exportName: true,
+  listenAddress: true,
+  port: true,
+  readOnly: true,
+  clients: true,
+  server: true,
+}).shape;
+const termsShape = { ...termsInputs, ownAddress: z.string().optional() };
+/** Its keys are in the order of `planOf`: what is read renders as what was written. */
+const planShape = z.union([
+  z.strictObject({ owner: ownerInput, device: deviceInput, ...termsShape }),
+  z.strictObject({
+    ...{ owner: ownerInput, file: fileInput, format: formatInput, ...termsShape },
+    ...{ realPath: z.string().optional(), mountPoint: z.string().optional() },
+  }),
+]);
 
 function planOf(wanted: Inputs): ExportPlan {
-  const { owner, device, exportName, listenAddress, port, readOnly, clients, server } = wanted;
-  return { owner, device, exportName, listenAddress, port, readOnly, clients, server };
+  const { owner, exportName, listenAddress, port, readOnly, clients, server } = wanted;
+  return { owner, ...servedOf(wanted), exportName, listenAddress, port, readOnly, clients, server };
+}
+
+/** `validate` has seen that it is one of both. */
+function servedOf({ device, file, format = "raw" }: Pick<Inputs, "device" | "file" | "format">): Served {
+  if (file !== undefined) return { file, format };
+  if (device !== undefined) return { device };
+  throw new LvmNbdError("INVALID_INPUT", { message: "device: is required, or `file`", property: "device" });
 }
 
 function stateOf(seen: Observed): State["state"] {
@@ -213,20 +278,38 @@ function stateOf(seen: Observed): State["state"] {
   if (active === "failed" || active === "activating") return "failed";
   if (active !== "active") return "stopped";
   if (seen.edited) return "edited";
-  if (seen.probe === undefined || seen.probe.sizeBytes !== seen.deviceSizeBytes) return "notServing";
+  if (seen.probe === undefined || seen.probe.sizeBytes !== seen.contentSizeBytes) return "notServing";
+  if (seen.fileReplaced) return "notServing";
   if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
   return file === "enabled" && seen.wanted ? "serving" : "disabled";
 }
 
 const preflightScript = `${emitFunctions}${missingFunction}
-server=$1 device=$2 address=$3 port=$4 unit=$5
-emit_missing "$server" nbdinfo nbdcopy systemctl ss ip
-if [ ! -e "$device" ]; then emit device absent
-elif [ ! -b "$device" ]; then emit device other
-else emit device block
-  emit ro "$(blockdev --getro "$device")"
-  emit_output read timeout 20 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
-fi
+server=$1 path=$2 address=$3 port=$4 unit=$5 format=$6; shift 6
+look_at_device() {
+  if [ ! -e "$path" ]; then emit device absent
+  elif [ ! -b "$path" ]; then emit device other
+  else emit device block
+    emit ro "$(blockdev --getro "$path")"
+    emit_output read timeout 20 dd if="$path" of=/dev/null bs=4096 count=1 iflag=direct
+  fi
+}
+look_at_file() {
+  folder=\${path%/*}/
+  if [ -L "$path" ]; then emit leads "$(readlink -f "$path")"; fi
+  if [ -d "$folder" ]; then emit folder yes; fi
+  if [ -e "$path" ]; then emit kind "$(stat -c %F "$path")"; fi
+  if [ -f "$path" ]; then
+    emit realPath "$(readlink -f "$path")"
+    emit mountPoint "$(stat -c %m "$path")"
+    emit fileSize "$(stat -c %s "$path")"
+    # As the server will: by root without any right. Not by its path, which the server reaches in another way.
+    emit_output read timeout 20 setpriv --bounding-set=-all --inh-caps=-all dd if=/proc/self/fd/3 of=/dev/null bs=4096 count=1 3<"$path"
+    if [ "$format" = qcow2 ]; then emit_output image timeout 20 qemu-img info --output=json -f qcow2 -U "$path"; fi
+  fi
+}
+emit_missing "$server" nbdinfo nbdcopy systemctl ss ip "$@"
+case $format in "") look_at_device;; *) look_at_file;; esac
 emit addresses "$(ip -o addr show to "$address")"
 emit route "$(ip -o route get to "$address" 2>/dev/null)"
 emit listeners "$(ss -Hltnp "sport = :$port")"
@@ -234,52 +317,37 @@ emit pid "$(systemctl show -p MainPID --value "$unit")"
 emit end ""
 `;
 
+/** What the look at a file needs. */
+const filePrograms = { raw: ["setpriv"], qcow2: ["setpriv", "qemu-img"] };
+
 /** Finds out before anything is changed what would make the export fail. Returns the plan for this host. */
 async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan> {
   const unit = exportUnitName(plan.exportName);
+  const format = "file" in plan ? plan.format : undefined;
   const command: RemoteCommand = {
-    argv: script(preflightScript, plan.server, plan.device, plan.listenAddress, String(plan.port), unit),
+    argv: script(
+      ...([preflightScript, plan.server, pathOf(plan), plan.listenAddress, String(plan.port), unit] as const),
+      ...[format ?? "", ...(format === undefined ? [] : filePrograms[format])],
+    ),
     kind: "read",
-    deadlineSeconds: 60,
+    deadlineSeconds: 90,
   };
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
-  const refuse = (
-    code:
-      | "PROGRAM_MISSING"
-      | "DEVICE_NOT_FOUND"
-      | "DEVICE_NOT_BLOCK"
-      | "DEVICE_UNREADABLE"
-      | "ADDRESS_NOT_LOCAL"
-      | "PORT_IN_USE",
-    property: string,
-    message: string,
-  ) =>
+  const refuse: Refuse = (code, property, message, advice) =>
     new LvmNbdError(code, {
       message: `${property}: ${message}`,
       host: context.host.name,
       resource: context.resource,
       property,
+      advice,
     });
 
   const missing = missingPrograms(fields);
   if (missing !== undefined) throw refuse("PROGRAM_MISSING", "server", missing);
-  if (fields.get("device") === "absent")
-    throw refuse("DEVICE_NOT_FOUND", "device", `${plan.device} does not exist on the host`);
-  if (fields.get("device") !== "block")
-    throw refuse("DEVICE_NOT_BLOCK", "device", `${plan.device} is not a block device`);
-  if (!plan.readOnly && fields.get("ro")?.trim() === "1") {
-    throw new LvmNbdError("INVALID_INPUT", {
-      message: `readOnly: ${plan.device} is read-only, so it cannot be exported writable`,
-      host: context.host.name,
-      resource: context.resource,
-      property: "readOnly",
-      advice: "Leave `readOnly` out, or make the device writable (`readOnly: false` on the LvSnapshot).",
-    });
-  }
-  if (fields.get("read.rc") !== "0") {
-    throw refuse("DEVICE_UNREADABLE", "device", `${plan.device} cannot be read: ${fields.get("read") ?? ""}`);
-  }
+  const info = parseOutput(context, command, result, () => imageInfo(fields));
+  const found =
+    "file" in plan ? requireImage(plan, fields, info, refuse) : requireDevice(plan, fields, refuse);
   if (!isAnyAddress(plan.listenAddress) && (fields.get("addresses") ?? "").trim() === "") {
     throw refuse(
       "ADDRESS_NOT_LOCAL",
@@ -301,7 +369,66 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
   const own = /\bsrc (\S+)/.exec(fields.get("route") ?? "")?.[1];
   const apart =
     own !== plan.listenAddress && !isAnyAddress(plan.listenAddress) && !isLoopback(plan.listenAddress);
-  return apart ? { ...plan, ownAddress: own } : plan;
+  return { ...plan, ...(apart ? { ownAddress: own } : {}), ...found };
+}
+
+type Refuse = (code: ErrorCode, property: string, message: string, advice?: string) => LvmNbdError;
+
+function requireDevice(
+  { device, readOnly }: { readonly device: string; readonly readOnly: boolean },
+  fields: ReadonlyMap<string, string>,
+  refuse: Refuse,
+): FoundOnHost {
+  if (fields.get("device") === "absent")
+    throw refuse("DEVICE_NOT_FOUND", "device", `${device} does not exist on the host`);
+  if (fields.get("device") !== "block")
+    throw refuse("DEVICE_NOT_BLOCK", "device", `${device} is not a block device`);
+  if (!readOnly && fields.get("ro")?.trim() === "1") {
+    throw refuse(
+      "INVALID_INPUT",
+      "readOnly",
+      `${device} is read-only, so it cannot be exported writable`,
+      "Leave `readOnly` out, or make the device writable (`readOnly: false` on the LvSnapshot).",
+    );
+  }
+  if (fields.get("read.rc") !== "0")
+    throw refuse("DEVICE_UNREADABLE", "device", `${device} cannot be read: ${fields.get("read") ?? ""}`);
+  return {};
+}
+
+function requireImage(
+  { file, format }: { readonly file: string; readonly format: ImageFormat },
+  fields: ReadonlyMap<string, string>,
+  info: ImageInfo | undefined,
+  refuse: Refuse,
+): FoundOnHost {
+  const unsuitable = (message: string, advice?: string) =>
+    refuse("FILE_UNSUITABLE", "file", `${file} ${message}`, advice);
+  const [kind, leads] = [fields.get("kind"), fields.get("leads")];
+  if (leads !== undefined) throw unsuitable(`is a symbolic link: give ${leads}`);
+  if (!fields.has("folder"))
+    throw refuse("DIRECTORY_NOT_FOUND", "file", `the folder of ${file} does not exist on the host`);
+  if (kind === undefined) throw refuse("FILE_NOT_FOUND", "file", `${file} does not exist on the host`);
+  if (!fields.has("realPath")) throw unsuitable(`is a ${kind}, not a regular file`);
+  if (fields.get("read.rc") !== "0") {
+    throw unsuitable(
+      `cannot be read by a server without capabilities: ${fields.get("read") ?? ""}`,
+      "Make it root's (`chown root`), or readable for others, and run again.",
+    );
+  }
+  if (format === "qcow2" && info === undefined)
+    throw unsuitable(`is no qcow2 image that can be read: ${fields.get("image") ?? ""}`);
+  if (info?.needs !== undefined)
+    throw unsuitable(`names a ${info.needs.what}, ${info.needs.name}, whose content would be served too`);
+  const sizeBytes = info?.sizeBytes ?? Number(fields.get("fileSize"));
+  // A client's kernel leaves out the last bytes of others, and qemu-nbd makes some up.
+  if (sizeBytes === 0 || sizeBytes % 512 !== 0)
+    throw unsuitable(`holds ${sizeBytes} bytes: no disk, whose size is a multiple of 512`);
+  const [realPath, mountPoint] = [fields.get("realPath"), fields.get("mountPoint")];
+  return {
+    ...(realPath === file ? {} : { realPath }),
+    ...(mountPoint === "/" ? {} : { mountPoint }),
+  };
 }
 
 /** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. 71: its clients are not enforced. */
@@ -389,7 +516,7 @@ async function apply(context: Context, plan: ExportPlan, seen: Observed | undefi
     command,
     result,
     result.exitCode === 70
-      ? `${plan.server} does not serve ${plan.device} on ${probeUri(plan)}`
+      ? `${plan.server} does not serve ${pathOf(plan)} on ${probeUri(plan)}`
       : "the export's unit could not be written",
     result.exitCode === 70 ? "EXPORT_NOT_SERVING" : "COMMAND_FAILED",
   );
@@ -397,7 +524,7 @@ async function apply(context: Context, plan: ExportPlan, seen: Observed | undefi
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
   const plan = await preflight(context, planOf(wanted));
-  context.progress(`starting ${plan.server} for ${plan.device} on ${plan.listenAddress}:${plan.port}`);
+  context.progress(`starting ${plan.server} for ${pathOf(plan)} on ${plan.listenAddress}:${plan.port}`);
   try {
     await apply(context, plan, undefined);
   } catch (error) {
@@ -415,7 +542,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 }
 
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
-  const declared = { ...planOf(wanted), ownAddress: seen.plan?.ownAddress };
+  const declared = { ...planOf(wanted), ...(seen.plan && foundOf(seen.plan)) };
   const asDeclared = seen.plan !== undefined && renderExportUnit(seen.plan) === renderExportUnit(declared);
   const state = stateOf(seen);
   if (asDeclared && state === "serving") return;
@@ -469,32 +596,37 @@ function uriOf(plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "hos
   return nbdUri({ ...plan, server: typeof host === "string" ? host : host.address });
 }
 
+function foundOf({ ownAddress, realPath, mountPoint }: ExportPlan): FoundOnHost {
+  return { ownAddress, realPath, mountPoint };
+}
+
 function toState(declared: Inputs | State, seen: Observed): State {
-  const seenPlan = seen.plan === undefined ? {} : withoutOwner(seen.plan);
-  const merged = { ...declared, ...seenPlan };
+  const merged = seen.plan === undefined ? declared : withPlan(declared, seen.plan);
   return {
     ...merged,
     uri: uriOf(merged),
     sizeBytes:
-      seen.probe?.sizeBytes ?? seen.deviceSizeBytes ?? ("sizeBytes" in declared ? declared.sizeBytes : 0),
+      seen.probe?.sizeBytes ?? seen.contentSizeBytes ?? ("sizeBytes" in declared ? declared.sizeBytes : 0),
     state: stateOf(seen),
   };
 }
 
-function withoutOwner({
-  owner: _owner,
-  ownAddress: _ownAddress,
-  ...rest
-}: ExportPlan): Omit<Inputs, "owner" | "host" | "adopt"> {
-  return { ...rest, clients: [...rest.clients] };
+/** What is declared, as it was seen to be. */
+function withPlan(declared: Inputs | State, plan: ExportPlan): Inputs | State {
+  const { device: _device, file: _file, format: _format, ...rest } = declared;
+  const { exportName, listenAddress, port, readOnly, clients, server } = plan;
+  const served = "file" in plan ? { file: plan.file, format: plan.format } : { device: plan.device };
+  return { ...rest, ...served, exportName, listenAddress, port, readOnly, clients: [...clients], server };
 }
 
 function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
   const changes: Change[] = [];
-  for (const property of ["device", "exportName"] as const) {
+  for (const property of ["device", "file", "exportName"] as const) {
     if (unknown.has(property) || wanted[property] !== state[property])
       changes.push({ property, effect: "replace" });
   }
+  if (unknown.has("format") || formatOf(wanted) !== formatOf(state))
+    changes.push({ property: "format", effect: "replace" });
   for (const property of ["listenAddress", "port", "readOnly", "server", "owner"] as const) {
     if (unknown.has(property) || wanted[property] !== state[property])
       changes.push({ property, effect: "update" });
@@ -507,7 +639,44 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   return changes;
 }
 
-function validate(wanted: Partial<Inputs>): Problem[] {
+function formatOf({ file, format }: Partial<Inputs>): ImageFormat | undefined {
+  return format ?? (file === undefined ? undefined : "raw");
+}
+
+function servedProblems(wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Problem[] {
+  const { device, file, format, readOnly, server } = wanted;
+  const problems: Problem[] = [];
+  const known = !unknown.has("device") && !unknown.has("file");
+  if (known && device === undefined && file === undefined)
+    problems.push({ property: "device", reason: "is required, unless `file` is given: what is exported" });
+  if (device !== undefined && file !== undefined)
+    problems.push({ property: "file", reason: "cannot go with `device`: an export serves one of them" });
+  if (file === undefined) {
+    if (!unknown.has("file") && format !== undefined)
+      problems.push({ property: "format", reason: "goes only with `file`: a device is served as it is" });
+    return problems;
+  }
+  if (readOnly === false) {
+    const reason = "cannot be false with `file`: an image is only ever read. Leave it out";
+    problems.push({ property: "readOnly", reason });
+  }
+  if (format !== undefined && server !== undefined && !canServe(server, format)) {
+    const able = nbdServers.filter((one) => canServe(one, format)).map((one) => JSON.stringify(one));
+    const reason = `"${server}" cannot serve the content of a ${format} image: only ${able.join(", ")} can`;
+    problems.push({ property: "server", reason });
+  }
+  return problems;
+}
+
+function validate(
+  wanted: Partial<Inputs>,
+  _old: Partial<Inputs> | undefined,
+  unknown: ReadonlySet<string>,
+): Problem[] {
+  return [...servedProblems(wanted, unknown), ...listenProblems(wanted)];
+}
+
+function listenProblems(wanted: Partial<Inputs>): Problem[] {
   const { listenAddress, clients, server, exportName } = wanted;
   if (server === "nbd-server" && exportName === "generic") {
     const reason = '"generic" is the name of nbd-server\'s own section: choose another, or another `server`';
@@ -528,7 +697,8 @@ function validate(wanted: Partial<Inputs>): Problem[] {
 /** The resource as the reconciler sees it. */
 export const nbdExport: ResourceType<Inputs, State, Observed> = {
   type: "NbdExport",
-  description: "A block device offered over NBD to named clients, by a hardened systemd unit of its own.",
+  description:
+    "A block device, or the content of an image, offered over NBD to named clients, by a hardened systemd unit of its own.",
   inputs: nbdExportInputs,
   outputs,
   nameInput: "exportName",
@@ -555,7 +725,7 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
     unitDrift(
       state,
       toState(state, seen),
-      ["device", "listenAddress", "port", "readOnly", "server", "clients"],
+      ["device", "file", "format", "listenAddress", "port", "readOnly", "server", "clients"],
       "serving",
       "start it as declared",
     ),

@@ -12,6 +12,7 @@ import {
   unitMark,
 } from "../../provider/linux/exportUnit.js";
 import { ownDirective } from "../../provider/linux/systemd.js";
+import { recordedExportUnit } from "../support/recorded.js";
 import { directives } from "../support/units.js";
 
 const plan: ExportPlan = {
@@ -26,6 +27,10 @@ const plan: ExportPlan = {
 };
 const unit = (change: Partial<ExportPlan> = {}) => directives(renderExportUnit({ ...plan, ...change }));
 const servers = ["nbdkit", "nbd-server", "qemu-nbd"] as const;
+
+it("of a device has the text that it had since the first version: no unit that serves counts as edited", () => {
+  expect(renderExportUnit(plan)).toBe(recordedExportUnit());
+});
 
 describe("clients", () => {
   it("are let in, with the host itself, and nobody else is", () => {
@@ -107,6 +112,79 @@ describe("the service", () => {
     expect(exportConfig({ ...plan, server: "qemu-nbd" })).toBeUndefined();
     expect(unit({ server: "nbd-server" }).get("Service.ExecStart")?.[0]).toContain(exportConfigPath("vm1"));
     expect(exportConfigPath("vm1")).toBe("/etc/lvm-nbd/lvm-nbd-export-vm1.conf");
+  });
+});
+
+describe("of an image", () => {
+  const { device: _, ...terms } = plan;
+  const image: ExportPlan = { ...terms, file: "/var/backups/vm1.raw", format: "raw" };
+  const ofImage = (change: Partial<ExportPlan> = {}) =>
+    directives(renderExportUnit({ ...image, ...change } as ExportPlan));
+
+  it.each(servers)(
+    "%s runs as root, without a right, a device or anything of the host but programs",
+    (server) => {
+      const text = ofImage({ server });
+      for (const absent of ["DynamicUser", "User", "SupplementaryGroups", "DeviceAllow"])
+        expect(text.get(`Service.${absent}`)).toBeUndefined();
+      const service = Object.fromEntries(
+        [...text].map(([name, values]) => [name.replace("Service.", ""), values.join(" | ")]),
+      );
+      expect(service).toMatchObject({
+        ...{
+          CapabilityBoundingSet: "",
+          AmbientCapabilities: "",
+          NoNewPrivileges: "yes",
+          ProtectSystem: "strict",
+        },
+        ...{ DevicePolicy: "closed", PrivateDevices: "yes", RootDirectory: "%t/%N", RuntimeDirectory: "%N" },
+        SystemCallFilter: "@system-service | ~@privileged",
+      });
+      const [programs, ...files] = text.get("Service.BindReadOnlyPaths") ?? [];
+      expect(programs).toBe(
+        "/usr -/bin -/sbin -/lib -/lib32 -/lib64 -/etc/ld.so.cache -/run/systemd/journal/dev-log",
+      );
+      expect(files).toEqual([
+        '"/var/backups/vm1.raw"',
+        ...(server === "nbd-server" ? ['"/etc/lvm-nbd/lvm-nbd-export-vm1.conf"'] : []),
+      ]);
+      expect(text.get("Service.BindPaths")).toBeUndefined();
+    },
+  );
+
+  it("has all the other hardening of an export of a device", () => {
+    const changed = /^Service\.(ExecStart|DynamicUser|SupplementaryGroups|DeviceAllow|ProtectHome)$/;
+    for (const [name, values] of unit())
+      if (name.startsWith("Service.") && !changed.test(name))
+        expect([name, ofImage().get(name)]).toEqual([name, values]);
+  });
+
+  it("runs only while the disk of the image is mounted, and comes back with it", () => {
+    const text = ofImage({ mountPoint: "/var/back-ups" });
+    expect(text.get("Unit.RequiresMountsFor")).toEqual(['"/var/backups"']);
+    expect(text.get("Unit.BindsTo")).toEqual(["var-back\\x2dups.mount"]);
+    expect(text.get("Unit.After")).toEqual(["network-online.target var-back\\x2dups.mount"]);
+    expect(text.get("Install.WantedBy")).toEqual(["multi-user.target var-back\\x2dups.mount"]);
+    expect(ofImage().get("Unit.BindsTo")).toBeUndefined();
+    expect(ofImage().get("Install.WantedBy")).toEqual(["multi-user.target"]);
+  });
+
+  it("serves it from where it really is, and tells both", () => {
+    const text = renderExportUnit({ ...image, realPath: "/mnt/disk/vm1.raw" } as ExportPlan);
+    const read = directives(text);
+    expect(read.get("Service.ExecStart")?.[0]).toContain("file=/mnt/disk/vm1.raw");
+    expect(read.get("Service.BindReadOnlyPaths")?.[1]).toBe('"/mnt/disk/vm1.raw"');
+    expect(read.get("Unit.RequiresMountsFor")).toEqual(['"/mnt/disk"']);
+    expect(ownDirective(text, "File")).toBe("/var/backups/vm1.raw");
+    expect(ownDirective(text, "RealPath")).toBe("/mnt/disk/vm1.raw");
+    expect(ownDirective(text, "Device")).toBeUndefined();
+  });
+
+  it("takes a name literally in every directive", () => {
+    const file = '/srv/back ups/we"ird:\\%n$x.raw';
+    const text = ofImage({ file } as Partial<ExportPlan>);
+    expect(text.get("Service.BindReadOnlyPaths")?.[1]).toBe('"/srv/back ups/we\\"ird:\\\\%%n$x.raw"');
+    expect(text.get("Service.ExecStart")?.[0]).toContain('"file=/srv/back ups/we\\"ird:\\\\%%n$$x.raw"');
   });
 });
 

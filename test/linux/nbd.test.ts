@@ -2,7 +2,9 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import {
   attachCommand,
+  canServe,
   nbdServerConfig,
+  nbdServers,
   nbdUri,
   parseNbdUri,
   serverCommand,
@@ -70,6 +72,29 @@ describe("servers", () => {
     expect(config).toContain("readonly=true\n");
     expect(config).toContain("virtstyle=none\n");
     expect(serverCommand("nbd-server", serve, "/etc/x.conf")).toEqual(["nbd-server", "-C", "/etc/x.conf"]);
+  });
+
+  const { device: _, ...terms } = serve;
+  const image = (format: "raw" | "qcow2") => ({ ...terms, file: "/b/vm1", format });
+
+  it("never probes a raw image for another format", () => {
+    expect(serverCommand("nbdkit", image("raw"), "")).toContain("file=/b/vm1");
+    expect(nbdServerConfig(image("raw"))).toContain("exportname=/b/vm1\n");
+    const argv = serverCommand("qemu-nbd", image("raw"), "");
+    expect(argv.slice(argv.indexOf("-f"), argv.indexOf("-f") + 2)).toEqual(["-f", "raw"]);
+    expect(argv.at(-1)).toBe("/b/vm1");
+  });
+
+  it("serves the content of a qcow2 image by qemu-nbd alone, which follows no backing file", () => {
+    const argv = serverCommand("qemu-nbd", image("qcow2"), "");
+    expect(argv).not.toContain("-f");
+    expect(JSON.parse(argv.at(-1)?.replace("json:", "") ?? "")).toEqual({
+      driver: "qcow2",
+      backing: null,
+      file: { driver: "file", filename: "/b/vm1" },
+    });
+    expect(nbdServers.filter((server) => canServe(server, "qcow2"))).toEqual(["qemu-nbd"]);
+    expect(nbdServers.filter((server) => canServe(server, "raw"))).toEqual(nbdServers);
   });
 
   it("never serves a writable export as read-only or the other way round", () => {

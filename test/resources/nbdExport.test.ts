@@ -1,7 +1,8 @@
 import { describe, expect, it } from "vitest";
-import { exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
+import { type ExportPlan, exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
+import { recordedImageInfo } from "../support/recorded.js";
 
 const host = {
   address: "192.0.2.1",
@@ -61,7 +62,47 @@ describe("bad input is refused before any host is asked", () => {
     expect(await problems(change)).toEqual([expect.stringMatching(message)]);
   });
 
-  it.each(["device", "listenAddress", "exportName", "host"])("a missing %s", async (property) => {
+  it.each([
+    ["neither", { device: undefined }, /^device: is required, unless `file` is given/],
+    ["both", { file: "/b/vm1.raw" }, /^file: cannot go with `device`/],
+    ["a format of a device", { format: "raw" }, /^format: goes only with `file`/],
+  ])("what is exported: %s", async (_what, change, message) => {
+    expect(await problems(change)).toEqual([expect.stringMatching(message)]);
+  });
+
+  it.each([
+    ["a path that is not absolute", { file: "vm1.raw" }, /^file: .*absolute path/],
+    ["a path that climbs", { file: "/b/../etc/shadow" }, /^file: .*"\.\."/],
+    ["a device as a file", { file: "/dev/VgVm/vm1" }, /^file: .*does not outlive a reboot/],
+    ["a path with a line break", { file: "/b/a\nb" }, /^file: .*control characters/],
+    ["a name that ends with a backslash", { file: "/b/a\\" }, /^file: .*backslash/],
+    ["an image that could be written", { readOnly: false }, /^readOnly: .*only ever read/],
+    ["an unknown format", { format: "vmdk" }, /^format: .*qcow2/],
+    ["qcow2 by nbdkit", { format: "qcow2" }, /^server: "nbdkit" cannot serve .*qcow2.*only "qemu-nbd" can/],
+    [
+      "qcow2 by nbd-server",
+      { format: "qcow2", server: "nbd-server" },
+      /^server: "nbd-server" cannot .*"qemu-nbd"/,
+    ],
+  ])("of an image: %s", async (_what, change, message) => {
+    const wanted = { device: undefined, file: "/b/vm1.raw", ...change };
+    expect(await problems(wanted)).toEqual([expect.stringMatching(message)]);
+  });
+
+  it("an image is checked as far as it is known at a preview, and gets no default that a device would get", async () => {
+    const { device: _, ...rest } = declared;
+    const handlers = handlersOn("NbdExport", untouchedHost());
+    const unknown = await handlers.check(
+      undefined,
+      { ...rest, format: "qcow2", server: "qemu-nbd" },
+      new Set(["file"]),
+    );
+    expect(unknown.problems).toEqual([]);
+    expect((await handlers.check(undefined, { ...rest, file: "/b/vm1.raw" }, none)).problems).toEqual([]);
+    expect(Object.keys((await handlers.check(undefined, declared, none)).inputs)).not.toContain("format");
+  });
+
+  it.each(["listenAddress", "exportName", "host"])("a missing %s", async (property) => {
     expect(await problems({ [property]: undefined })).toContain(`${property}: is required`);
   });
 
@@ -95,6 +136,8 @@ interface World {
   listeners?: string;
   show?: string;
   applied?: number;
+  /** What the looks at an image tell beside or instead of what is usual. */
+  image?: Readonly<Record<string, string | undefined>>;
 }
 
 /** A host with that unit; answers the look, the preflight and the changes of an export. */
@@ -117,10 +160,10 @@ function world(at: World) {
     if (text.includes("emit missing")) {
       return fields({
         missing: at.missing ?? "",
-        device: at.device ?? "block",
         ro: at.ro ?? "0",
         read: "dd: Input/output error",
         "read.rc": at.read ?? "0",
+        ...(argv[9] === "" ? { device: at.device ?? "block" } : imageFields(at)),
         addresses: at.addresses ?? "2: eth0 inet 10.0.0.1/24",
         route: at.route ?? `local ${argv[6]} dev lo src ${argv[6]} uid 0`,
         listeners: at.listeners ?? "",
@@ -133,7 +176,8 @@ function world(at: World) {
       ...(at.unit === undefined || taken ? {} : { unit: at.unit }),
       ...(at.conf === undefined ? {} : { conf: at.conf }),
       show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
-      ...(at.deviceSize === null ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
+      ...(at.deviceSize === null || at.image ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
+      ...(at.image && known({ fileSize: "1048576", ...at.image })),
       ...(active === "active"
         ? {
             size: at.size ?? "1048576",
@@ -146,6 +190,24 @@ function world(at: World) {
       end: "",
     });
   });
+}
+
+function known(values: Readonly<Record<string, string | undefined>>): Record<string, string> {
+  return Object.fromEntries(
+    Object.entries(values).flatMap(([name, value]) => (value === undefined ? [] : [[name, value]])),
+  );
+}
+
+/** The look at a sound image, but for what the test says. */
+function imageFields({ image }: World): Record<string, string> {
+  const sound = {
+    folder: "yes",
+    kind: "regular file",
+    realPath: "/b/vm1.raw",
+    mountPoint: "/",
+    fileSize: "1048576",
+  };
+  return known({ ...sound, read: "dd: Permission denied", "read.rc": "0", ...image });
 }
 
 describe("create finds out first what would make it fail", () => {
@@ -482,4 +544,161 @@ it("remove stops and removes what is there, and is done where nothing is", async
   const empty = world({});
   await handlersOn("NbdExport", empty).remove({ ...state });
   expect(empty.changes).toEqual([]);
+});
+
+describe("of an image", () => {
+  const { device: _device, owner, ...terms } = plan;
+  // The order of the keys is that of the record in the unit.
+  const imagePlan: ExportPlan = { owner, file: "/b/vm1.raw", format: "raw", ...terms };
+  const { device: _, ...common } = complete;
+  const wanted = { ...common, file: "/b/vm1.raw" };
+  const kept = { ...wanted, format: "raw", uri: state.uri, sizeBytes: 1048576, state: "serving" };
+  const qcow2 = { ...wanted, format: "qcow2", server: "qemu-nbd" };
+  const info = (name: Parameters<typeof recordedImageInfo>[0]) => ({
+    ...{ image: recordedImageInfo(name), "image.rc": "0", fileSize: undefined },
+  });
+  /** What a create does to the host; throws if it changes anything before it fails. */
+  const created = async (at: World, inputs: object = wanted) => {
+    const asked = world({ ...at, image: at.image ?? {} });
+    try {
+      const { state: made } = await handlersOn("NbdExport", asked).create({ ...inputs });
+      return { made, units: asked.changes.map(({ stdin }) => stdin) };
+    } catch (error) {
+      expect(asked.changes).toEqual([]);
+      throw error;
+    }
+  };
+
+  it("makes its unit, and the state tells the format", async () => {
+    expect(await created({})).toEqual({ made: kept, units: [renderExportUnit(imagePlan)] });
+  });
+
+  it("is served from where it really is, while that disk is mounted", async () => {
+    const found = { realPath: "/mnt/disk/vm1.raw", mountPoint: "/mnt/disk" };
+    const asked = world({ image: found });
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create({ ...wanted });
+    expect(made).toEqual(kept);
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderExportUnit({ ...imagePlan, ...found })]);
+    // And that is no change.
+    await handlers.update({ ...made }, { ...wanted });
+    expect(asked.changes).toHaveLength(1);
+    expect((await handlers.diff(made, { ...wanted }, none)).changes).toEqual([]);
+  });
+
+  it.each([
+    [
+      "that is missing",
+      { kind: undefined, realPath: undefined },
+      /FILE_NOT_FOUND.*file: \/b\/vm1\.raw does not exist/s,
+    ],
+    [
+      "in a folder that is missing",
+      { folder: undefined, kind: undefined },
+      /DIRECTORY_NOT_FOUND.*folder of \/b\/vm1\.raw/s,
+    ],
+    ["that is a folder", { kind: "directory", realPath: undefined }, /FILE_UNSUITABLE.*is a directory/s],
+    [
+      "that is a symbolic link",
+      { leads: "/c/vm1.raw" },
+      /FILE_UNSUITABLE.*symbolic link: give \/c\/vm1\.raw/s,
+    ],
+    ["that is somebody else's", { "read.rc": "1" }, /FILE_UNSUITABLE.*Permission denied.*chown root/s],
+    ["that is empty", { fileSize: "0" }, /FILE_UNSUITABLE.*holds 0 bytes/s],
+    ["with half a sector", { fileSize: "1048577" }, /FILE_UNSUITABLE.*1048577 bytes.*multiple of 512/s],
+  ])("is refused where it is one %s, and nothing is touched", async (_what, image, message) => {
+    await expect(created({ image })).rejects.toThrow(message);
+  });
+
+  it.each([
+    [
+      "a busy port",
+      { listeners: 'LISTEN 0 5 0.0.0.0:10809 0.0.0.0:* users:(("nginx",pid=9,fd=3))' },
+      /PORT_IN_USE/,
+    ],
+    ["a missing program", { missing: " setpriv" }, /PROGRAM_MISSING/],
+  ])("is refused for %s", async (_what, at: World, message) => {
+    await expect(created(at)).rejects.toThrow(message);
+  });
+
+  it("in qcow2 has the size of its content", async () => {
+    const at = { size: "16777216", image: info("plain") };
+    const { made } = await created(at, qcow2);
+    expect(made).toMatchObject({ sizeBytes: 16777216, format: "qcow2", state: "serving" });
+  });
+
+  it.each([
+    [
+      "a backing file",
+      info("backingFile"),
+      /FILE_UNSUITABLE.*names a backing file, \/srv\/back ups\/other\.raw/s,
+    ],
+    ["a data file", info("dataFile"), /FILE_UNSUITABLE.*names a data file, \/srv\/back ups\/ext\.raw/s],
+    [
+      "another format",
+      { image: "Image is not in qcow2 format", "image.rc": "1" },
+      /FILE_UNSUITABLE.*not in qcow2 format/s,
+    ],
+    ["an answer that cannot be read", { image: "{", "image.rc": "0" }, /OUTPUT_UNREADABLE/],
+  ])("in qcow2 is refused for %s", async (_what, image, message) => {
+    await expect(created({ image }, qcow2)).rejects.toThrow(message);
+  });
+
+  it("asks qemu-img nothing of a raw image: it is not probed", async () => {
+    for (const [inputs, programs] of [
+      [wanted, ["raw", "setpriv"]],
+      [qcow2, ["qcow2", "setpriv", "qemu-img"]],
+    ] as const) {
+      const asked = world({ size: "16777216", image: info("plain") });
+      await handlersOn("NbdExport", asked).create({ ...inputs });
+      expect(asked.commands.find(({ argv }) => argv.join().includes("emit_missing"))?.argv.slice(9)).toEqual(
+        programs,
+      );
+    }
+  });
+
+  it.each([
+    ["whose file is gone", { fileSize: undefined, replaced: "yes" }],
+    ["whose file has grown", { fileSize: "2097152" }],
+    ["whose name another file has taken", { replaced: "yes" }],
+    ["in qcow2 that needs another file by now", info("backingFile")],
+    ["in qcow2 that qemu-img cannot read", { image: "no", "image.rc": "1", fileSize: undefined }],
+  ])("is told not to be served: one %s", async (_what, image) => {
+    const size = "image" in image ? { size: "16777216" } : {};
+    const handlers = handlersOn("NbdExport", world({ unit: renderExportUnit(imagePlan), image, ...size }));
+    expect(await handlers.read({ ...kept })).toMatchObject({ file: "/b/vm1.raw", state: "notServing" });
+    expect(handlers.warnings).toEqual([expect.stringContaining("is notServing")]);
+  });
+
+  it("finds no drift where all is as declared, and tells another file", async () => {
+    const read = async (served: ExportPlan) => {
+      const handlers = handlersOn("NbdExport", world({ unit: renderExportUnit(served), image: {} }));
+      return [await handlers.read({ ...kept }), handlers.warnings.join()] as const;
+    };
+    expect(await read(imagePlan)).toEqual([kept, ""]);
+    const [seen, told] = await read({ ...imagePlan, file: "/b/vm2.raw" } as ExportPlan);
+    expect(seen).toMatchObject({ file: "/b/vm2.raw" });
+    expect(told).toContain('file is "/b/vm2.raw"');
+  });
+
+  it.each([
+    ["file", { file: "/b/vm2.raw" }],
+    ["format", { format: "qcow2", server: "nbdkit" }],
+  ])("is made anew for another %s", async (property, change) => {
+    const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(
+      { ...kept },
+      { ...wanted, ...change },
+      none,
+    );
+    expect(changes).toEqual([{ property, effect: "replace" }]);
+  });
+
+  it("is made anew instead of a device, and the format that is the default is no change", async () => {
+    const handlers = handlersOn("NbdExport", untouchedHost());
+    const { changes } = await handlers.diff({ ...state }, { ...wanted }, none);
+    expect(changes.map(({ property, effect }) => `${property} ${effect}`)).toEqual([
+      ...["device replace", "file replace", "format replace"],
+    ]);
+    expect((await handlers.diff({ ...kept }, { ...wanted, format: "raw" }, none)).changes).toEqual([]);
+  });
 });
