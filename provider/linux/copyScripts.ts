@@ -4,6 +4,7 @@
  */
 import { imageFunctions } from "./copyJob.js";
 import { emitFunctions } from "./fields.js";
+import { activeExportsFunction } from "./holders.js";
 import { missingFunction } from "./programs.js";
 import { changedMeanwhile, unitFunctions } from "./unitScript.js";
 
@@ -34,15 +35,20 @@ start_job() {
 `;
 
 /**
- * `held FILE`: who has it open, a line each. `vacant FOLDER`: nothing is in it but what an interrupted start leaves.
+ * `held FILE`: who has it open or exports it, a line each. `vacant FOLDER`: nothing is in it but what an interrupted start leaves.
  * `drop_all`: removes an unfinished copy, the record of whose it is last.
  * `require_seen FACTS DIGEST`: ends the script unless file and manifest are as they were seen.
  */
-const copyFunctions = `${unitFunctions}${imageFunctions}${stopJobFunction}
+const copyFunctions = `${unitFunctions}${imageFunctions}${stopJobFunction}${activeExportsFunction}
 held() {
   [ -e "$1" ] || return 0
   held_by=$(losetup -n -O NAME -j "$1") || return 1
   [ -z "$held_by" ] || printf '%s\\n' "$held_by" | sed 's/^/device /'
+  # A server may open the file only while a client is connected.
+  active_exports | while IFS= read -r held_by; do
+    held_file=$(own File "$held_by")
+    [ -z "$held_file" ] || [ ! "$held_file" -ef "$1" ] || echo "export \${held_by##*/}"
+  done
   # Not -samefile: find itself would have it open.
   find -L /proc/[0-9]*/fd -maxdepth 1 -inum "$(stat -c %i "$1")" -printf '%D %p\\n' 2>/dev/null |
     sed -n "s|^$(stat -c %d "$1") /proc/\\([0-9]*\\)/.*|\\1|p" | sort -un | while IFS= read -r held_by; do

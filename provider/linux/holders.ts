@@ -15,6 +15,19 @@ say_process() {
 }
 `;
 
+/** `active_exports`: the files of the export units that are not known to be down, a line each. */
+export const activeExportsFunction = `
+active_exports() {
+  for export_file in /etc/systemd/system/lvm-nbd-export-*.service; do
+    [ -e "$export_file" ] || continue
+    case $(systemctl show -p ActiveState --value "\${export_file##*/}") in
+    inactive|failed) ;;
+    *) printf '%s\\n' "$export_file";;
+    esac
+  done
+}
+`;
+
 /** Prints one line a holder, `KIND<TAB>WHO` with WHO in base64. Arguments: the device, and the unit whose processes may. */
 export const holdersScript = `${sayFunctions}
 device=$(readlink -f "$1") || exit 1
@@ -66,14 +79,11 @@ exit 0
  * Prints, as `holdersScript` does, who serves one of the devices over NBD: servers open a device only while a client is
  * connected, so that nobody may hold it just now. Arguments: devices.
  */
-export const serversScript = `${sayFunctions}
-for file in /etc/systemd/system/lvm-nbd-export-*.service; do
-  [ -e "$file" ] || continue
-  unit=\${file##*/}
-  case $(systemctl show -p ActiveState --value "$unit") in active|activating|reloading) ;; *) continue;; esac
+export const serversScript = `${sayFunctions}${activeExportsFunction}
+active_exports | while IFS= read -r file; do
   served=$(readlink -f "$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")")
   for device; do
-    [ "$served" != "$(readlink -f "$device")" ] || say export "$unit"
+    [ "$served" != "$(readlink -f "$device")" ] || say export "\${file##*/}"
   done
 done
 exit 0

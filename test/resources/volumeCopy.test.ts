@@ -501,6 +501,20 @@ describe("what is in use", () => {
     expect(destination.left()).toEqual([]);
   });
 
+  it("is also what an export serves, though nobody has it open before a client comes", async () => {
+    const state = await made();
+    const unit = "lvm-nbd-export-vm1.service";
+    destination.exportImage("lvm-nbd-export-other.service", `${image()}.other`);
+    destination.exportImage(unit, image());
+    const renewed = await checked({ triggers: [2] }, state);
+    for (const change of [() => handlers().remove(state), () => handlers().update(state, renewed)])
+      await expect(change()).rejects.toThrow(/FILE_IN_USE.*held by export lvm-nbd-export-vm1\.service\n/s);
+    expect(destination.left()).toEqual(complete);
+    destination.reboot();
+    await handlers().remove(state);
+    expect(destination.left()).toEqual([]);
+  });
+
   it("is not who only has the folder open", async () => {
     const state = await made();
     const { open } = await import("node:fs/promises");

@@ -2,8 +2,8 @@
  * A host on which the scripts of a copy run in a real shell, in a folder of their own: systemd, the NBD tools and
  * findmnt are stand-ins of a few lines, everything else is the machine's. For cuts that a lab cannot make one by one.
  */
-import { spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { holdersScript } from "../../provider/linux/holders.js";
@@ -76,7 +76,7 @@ export class CopyHost extends ShellHost implements Host {
   constructor(readonly name = "server2") {
     super("copy", standIns, steps);
     this.disk = join(this.folder, "disk");
-    for (const part of ["units", "run", "disk", "lvm", "dev"]) mkdirSync(join(this.folder, part));
+    for (const part of ["units", "etc", "run", "disk", "lvm", "dev"]) mkdirSync(join(this.folder, part));
     this.set("filesystem", "1111-2222\n");
     this.set("extents", "100\n");
   }
@@ -84,6 +84,13 @@ export class CopyHost extends ShellHost implements Host {
   /** What the export serves; `undefined` when nothing answers. */
   serve(content: string | undefined): void {
     this.set("source", content);
+  }
+
+  /** An export of an image is up, to which no client is connected. */
+  exportImage(unit: string, file: string): void {
+    writeFileSync(join(this.folder, "etc", unit), `[Unit]\n\n[X-LvmNbd]\nMark=m\nFile=${file}\n`);
+    const { pid } = spawn("sleep", ["1000"], { detached: true, stdio: "ignore" });
+    writeFileSync(join(this.folder, "units", `${unit}.pid`), `${pid}`);
   }
 
   /** The link breaks while the next command's input is on its way. */
@@ -180,6 +187,7 @@ export class CopyHost extends ShellHost implements Host {
 
   protected inside(text: string): string {
     return text
+      .replaceAll("/etc/systemd/system", `${this.folder}/etc`)
       .replaceAll("/run/lvm-nbd", `${this.folder}/run/lvm-nbd`)
       .replaceAll("/dev/VgVm/", `${this.folder}/dev/VgVm/`);
   }
