@@ -1,6 +1,17 @@
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import type { Lab } from "./lab.mts";
-import { checksum, freshLab, LabStack, leftovers, makeOrigin, originBytes, spoil } from "./support.mts";
+import {
+  checksum,
+  freshLab,
+  LabStack,
+  leftovers,
+  mainPid,
+  makeOrigin,
+  originBytes,
+  spoil,
+  type Values,
+} from "./support.mts";
+import { waitFor } from "./wait.mts";
 
 let lab: Lab;
 let stack: LabStack;
@@ -119,5 +130,119 @@ describe.each([
     expect(await leftovers(lab.server1)).toBe("");
     expect(await leftovers(lab.server2)).toBe("");
     expect(await checksum(lab.server1, "/dev/VgVm/LV-VM1")).toBe(origin);
+  });
+});
+
+describe("images of a backup, exported to fetch files from", () => {
+  const folder = "/srv/back ups";
+  const on1 = async (command: string) => (await lab.server1.run(command)).stdout.trim();
+  const on2 = async (command: string) => (await lab.server2.run(command)).stdout.trim();
+  const exported = (exportName: string, port: number, args: Values) => ({
+    ...{ host: "server1", listenAddress: lab.server1.privateAddress, clients: [lab.server2.privateAddress] },
+    ...{ exportName, port, ...args, file: `${folder}/${args.file}` },
+  });
+  const exportRaw = () => stack.up("NbdExport", "raw", exported("raw", 10811, { file: "vm1.raw" }));
+  const qcow2 = { format: "qcow2", server: "qemu-nbd" };
+  const exportQcow2 = () =>
+    stack.up("NbdExport", "qcow2", exported("qcow2", 10812, { file: "vm1.qcow2", ...qcow2 }));
+  const exportCopy = () =>
+    stack.up("NbdExport", "copy", exported("copy", 10813, { file: "copy.raw", server: "nbd-server" }));
+  const fileOf = { raw: "vm1.raw", qcow2: "vm1.qcow2", copy: "copy.raw" };
+  const names = ["raw", "qcow2", "copy"] as const;
+  const units = names.map((name) => `lvm-nbd-export-${name}.service`);
+  const active = () => on1(`systemctl is-active ${units.join(" ")} | xargs; true`);
+  const changed = (what: string, wanted: string) =>
+    waitFor(async () => (await active()) === wanted || undefined, { timeoutSeconds: 60, what });
+
+  beforeAll(async () => {
+    stack = new LabStack("images");
+    // The backups have a disk of their own.
+    await on1(`set -e; mkdir -p '${folder}' /root/files; echo 'of last night' >/root/files/letter
+      lvcreate -qq -y -W n -L 64M -n LV-BACKUPS VgVm && mkfs.ext4 -q /dev/VgVm/LV-BACKUPS && mount /dev/VgVm/LV-BACKUPS '${folder}'
+      cd '${folder}' && umask 077 && truncate -s ${originBytes} vm1.raw && mkfs.ext4 -q -d /root/files vm1.raw && qemu-img convert -O qcow2 vm1.raw vm1.qcow2`);
+  });
+
+  afterAll(() => stack.close());
+
+  it("are served by each server, by a root without a right that sees nothing else; the files stay root's alone", async () => {
+    await Promise.all([exportRaw(), exportQcow2()]);
+    const uri = stack.state("NbdExport", "raw").uri;
+    await stack.up("VolumeCopy", "copy", { host: "server1", uri, file: `${folder}/copy.raw`, verify: false });
+    await exportCopy();
+    for (const name of names)
+      expect(stack.state("NbdExport", name)).toMatchObject({ state: "serving", sizeBytes: originBytes });
+    for (const name of names) {
+      const pid = await mainPid(lab.server1, `lvm-nbd-export-${name}.service`);
+      expect(
+        await on1(`grep -e Uid -e CapEff /proc/${pid}/status | xargs; find /proc/${pid}/root/srv -type f`),
+      ).toBe(`Uid: 0 0 0 0 CapEff: 0000000000000000\n/proc/${pid}/root${folder}/${fileOf[name]}`);
+    }
+    await on1(`systemd-analyze security --no-pager --threshold=20 ${units.join(" ")} >/dev/null`);
+    expect(await on1(`stat -c '%a %U' '${folder}'/*.raw '${folder}'/*.qcow2 | uniq`)).toBe("600 root");
+  });
+
+  it("are held though no client is connected: the export is named", async () => {
+    await expect(stack.destroy("VolumeCopy", "copy")).rejects.toThrow(
+      /FILE_IN_USE: .*held by export lvm-nbd-export-copy\.service/,
+    );
+    expect(await on1(`ls '${folder}'`)).toContain("copy.raw");
+  });
+
+  it("are mounted on another server, and files of them read", async () => {
+    const moments = (["raw", "qcow2"] as const).map(async (name) => {
+      const uri = stack.state("NbdExport", name).uri;
+      const { state } = await stack.up("NbdAttachment", name, { host: "server2", name, uri });
+      await stack.up("Mount", name, { host: "server2", device: state.path, path: `/mnt/${name}` });
+      const letter = await on2(`cat /mnt/${name}/letter`);
+      await stack.destroy("Mount", name);
+      await stack.destroy("NbdAttachment", name);
+      return letter;
+    });
+    expect(await Promise.all(moments)).toEqual(["of last night", "of last night"]);
+  });
+
+  it("are let go when their disk is unmounted, and come back with it", async () => {
+    await on1(`umount '${folder}'`);
+    await changed("the exports to end", "inactive inactive inactive");
+    await on1(`! fuser -s /dev/VgVm/LV-BACKUPS && mount /dev/VgVm/LV-BACKUPS '${folder}'`);
+    await changed("the exports to be back", "active active active");
+    expect(await stack.drifted("NbdExport", "raw")).toEqual([]);
+    // Another file of the name, though of the same size and content.
+    await on1(`cd '${folder}' && cp vm1.raw new && mv new vm1.raw`);
+    expect(await stack.drifted("NbdExport", "raw")).toEqual(["state"]);
+  });
+
+  it("are refused, by looking alone, where more or less than their content would be served", async () => {
+    await on1(`cd '${folder}' && ln -s vm1.raw link && echo >theirs && chown nobody theirs && chmod 600 theirs && truncate -s 1000 odd
+      qemu-img create -q -f qcow2 -F raw -b /etc/shadow backed && qemu-img create -q -f qcow2 -o data_file=ext data 1M`);
+    const bad: [file: string, args: Values, said: RegExp][] = [
+      ["none", {}, /FILE_NOT_FOUND: .*does not exist/],
+      ["link", {}, /FILE_UNSUITABLE: .*symbolic link: give \/srv\/back ups\/vm1\.raw/],
+      ["theirs", {}, /FILE_UNSUITABLE: .*Permission denied/],
+      ["odd", {}, /FILE_UNSUITABLE: .*1000 bytes/],
+      ["backed", qcow2, /FILE_UNSUITABLE: .*names a backing file, \/etc\/shadow/],
+      ["data", qcow2, /FILE_UNSUITABLE: .*names a data file, ext/],
+      ["vm1.raw", qcow2, /FILE_UNSUITABLE: .*not in qcow2 format/],
+    ];
+    const changes = await stack.changesDuring(() =>
+      Promise.all(
+        bad.map(([file, args, said]) =>
+          expect(stack.up("NbdExport", file, exported("bad", 10814, { file, ...args }))).rejects.toThrow(
+            said,
+          ),
+        ),
+      ),
+    );
+    expect(changes).toEqual([]);
+  });
+
+  it("are as they were when nothing is left of that", async () => {
+    await Promise.all(names.map((name) => stack.destroy("NbdExport", name)));
+    await stack.destroy("VolumeCopy", "copy");
+    expect(await on1(`cd '${folder}' && ls copy.raw 2>&1; qemu-img compare vm1.raw vm1.qcow2`)).toMatch(
+      /No such file(.|\n)*Images are identical/,
+    );
+    expect(await Promise.all([leftovers(lab.server1), leftovers(lab.server2)])).toEqual(["", ""]);
+    await on1(`umount '${folder}' && lvremove -qq -f VgVm/LV-BACKUPS`);
   });
 });

@@ -23,7 +23,7 @@ export async function freshLab(): Promise<Lab> {
 }
 
 export type Values = Readonly<Record<string, unknown>>;
-type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount";
+type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount" | "VolumeCopy";
 
 /** What `up` did to a resource. */
 export interface Outcome {
