@@ -99,8 +99,10 @@ export const errorCodes = {
     "The copy made no progress for minutes; it was stopped and removed. Look at the export, at the network and at the destination's disk, then run again.",
   COPY_UNCERTIFIED:
     "The snapshot was removed, or is being merged, before the copy was certified: whether all that was read is its moment cannot be told, so the image was removed. Run `pulumi up --refresh`, which takes the snapshot anew.",
+  IMAGE_CORRUPT:
+    "The image does not read as the `sha256` that was declared: it was changed since, or `uri` serves another one. Nothing was written. See that `uri` serves the image of that checksum; if it does, its disk has spoiled it: restore from another backup.",
   RESTORE_OVERFLOWS:
-    "Merging the snapshot would overflow other COW snapshots of its origin, since the merge writes to that. Nothing was touched. Extend or remove those that the message names, and run again.",
+    "Restoring would overflow other COW snapshots of the origin, since it writes to that. Nothing was touched. Extend or remove those that the message names, and run again.",
   RESTORE_FAILED:
     "The kernel gave up a merge half-way, for an I/O error. Use nothing of the origin until it goes on. Look at `dmesg`, put the disk right, activate the origin anew; the next `pulumi up` follows the merge.",
   RESTORE_STALLED:

@@ -8,10 +8,12 @@ import { digest, ownerInTag, ownerOfMark, tagPrefix } from "./owner.js";
 const restoreTag = `${tagPrefix}restore=`;
 
 /**
- * `begun`: before LVM was told to merge; `merging`: after that, and for a merge that waits; `restored`: when the merge
- * was seen to have ended.
+ * `begun`: before LVM was told to merge, or before the first byte of an image was written; `merging`: after that, and for a
+ * merge that waits; `writing`: from before that byte on; `restored`: when the merge was seen to have ended, or the image was
+ * read back.
  */
-const stages = { begun: "b", merging: "m", restored: "r" } as const;
+const stages = { begun: "b", merging: "m", writing: "w", restored: "r" } as const;
+const stageNames = ["begun", "merging", "writing", "restored"] as const;
 
 /** What a mark tells. */
 export interface RestoreMark {
@@ -28,8 +30,8 @@ export interface RestoreMark {
   readonly seconds: number;
   /** Of what was only begun: the snapshot's device in its thin pool; 0 of a COW snapshot. */
   readonly thinId: number;
-  /** LVM UUID of the snapshot. */
-  readonly snapshotUuid: string;
+  /** LVM UUID of the snapshot, or SHA-256 of the image. */
+  readonly source: string;
   /** As it stands in the tag. */
   readonly owner: string;
 }
@@ -46,15 +48,16 @@ export function newLife(): string {
 
 /**
  * The tag of a mark before and after its stage and times: `lvm-nbd.restore=GENERATION:LIFE:` and `UUID:OWNER`; between
- * them stands e.g. `m1795694259+0:`. Of at most 200 characters: every LVM beside a systemd allows 1024.
+ * them stands e.g. `m1795694259+0:`. Of an image the checksum takes the UUID's place. Of at most 240 characters: every LVM
+ * beside a systemd allows 1024.
  */
-export function restoreTagParts(told: Pick<RestoreMark, "generation" | "life" | "snapshotUuid" | "owner">): {
+export function restoreTagParts(told: Pick<RestoreMark, "generation" | "life" | "source" | "owner">): {
   readonly head: string;
   readonly tail: string;
 } {
   return {
     head: `${restoreTag}${told.generation}:${told.life}:`,
-    tail: `${told.snapshotUuid}:${told.owner}`,
+    tail: `${told.source}:${told.owner}`,
   };
 }
 
@@ -69,24 +72,29 @@ export function restoreTagOf(told: Omit<RestoreMark, "tag">): string {
 export function restoreMarksAmong(tags: readonly string[]): RestoreMark[] {
   return tags.flatMap((tag): RestoreMark[] => {
     if (!tag.startsWith(restoreTag)) return [];
-    const match = /^([0-9a-f]{12}):([0-9a-f]{8}):([bmr])(\d{1,12})\+(\d{1,9}):([A-Za-z0-9-]+):(.+)$/.exec(
+    const match = /^([0-9a-f]{12}):([0-9a-f]{8}):([bmwr])(\d{1,12})\+(\d{1,9}):([A-Za-z0-9-]+):(.+)$/.exec(
       tag.slice(restoreTag.length),
     );
-    const [, generation, life, letter, startedAt, number, snapshotUuid, owner] = match ?? [];
-    const stage = (["begun", "merging", "restored"] as const).find((one) => stages[one] === letter);
-    if (!stage || !generation || !life || !snapshotUuid || !owner) return [];
+    const [, generation, life, letter, startedAt, number, source, owner] = match ?? [];
+    const stage = stageNames.find((one) => stages[one] === letter);
+    if (!stage || !generation || !life || !source || !owner) return [];
     const times = {
       startedAt: Number(startedAt),
       seconds: stage === "restored" ? Number(number) : 0,
       thinId: stage === "begun" ? Number(number) : 0,
     };
-    return [{ tag, generation, life, stage, ...times, snapshotUuid, owner }];
+    return [{ tag, generation, life, stage, ...times, source, owner }];
   });
 }
 
 /** True for a mark of that owner. */
 export function isRestoreOf(mark: RestoreMark, owner: string): boolean {
   return mark.owner === ownerInTag(owner);
+}
+
+/** SHA-256 of the image that was restored; `undefined` for a snapshot. */
+export function imageOfRestore({ source }: Pick<RestoreMark, "source">): string | undefined {
+  return /^[0-9a-f]{64}$/.test(source) ? source : undefined;
 }
 
 /** The owner a mark names, for people. */

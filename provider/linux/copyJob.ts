@@ -136,7 +136,8 @@ hash_file() {
 /**
  * Shell functions of a job, beside `sumOf`; its `uri`, `bits`, `connections`, `verify` and `run` are set, `undo` drops what it
  * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND`: runs that with the source's uri in
- * `source`. `read_again`, then `require_same SUM`: the source is read a second time meanwhile, and must have this checksum.
+ * `source`. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
+ * then `require_same SUM`: so it is read a second time, and must have this checksum.
  */
 export const jobFunctions = `
 phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
@@ -147,14 +148,15 @@ with_source() {
     nbdkit -U - -r --exit-with-parent --filter=rate nbd uri="$uri" rate="$bits" --run 'source=$uri; export source; sh -c "$command"'
   fi
 }
-read_again() {
-  [ "$verify" = yes ] || return 0
+read_source() {
   with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &
   reading=$!
 }
+await_source() { wait "$reading" && source_sum=$(sum_of "$(cat "$run/sum")"); }
+read_again() { [ "$verify" != yes ] || read_source; }
 require_same() {
   [ "$verify" = yes ] || return 0
-  wait "$reading" && source_sum=$(sum_of "$(cat "$run/sum")") || fail "the source could not be read a second time"
+  await_source || fail "the source could not be read a second time"
   [ "$1" = "$source_sum" ] || fail "mismatch: the copy reads back as $1, the source as $source_sum"
 }
 `;
@@ -211,7 +213,7 @@ export type CopyResult = z.infer<typeof copyResult>;
 
 /** How far a job is. */
 export interface CopyProgress {
-  readonly phase: "start" | "copy" | "verify";
+  readonly phase: "start" | "check" | "copy" | "verify";
   /** From 0 to 1, of this phase. */
   readonly done: number;
   /** Seconds since 1970 at which the phase began. */
@@ -224,7 +226,8 @@ export function parseProgress(fields: ReadonlyMap<string, string>): CopyProgress
   const [phase, since] = (fields.get("phase") ?? "").trim().split(" ");
   const sizeBytes = Number(fields.get("size") ?? "") || undefined;
   const served = lastShare(fields.get("progress") ?? "");
-  if (phase === "copy") return { phase, done: served ?? 0, since: Number(since), sizeBytes };
+  if (phase === "check" || phase === "copy")
+    return { phase, done: served ?? 0, since: Number(since), sizeBytes };
   if (phase !== "verify") return { phase: "start", done: 0, since: 0, sizeBytes };
   // Both ends are read at once: the slower one counts. A source that is not read again says nothing.
   const read = fields.get("read") ?? "";
@@ -261,7 +264,7 @@ export function progressPhrase({ phase, done, since, sizeBytes }: CopyProgress, 
   if (phase === "start" || sizeBytes === undefined) return "starting the copy";
   const spent = Math.max(1, now - since);
   const bytes = Math.floor(done * sizeBytes);
-  const what = phase === "copy" ? "copying" : "reading both ends back";
+  const what = { check: "checking the source", copy: "copying", verify: "reading both ends back" }[phase];
   const rate = `${what}: ${Math.floor(done * 100)} % of ${bytesPhrase(sizeBytes)}, ${bytesPhrase(bytes / spent)}/s`;
   return done <= 0 ? rate : `${rate}, ${secondsPhrase((spent * (1 - done)) / done)} left`;
 }

@@ -36,9 +36,11 @@ export interface DeviceCopyPlan {
   readonly verify: boolean;
   /** What becomes of the bytes behind the content. */
   readonly rest: "zero" | "keep";
+  /** SHA-256 that the source must have before anything is written, and the device afterwards. */
+  readonly expected?: string | undefined;
 }
 
-/** The arguments of `deviceCopyJob`. */
+/** The arguments of `deviceCopySteps`. */
 export function deviceCopyArguments({ run }: DeviceJob, device: string, plan: DeviceCopyPlan): string[] {
   return [
     run,
@@ -49,6 +51,7 @@ export function deviceCopyArguments({ run }: DeviceJob, device: string, plan: De
     plan.bandwidthLimit === undefined ? "" : String(plan.bandwidthLimit * 8),
     plan.verify ? "yes" : "no",
     plan.rest,
+    plan.expected ?? "",
   ];
 }
 
@@ -78,13 +81,14 @@ hash_device() {
 `;
 
 /**
- * Copies, flushes, reads both ends. nbdcopy writes the source's zeros too (by BLKZEROOUT where the device can): a volume
+ * Checks the source if its checksum is known, copies, flushes, reads both ends. What its user does right before the first byte
+ * is written and after the last one was read is `before_write` and `at_end`, which may `fail`. nbdcopy writes the source's zeros too (by BLKZEROOUT where the device can): a volume
  * holds what was there before it, so nothing is known to be zero. It ends with `result` or `failure` below /run.
  */
-export const deviceCopyJob = `${sumOf}${jobFunctions}${hashDevice}
+export const deviceCopySteps = `${sumOf}${jobFunctions}${hashDevice}
 undo() { :; }
 cd "$1" || exit 1
-run=$1 device=$2 uri=$3 connections=$4 bits=$5 verify=$6 rest=$7
+run=$1 device=$2 uri=$3 connections=$4 bits=$5 verify=$6 rest=$7 expected=$8
 umask 077
 export LC_ALL=C uri connections run device
 began=$(date +%s)
@@ -92,6 +96,14 @@ size=$(nbdinfo --size "$uri") || fail "the source does not answer"
 printf '%s\\n' "$size" >"$run/size"
 room=$(blockdev --getsize64 "$device") || fail "$device cannot be opened"
 [ "$room" -ge "$size" ] || fail "$device has $room bytes, fewer than the source with $size"
+if [ -n "$expected" ]; then
+  phase check
+  read_source
+  await_source || fail "the source could not be read"
+  [ "$source_sum" = "$expected" ] || fail "corrupt: what is served reads as $source_sum, not as $expected"
+  rm -f "$run/progress"
+fi
+before_write
 phase copy
 with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" "$device" 3>"$run/progress"' || fail "the copy broke off"
 if [ "$rest" = zero ] && [ "$room" -gt "$size" ]; then
@@ -104,17 +116,26 @@ phase verify
 read_again
 sum=$(hash_device "$device" "$size" 3>"$run/read") || fail "the device could not be read back"
 require_same "$sum"
+[ -z "$expected" ] || [ "$sum" = "$expected" ] || fail "mismatch: the device reads back as $sum, not as $expected"
 {
   printf '{"sizeBytes":%s,"sha256":"%s","facts":"%s",' "$size" "$sum" "$room"
   printf '"verified":%s,' "$([ "$verify" = yes ] && echo true || echo false)"
   printf '"startedAt":%s,"endedAt":%s,' "$began" "$(date +%s)"
   printf '"tools":"%s"}\\n' "$({ nbdcopy --version; uname -sr; } | tr -d '"\\\\' | paste -sd, -)"
-} >result.new && mv -f result.new result || fail "the result could not be written"
+} >result.new || fail "the result could not be written"
+at_end
+mv -f result.new result || fail "the result could not be written"
 `;
 
+/** The job of a copy that nobody waits upon: its device is its own. */
+export const deviceCopyJob = `
+before_write() { :; }
+at_end() { :; }
+${deviceCopySteps}`;
+
 /**
- * Shell function. `volume_is GROUP NAME UUID`: ends the script with `changedMeanwhile` unless the volume of that name has that
- * UUID, with `volumeOpen` if somebody has it open, or it has snapshots that would go with it.
+ * Shell function. `volume_is GROUP NAME UUID [SNAPSHOTS]`: ends the script with `changedMeanwhile` unless the volume of that name
+ * has that UUID, with `volumeOpen` if somebody has it open, or it has snapshots and they are not "kept": they would go with it.
  */
 export const volumeIsFunction = `
 volume_is() {
@@ -123,7 +144,7 @@ volume_is() {
   volume_seen=$(lvs --noheadings --binary -o lv_uuid,lv_device_open -S "lv_name=\\"$2\\"" "$1" 9>&-) || exit 1
   volume_snapshots=$(lvs --noheadings -o lv_name -S "origin_uuid=\\"$3\\"" "$1" 9>&-) || exit 1
   case $(echo $volume_seen) in "$3 1") exit ${volumeOpen};; "$3 "*) ;; *) exit ${changedMeanwhile};; esac
-  [ -z "$volume_snapshots" ] || exit ${volumeOpen}
+  [ "\${4-}" = kept ] || [ -z "$volume_snapshots" ] || exit ${volumeOpen}
 }
 `;
 

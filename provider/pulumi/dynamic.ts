@@ -54,7 +54,7 @@ export type BackupImageArgs = Args<BackupImageDeclaration>;
 
 /** Arguments of an `LvRestore`; the README's table says what each means. `snapshot` may be an `LvSnapshot`. */
 export type LvRestoreArgs = Omit<Args<LvRestoreDeclaration>, "snapshot"> & {
-  readonly snapshot: Args<LvRestoreDeclaration>["snapshot"] | LvSnapshot;
+  readonly snapshot?: Args<LvRestoreDeclaration>["snapshot"] | LvSnapshot;
 };
 
 const module_ = "lvm-nbd";
@@ -172,13 +172,14 @@ export class BackupImage extends LvmNbdResource {
   }
 }
 
-/** Brings a logical volume back to the moment of one of its snapshots, once. */
+/** Brings a logical volume back to the moment of one of its snapshots, or to a verified image, once. */
 export class LvRestore extends LvmNbdResource {
   declare readonly volumeGroup: pulumi.Output<string>;
   declare readonly origin: pulumi.Output<string>;
   declare readonly state: pulumi.Output<LvRestoreOutputs["state"]>;
   declare readonly snapshotRemoved: pulumi.Output<LvRestoreOutputs["snapshotRemoved"]>;
   declare readonly restoredSnapshot: pulumi.Output<LvRestoreOutputs["restoredSnapshot"]>;
+  declare readonly restoredImage: pulumi.Output<LvRestoreOutputs["restoredImage"]>;
   declare readonly originUuid: pulumi.Output<LvRestoreOutputs["originUuid"]>;
   declare readonly startedAt: pulumi.Output<LvRestoreOutputs["startedAt"]>;
   declare readonly restoredAt: pulumi.Output<LvRestoreOutputs["restoredAt"]>;

@@ -56,7 +56,7 @@ export interface CopyRun<T> {
  */
 export const copyFailures: readonly ErrorCode[] = [
   ...(["CANCELLED", "COPY_FAILED", "COPY_MISMATCH", "COPY_STALLED", "COPY_UNCERTIFIED"] as const),
-  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED"] as const),
+  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED", "IMAGE_CORRUPT", "VOLUME_IN_USE"] as const),
 ];
 
 /** Makes the copy, or goes on with one of ours that runs or has ended. What has failed for good is removed. */
@@ -155,6 +155,9 @@ async function follow(
   }
 }
 
+/** With which words a job tells of which failure. */
+const reasons = { mismatch: "COPY_MISMATCH", corrupt: "IMAGE_CORRUPT", open: "VOLUME_IN_USE" } as const;
+
 function jobEnd(
   context: Context,
   run: Pick<CopyRun<unknown>, "following" | "whenFull">,
@@ -174,7 +177,9 @@ function jobEnd(
       copyResult.parse(JSON.parse(stdout)),
     );
   const reason = fields.get("failure");
-  if (reason?.startsWith("mismatch: ")) throw new LvmNbdError("COPY_MISMATCH", { ...where, message: reason });
+  const told = Object.entries(reasons).find(([word]) => reason?.startsWith(`${word}: `));
+  if (reason !== undefined && told !== undefined)
+    throw new LvmNbdError(told[1], { ...where, message: reason });
   throw new LvmNbdError(noSpace(log) ? "NO_SPACE" : "COPY_FAILED", {
     ...where,
     message:

@@ -1,7 +1,8 @@
 /**
- * LvRestore: brings a logical volume back to the moment of one of its snapshots, once, by merging the snapshot into it.
+ * LvRestore: brings a logical volume back, once: to the moment of one of its snapshots, by merging that into it, or to what a
+ * verified image holds, by writing it; the latter is in imageRestore.ts.
  *
- * What was restored is remembered on the origin itself, by an LVM tag that is set before the merge begins: a restore that
+ * What was restored is remembered on the origin itself, by an LVM tag that is set before anything begins: a restore that
  * was cut off is gone on with, and one that is done is never done again, whatever becomes of Pulumi's state.
  */
 import { isDeepStrictEqual } from "node:util";
@@ -9,7 +10,7 @@ import { z } from "zod";
 import { failure, refusal, script, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { lookPatiently, pause } from "../core/following.js";
-import { commonInputs, refusing, triggersInput } from "../core/inputs.js";
+import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
 import { markAmong, ownerInTag, ownerOfMark, ownerTag, tagPrefix } from "../core/owner.js";
 import {
   type Change,
@@ -19,6 +20,7 @@ import {
   type ResourceType,
 } from "../core/resource.js";
 import {
+  imageOfRestore,
   isRestoreOf,
   newLife,
   ownerOfRestore,
@@ -29,7 +31,7 @@ import {
   restoreTagParts,
 } from "../core/restoreMark.js";
 import { serially } from "../core/serial.js";
-import { bytesPhrase } from "../linux/copyJob.js";
+import { bytesPhrase, parseRate } from "../linux/copyJob.js";
 import { type LogicalVolume, lvmFailure, tagCommand, volumeGroupNameProblem } from "../linux/lvm.js";
 import {
   beginMergeScript,
@@ -43,18 +45,32 @@ import {
   refreshCommand,
   wasMergedScript,
 } from "../linux/merge.js";
+import { parseNbdUri } from "../linux/nbd.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import {
+  endImageRestore,
+  halfWritten,
+  type ImageWanted,
+  isMarkOf,
+  type RunningRestore,
+  requireOverwrite,
+  restoreImage,
+  runningRestore,
+} from "./imageRestore.js";
 import {
   changeSeconds,
   changeVolume,
   changing,
   holdersOf,
   listed,
+  named,
   observeSeconds,
+  pathOf,
+  refuseOpen,
   refuseSuspended,
   requireGroup,
-  serversOf,
+  requireOrigin,
   volumes,
 } from "./volumes.js";
 
@@ -66,7 +82,7 @@ const uuid = z
   .string()
   .regex(
     /^[A-Za-z0-9]{6}(-[A-Za-z0-9]{4}){5}-[A-Za-z0-9]{6}$/,
-    "is not an LVM UUID: take the snapshot's `uuid`",
+    "is not an LVM UUID, as an LvSnapshot's `uuid` and `lvs -o lv_uuid`",
   );
 
 const inputs = z.strictObject({
@@ -74,48 +90,88 @@ const inputs = z.strictObject({
   adopt: commonInputs.adopt.describe(
     "Follow a merge of this snapshot that somebody began by hand as this resource's own, instead of refusing.",
   ),
-  volumeGroup: name.describe("Volume group of the origin and the snapshot."),
+  volumeGroup: name.describe("Volume group of the origin, and of its snapshot."),
   origin: name.describe("Logical volume that is brought back."),
   snapshot: z
     .strictObject({
       name: name.describe("Name of the snapshot."),
       uuid: uuid.describe("LVM UUID of the snapshot."),
     })
+    .optional()
     .describe(
       "The snapshot whose moment is restored, e.g. an LvSnapshot. Merging removes it; its UUID sees to it that no other one " +
-        "of that name is. Another snapshot alone restores nothing.",
+        "of that name is. Another snapshot alone restores nothing. Either this or `image`.",
+    ),
+  image: z
+    .strictObject({
+      uri: z
+        .string()
+        .superRefine(readableBy(parseNbdUri))
+        .describe("The `uri` of an NbdExport that serves the image and lets this host in."),
+      sha256: z
+        .string()
+        .regex(/^[0-9a-f]{64}$/, "is no SHA-256: 64 lower-case hexadecimal digits, the copy's `sha256`")
+        .describe("SHA-256 of what the image holds, as a VolumeCopy's or BackupImage's output tells it."),
+    })
+    .optional()
+    .describe(
+      "The image that is written onto the origin, of a VolumeCopy or BackupImage. It is read once before anything is written: unless " +
+        "it has this checksum, nothing is. Another image alone restores nothing.",
+    ),
+  overwrite: uuid
+    .optional()
+    .describe(
+      "LVM UUID of the origin, required with an `image`: its content is given up. `lvs -o lv_uuid VG/LV` prints it.",
+    ),
+  connections: z
+    .number()
+    .int()
+    .min(1)
+    .max(16)
+    .optional()
+    .describe("NBD connections by which an `image` is copied. Default 4."),
+  bandwidthLimit: z
+    .union([z.string(), z.number()])
+    .superRefine(readableBy(parseRate))
+    .optional()
+    .describe(
+      'Bytes a second of an `image` that are read from its export at most, e.g. `"20M"` (1024-based). Default: no limit.',
     ),
   whenOpen: z
     .enum(["refuse", "atNextActivation"])
     .default("refuse")
     .describe(
       "What to do while the origin or the snapshot is open: `refuse` with an error that names who holds it, or let LVM merge " +
-        "`atNextActivation` of the origin.",
+        "`atNextActivation` of the origin. With an `image` only `refuse`.",
     ),
   triggers: triggersInput.describe("Any values; only a change of one restores again."),
 });
 
 const outputs = z.object({
   state: z
-    .enum(["restored", "merging", "scheduled"])
+    .enum(["restored", "merging", "scheduled", "restoring"])
     .describe(
       "`restored`; `merging` (under way: the origin shows the restored content already); `scheduled` (begins when the origin is next " +
-        "activated: until then it has its present content, and what is written to it will be lost).",
+        "activated: until then it has its present content, and what is written to it will be lost); " +
+        "`restoring` (from an image: use nothing of the origin, it may be half-written).",
     ),
   snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
-  restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored."),
+  restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored; empty for an image."),
+  restoredImage: z.string().describe("SHA-256 of the image that was restored; empty for a snapshot."),
   originUuid: z.string().describe("LVM UUID of the origin; it stays the same."),
-  startedAt: z.string().describe("When the merge was begun or scheduled (ISO 8601, by the host's clock)."),
+  startedAt: z.string().describe("When the restore was begun or scheduled (ISO 8601, by the host's clock)."),
   restoredAt: z
     .string()
     .describe(
-      "When the merge was seen to have ended (ISO 8601, by the host's clock); empty before, and where nobody followed it.",
+      "When the merge was seen to have ended, or the image was read back (ISO 8601, by the host's clock); empty before, and where " +
+        "nobody followed a merge.",
     ),
   seconds: z.number().describe("From `startedAt` to `restoredAt`."),
   restoreId: z.string().describe("Which resource's life the restore belongs to."),
 });
 
 type Inputs = z.infer<typeof inputs>;
+type FromSnapshot = Inputs & { readonly snapshot: NonNullable<Inputs["snapshot"]> };
 type State = Inputs & z.infer<typeof outputs>;
 
 /** What a program declares, before defaults. */
@@ -128,13 +184,16 @@ interface Observed {
   readonly halfMade: boolean;
   readonly restore: RestoreMark;
   readonly origin: LogicalVolume;
-  /** `undefined` when it is gone. */
+  /** `undefined` when it is gone, and of an image. */
   readonly snapshot: LogicalVolume | undefined;
+  /** The job that writes an image. */
+  readonly job: RunningRestore | undefined;
   /**
-   * `pending`: marked, but the snapshot is there and nobody merges it; `uncertain`: it is gone, and the mark was left
-   * from before LVM was told to merge it.
+   * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
+   * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
+   * writing the image.
    */
-  readonly phase: State["state"] | "pending" | "uncertain";
+  readonly phase: State["state"] | "pending" | "uncertain" | "halfWritten";
 }
 
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
@@ -145,36 +204,58 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     await requireGroup(context, wanted.volumeGroup, all);
     return undefined;
   }
-  const marks = restoreMarksAmong(origin.tags);
-  const restore =
-    marks.find((mark) => mark.life === life) ?? marks.find((mark) => isRestoreOf(mark, wanted.owner));
+  const marks = restoreMarksAmong(origin.tags).filter(
+    (mark) => mark.life === life || isRestoreOf(mark, wanted.owner),
+  );
+  const job = marks.some(isUnfinishedImage) ? await runningRestore(context, origin) : undefined;
+  const restore = markThatCounts(marks, life, job);
   if (restore === undefined) return undefined;
-  const snapshot = all.find((lv) => lv.uuid === restore.snapshotUuid);
+  const snapshot = all.find((lv) => lv.uuid === restore.source);
   refuseSuspended(context, [origin, snapshot]);
-  const phase = phaseOf(restore, snapshot, origin);
+  const told = { restore, origin, snapshot, job: isMarkOf(job, restore) ? job : undefined };
+  const phase = phaseOf(told);
   return {
     mark: ownerTag + restore.owner,
     halfMade: phase === "pending" || phase === "uncertain",
-    ...{ restore, origin, snapshot, phase },
+    ...{ ...told, phase },
   };
 }
 
-function phaseOf(
-  { stage }: RestoreMark,
-  snapshot: LogicalVolume | undefined,
-  origin: LogicalVolume,
-): Observed["phase"] {
+function isUnfinishedImage(mark: RestoreMark): boolean {
+  return mark.stage !== "restored" && imageOfRestore(mark) !== undefined;
+}
+
+/**
+ * While nothing of an image is written, the mark of an earlier restore stays beside its own: that one counts, unless a job is
+ * about to write, or something was written.
+ */
+function markThatCounts(
+  marks: readonly RestoreMark[],
+  life: string | undefined,
+  job: RunningRestore | undefined,
+): RestoreMark | undefined {
+  const others = marks.filter((mark) => !isUnfinishedImage(mark));
+  return (
+    marks.find((mark) => isMarkOf(job, mark)) ??
+    marks.find(({ stage }) => stage === "writing") ??
+    others.find((mark) => mark.life === life) ??
+    others[0] ??
+    marks[0]
+  );
+}
+
+function phaseOf({
+  restore,
+  snapshot,
+  origin,
+  job,
+}: Pick<Observed, "restore" | "snapshot" | "origin" | "job">): Observed["phase"] {
+  const { stage } = restore;
   if (stage === "restored") return "restored";
+  if (job !== undefined) return "restoring";
+  if (imageOfRestore(restore) !== undefined) return stage === "writing" ? "halfWritten" : "pending";
   if (snapshot === undefined) return stage === "begun" ? "uncertain" : "restored";
   return snapshot.merging ? mergePhase(snapshot, origin) : "pending";
-}
-
-function named(all: readonly LogicalVolume[], group: string, volume: string): LogicalVolume | undefined {
-  return all.find((lv) => lv.volumeGroup === group && lv.name === volume);
-}
-
-function pathOf({ volumeGroup, name }: Pick<LogicalVolume, "volumeGroup" | "name">): string {
-  return `${volumeGroup}/${name}`;
 }
 
 /** What is merged into what. */
@@ -184,18 +265,10 @@ interface Pair {
 }
 
 /** Finds the two, and everything for which they must not or cannot be merged, before anything is touched. */
-async function suitable(context: Context, wanted: Inputs): Promise<Pair> {
+async function suitable(context: Context, wanted: FromSnapshot): Promise<Pair> {
   const all = await volumes(context);
+  const origin = await requireOrigin(context, wanted, all);
   const group = all.filter((lv) => lv.volumeGroup === wanted.volumeGroup && lv.kind !== "internal");
-  if (group.length === 0) await requireGroup(context, wanted.volumeGroup, all);
-  const origin = named(group, wanted.volumeGroup, wanted.origin);
-  if (origin === undefined) {
-    throw refusal(
-      context,
-      "ORIGIN_NOT_FOUND",
-      `origin: no logical volume "${wanted.origin}" in ${wanted.volumeGroup}; there are: ${listed(group.map((lv) => lv.name))}`,
-    );
-  }
   const snapshot = requireSnapshot(context, wanted, group, origin);
   refuseSuspended(context, [origin, snapshot]);
   refuseMerging(context, wanted, { origin, snapshot });
@@ -207,7 +280,7 @@ async function suitable(context: Context, wanted: Inputs): Promise<Pair> {
 
 function requireSnapshot(
   context: Context,
-  wanted: Inputs,
+  wanted: FromSnapshot,
   group: readonly LogicalVolume[],
   origin: LogicalVolume,
 ): LogicalVolume {
@@ -246,7 +319,7 @@ function refuseMerging(context: Context, wanted: Inputs, { origin, snapshot }: P
   const isOrigin = origin.attr[0] === "O";
   if (!isOrigin && !snapshot.merging) return;
   const marks = restoreMarksAmong(origin.tags).filter(({ stage }) => stage !== "restored");
-  const own = marks.find((mark) => mark.snapshotUuid === snapshot.uuid);
+  const own = marks.find((mark) => mark.source === snapshot.uuid);
   if (snapshot.merging && own === undefined && wanted.adopt) return;
   const by = snapshot.merging ? own : marks[0];
   throw refusal(
@@ -350,28 +423,51 @@ function warnOfOthers(
     );
 }
 
-/** Raises VOLUME_IN_USE, with who holds or serves them, unless both are closed. */
-async function refuseOpen(context: Context, { origin, snapshot }: Pair): Promise<void> {
-  for (const lv of [origin, snapshot].filter(({ active }) => active)) {
-    const holders = [...(await holdersOf(context, lv)), ...(await serversOf(context, [lv]))];
-    if (holders.length === 0) continue;
-    throw refusal(
-      context,
-      "VOLUME_IN_USE",
-      `${pathOf(lv)} is open: ${holders.join(", ")}`,
-      'Nothing was touched. Shut the VM down, unmount the volume, remove its export, and run again. Or set `whenOpen: "atNextActivation"`.',
-    );
-  }
+/** What is restored; `validate` has seen that it is one of both. */
+function fromSnapshot(wanted: Inputs): wanted is FromSnapshot {
+  return wanted.snapshot !== undefined;
 }
 
-/** Restores; `earlier`: the mark that its own takes the place of. */
-async function restore(context: Context, wanted: Inputs, earlier: RestoreMark | undefined): Promise<void> {
+function withImage(wanted: Inputs): ImageWanted {
+  const { image, overwrite, ...rest } = wanted;
+  if (image !== undefined && overwrite !== undefined) return { ...rest, image, overwrite };
+  const property = image === undefined ? "snapshot" : "overwrite";
+  throw new LvmNbdError("INVALID_INPUT", { message: `${property}: is required`, property });
+}
+
+/** Restores. `seen`: what its own mark takes the place of; `old`: the state, if there is one. */
+async function restore(context: Context, wanted: Inputs, seen?: Observed, old?: State): Promise<void> {
+  if (fromSnapshot(wanted)) {
+    await endJob(context, seen);
+    return merge(context, wanted, seen?.restore);
+  }
+  const image = withImage(wanted);
+  if (seen?.job !== undefined) {
+    requireOverwrite(context, image, seen.origin);
+    await endJob(context, seen);
+  }
+  return restoreImage(context, image, old === undefined ? newLife() : (seen?.restore.life ?? newLife()));
+}
+
+/** Ends a job that writes another image than is declared now, or for earlier triggers. */
+async function endJob(context: Context, seen: Observed | undefined): Promise<void> {
+  if (seen?.job === undefined) return;
+  context.progress(`ending an earlier restore of ${pathOf(seen.origin)}`);
+  await endImageRestore(context, seen.origin, seen.job.recordDigest, [seen.job.begun]);
+}
+
+/** Merges; `earlier`: the mark that its own takes the place of. */
+async function merge(
+  context: Context,
+  wanted: FromSnapshot,
+  earlier: RestoreMark | undefined,
+): Promise<void> {
   const pair = await suitable(context, wanted);
   const { origin, snapshot } = pair;
   const told = {
     generation: restoreGeneration(wanted.triggers),
     life: newLife(),
-    snapshotUuid: snapshot.uuid,
+    source: snapshot.uuid,
     owner: ownerInTag(wanted.owner),
   };
   const old = restoreMarksAmong(origin.tags)
@@ -388,7 +484,13 @@ async function restore(context: Context, wanted: Inputs, earlier: RestoreMark | 
     );
     return follow(context, wanted);
   }
-  if (wanted.whenOpen === "refuse") await refuseOpen(context, pair);
+  if (wanted.whenOpen === "refuse") {
+    await refuseOpen(
+      context,
+      [origin, snapshot],
+      'Nothing was touched. Shut the VM down, unmount the volume, remove its export, and run again. Or set `whenOpen: "atNextActivation"`.',
+    );
+  }
   context.progress(`merging the snapshot ${pathOf(snapshot)} into ${pathOf(origin)}`);
   const { head, tail } = restoreTagParts(told);
   const command: RemoteCommand = {
@@ -566,7 +668,7 @@ async function converge(
 ): Promise<void> {
   const { origin, phase } = seen;
   if (isStale(seen, wanted)) {
-    if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen.restore);
+    if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen, old);
     throw refusal(
       context,
       "SNAPSHOT_MERGING",
@@ -574,18 +676,37 @@ async function converge(
     );
   }
   if (phase === "uncertain" && !(await wasMerged(context, seen))) throw uncertain(context, seen);
-  if (phase === "pending") return restore(context, wanted, seen.restore);
-  if (old === undefined && seen.restore.snapshotUuid !== wanted.snapshot.uuid) {
+  if (phase === "pending" || phase === "halfWritten") return restore(context, wanted, seen, old);
+  if (seen.job !== undefined) {
+    const goesOn = seen.restore.source === wanted.image?.sha256 && origin.uuid === wanted.overwrite;
+    if (!goesOn) return restore(context, wanted, seen, old);
+    await restoreImage(context, withImage(wanted), seen.restore.life, { ...seen.job, origin });
+    const ended = await observe(context, wanted);
+    if (ended?.phase === "restored") await takeOver(context, wanted, ended, old);
+    return;
+  }
+  const { source } = seen.restore;
+  if (old === undefined && source !== (wanted.snapshot?.uuid ?? wanted.image?.sha256)) {
+    const what = imageOfRestore(seen.restore) === undefined ? "snapshot" : "image";
     context.warn(
-      `${pathOf(origin)} was restored for these \`triggers\` already, from the snapshot ${seen.restore.snapshotUuid}: it is not restored again. Change \`triggers\` to restore from ${wanted.snapshot.name}`,
+      `${pathOf(origin)} was restored for these \`triggers\` already, from the ${what} ${source}: it is not restored again. Change \`triggers\` to restore from ${wanted.snapshot?.name ?? "the declared image"}`,
     );
   }
-  // Found by a create, it is this resource's from now on, and no longer goes with an earlier one of its name.
-  const life = old === undefined ? newLife() : seen.restore.life;
-  const stage = seen.restore.stage === "begun" ? "merging" : seen.restore.stage;
-  const right = restoreTagOf({ ...seen.restore, life, stage, owner: ownerInTag(wanted.owner) });
-  if (right !== seen.restore.tag) await mark(context, origin, right, [seen.restore.tag]);
+  await takeOver(context, wanted, seen, old);
   await follow(context, wanted);
+}
+
+/** Found by a create, a restore is this resource's from now on, and no longer goes with an earlier one of its name. */
+async function takeOver(
+  context: Context,
+  { owner }: Inputs,
+  { restore: found, origin }: Observed,
+  old: State | undefined,
+): Promise<void> {
+  const life = old === undefined ? newLife() : found.life;
+  const stage = found.stage === "begun" ? "merging" : found.stage;
+  const right = restoreTagOf({ ...found, life, stage, owner: ownerInTag(owner) });
+  if (right !== found.tag) await mark(context, origin, right, [found.tag]);
 }
 
 async function wasMerged(context: Context, { restore, origin }: Observed): Promise<boolean> {
@@ -616,13 +737,16 @@ function time(seconds: number): string {
 function toState(declared: Inputs | State, seen: Observed): State {
   const { restore, origin, snapshot, phase } = seen;
   const ended = restore.stage === "restored";
+  const image = imageOfRestore(restore);
+  const unfinished = image === undefined ? "merging" : "restoring";
   return {
     ...declared,
     volumeGroup: origin.volumeGroup,
     origin: origin.name,
-    state: phase === "restored" || phase === "scheduled" ? phase : "merging",
-    snapshotRemoved: snapshot === undefined,
-    restoredSnapshot: restore.snapshotUuid,
+    state: phase === "restored" || phase === "scheduled" ? phase : unfinished,
+    snapshotRemoved: image === undefined && snapshot === undefined,
+    restoredSnapshot: image === undefined ? restore.source : "",
+    restoredImage: image ?? "",
     originUuid: origin.uuid,
     startedAt: time(restore.startedAt),
     restoredAt: ended ? time(restore.startedAt + restore.seconds) : "",
@@ -640,20 +764,60 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
     ...properties(["volumeGroup", "origin"], "replace"),
     ...properties(["triggers", "owner"], "update"),
     // What is restored stays so: a new snapshot, as an LvSnapshot takes after its merge, is for the next `triggers`.
-    ...properties(["snapshot", "whenOpen"], "connection"),
+    ...properties(["snapshot", "image", "overwrite", "whenOpen"], "connection"),
+    ...properties(["connections", "bandwidthLimit"], "connection"),
     ...(state.state === "restored" ? [] : [{ property: "state", effect: "update" } as const]),
   ];
 }
 
-function validate(wanted: Partial<Inputs>): Problem[] {
-  if (wanted.snapshot === undefined || wanted.snapshot.name !== wanted.origin) return [];
-  return [{ property: "snapshot.name", reason: `"${wanted.origin}" is the origin's own name` }];
+function validate(
+  wanted: Partial<Inputs>,
+  _old: Partial<Inputs> | undefined,
+  unknown: ReadonlySet<string>,
+): Problem[] {
+  const { snapshot, image } = wanted;
+  const problems: Problem[] = [];
+  const isMissing = (property: "snapshot" | "image" | "overwrite") =>
+    wanted[property] === undefined && !unknown.has(property);
+  if (isMissing("snapshot") && isMissing("image"))
+    problems.push({
+      property: "snapshot",
+      reason: "is required, unless `image` is given: what is restored",
+    });
+  if (snapshot !== undefined && image !== undefined)
+    problems.push({ property: "image", reason: "cannot go with `snapshot`: leave one out" });
+  if (snapshot !== undefined && snapshot.name === wanted.origin)
+    problems.push({ property: "snapshot.name", reason: `"${wanted.origin}" is the origin's own name` });
+  if (snapshot !== undefined && image === undefined)
+    for (const property of ["overwrite", "connections", "bandwidthLimit"] as const)
+      if (wanted[property] !== undefined)
+        problems.push({ property, reason: "is for an `image`: a `snapshot` is merged without it" });
+  if (image === undefined) return problems;
+  if (isMissing("overwrite"))
+    problems.push({
+      property: "overwrite",
+      reason:
+        "is required with `image`: the LVM UUID of the volume whose content is given up (`lvs -o lv_uuid VG/LV` prints it)",
+    });
+  if (wanted.whenOpen === "atNextActivation")
+    problems.push({
+      property: "whenOpen",
+      reason:
+        '"atNextActivation" is for a `snapshot`: an image is written at once, while the volume is closed',
+    });
+  if (wanted.adopt)
+    problems.push({
+      property: "adopt",
+      reason: "is for a `snapshot`: of an image there is nothing to follow",
+    });
+  return problems;
 }
 
 /** The resource as the reconciler sees it. */
 export const lvRestore: ResourceType<Inputs, State, Observed> = {
   type: "LvRestore",
-  description: "Brings a logical volume back to the moment of one of its snapshots, once.",
+  description:
+    "Brings a logical volume back to the moment of one of its snapshots, or to a verified image, once.",
   inputs,
   outputs,
   validate,
@@ -665,14 +829,21 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   diff,
   // Made first, one on the same machine under another name finds that all is done.
   collides: () => false,
-  create: (context, wanted) => restore(context, wanted, undefined),
+  create: (context, wanted) => restore(context, wanted),
   converge,
   isStale,
   isSuperseded: ({ restore }, state) => restore.life !== state.restoreId,
-  async remove(context, _state, { restore, origin, phase }) {
+  async remove(context, { owner }, { restore, origin, phase, job }) {
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
-    await mark(context, origin, undefined, [restore.tag]);
+    if (restore.stage === "writing")
+      context.warn(`${halfWritten(origin)}, and nobody goes on with it any more`);
+    const unfinished = restoreMarksAmong(origin.tags).filter(
+      (one) => isUnfinishedImage(one) && (one.life === restore.life || isRestoreOf(one, owner)),
+    );
+    const tags = [...new Set([restore, ...unfinished].map(({ tag }) => tag))];
+    if (job === undefined) return mark(context, origin, undefined, tags);
+    await endImageRestore(context, origin, job.recordDigest, tags);
   },
   drift(state, seen) {
     const now = toState(state, seen);
@@ -680,6 +851,10 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
     if (pathOf(seen.origin) !== `${state.volumeGroup}/${state.origin}`)
       lines.push(`its origin is now ${pathOf(seen.origin)}`);
     if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
+    if (seen.phase === "halfWritten")
+      lines.push(
+        `${halfWritten(seen.origin)}, and nobody goes on with it. Use nothing of it; \`pulumi up\` does`,
+      );
     return lines;
   },
 };

@@ -1,5 +1,5 @@
 /** What the resources that look at logical volumes share. */
-import { parseOutput, script, succeed } from "../core/command.js";
+import { parseOutput, refusal, script, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -49,6 +49,52 @@ export function refuseSuspended(context: Context, all: readonly (LogicalVolume |
     resource: context.resource,
     advice: `An LVM command was killed half-way. Run \`lvchange --refresh ${path}\` on the host NOW, then \`pulumi up\` again.`,
   });
+}
+
+/** `VG/LV`. */
+export function pathOf({ volumeGroup, name }: Pick<LogicalVolume, "volumeGroup" | "name">): string {
+  return `${volumeGroup}/${name}`;
+}
+
+/** The volume of that name. */
+export function named(
+  all: readonly LogicalVolume[],
+  group: string,
+  volume: string,
+): LogicalVolume | undefined {
+  return all.find((lv) => lv.volumeGroup === group && lv.name === volume);
+}
+
+/** The volume that is to be brought back. Raises ORIGIN_NOT_FOUND, or VOLUME_GROUP_NOT_FOUND. */
+export async function requireOrigin(
+  context: Context,
+  { volumeGroup, origin }: { readonly volumeGroup: string; readonly origin: string },
+  all: readonly LogicalVolume[],
+  advice?: string,
+): Promise<LogicalVolume> {
+  const group = all.filter((lv) => lv.volumeGroup === volumeGroup && lv.kind !== "internal");
+  if (group.length === 0) await requireGroup(context, volumeGroup, all);
+  const found = named(group, volumeGroup, origin);
+  if (found !== undefined) return found;
+  throw refusal(
+    context,
+    "ORIGIN_NOT_FOUND",
+    `origin: no logical volume "${origin}" in ${volumeGroup}; there are: ${listed(group.map((lv) => lv.name))}`,
+    advice,
+  );
+}
+
+/** Raises VOLUME_IN_USE, with who holds or serves it, unless each is closed. */
+export async function refuseOpen(
+  context: Context,
+  all: readonly LogicalVolume[],
+  advice: string,
+): Promise<void> {
+  for (const lv of all.filter(({ active }) => active)) {
+    const holders = [...(await holdersOf(context, lv)), ...(await serversOf(context, [lv]))];
+    if (holders.length === 0) continue;
+    throw refusal(context, "VOLUME_IN_USE", `${pathOf(lv)} is open: ${holders.join(", ")}`, advice);
+  }
 }
 
 /** Who has the volume open, in words; none for one that is closed. */

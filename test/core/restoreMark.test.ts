@@ -14,7 +14,7 @@ import { tagProblem } from "../../provider/linux/lvm.js";
 const told = {
   generation: restoreGeneration(["monday"]),
   life: "0123abcd",
-  snapshotUuid: "mFPTPy-HFZm-HexA-3aO9-JBDR-mKUZ-V2dcWb",
+  source: "mFPTPy-HFZm-HexA-3aO9-JBDR-mKUZ-V2dcWb",
   owner: ownerInTag("o/p/s/vm1"),
   startedAt: 1_795_694_259,
 };

@@ -38,6 +38,7 @@ it("nbdkit is told bits, and needed only for a limit", () => {
     "8000",
     "no",
     "zero",
+    "",
   ]);
   expect(deviceCopyPrograms(plan)).toContain("nbdkit");
   expect(deviceCopyPrograms({ bandwidthLimit: undefined })).not.toContain("nbdkit");

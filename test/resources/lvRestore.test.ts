@@ -39,7 +39,7 @@ const complete = { ...declared, adopt: false, whenOpen: "refuse", triggers: [] a
 const markOf = (stage: "begun" | "merging" | "restored", more: object = {}) =>
   restoreTagOf({
     ...{ generation: restoreGeneration([]), life: "0123abcd", stage, startedAt: 1000, thinId: 0 },
-    ...{ seconds: stage === "restored" ? 60 : 0, snapshotUuid: uuid, owner: ownerInTag(declared.owner) },
+    ...{ seconds: stage === "restored" ? 60 : 0, source: uuid, owner: ownerInTag(declared.owner) },
     ...more,
   });
 const none: ReadonlySet<string> = new Set();
@@ -58,7 +58,14 @@ function turning(...all: (string | Error)[]): FakeHost {
 
 const state = {
   ...complete,
-  ...{ state: "restored", snapshotRemoved: true, restoredSnapshot: uuid, originUuid, restoreId: "0123abcd" },
+  ...{
+    state: "restored",
+    snapshotRemoved: true,
+    restoredSnapshot: uuid,
+    restoredImage: "",
+    originUuid,
+    restoreId: "0123abcd",
+  },
   ...{ startedAt: "1970-01-01T00:16:40.000Z", restoredAt: "1970-01-01T00:17:40.000Z", seconds: 60 },
 };
 const gone = (tag: string) => report(origin({ lv_tags: tag, lv_attr: "-wi-a-----", origin_size: "" }));

@@ -13,7 +13,8 @@ import { ShellHost } from "./shellHost.js";
 
 /**
  * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
- * second time), `broken-reread` (it breaks off then), `filesystem`.
+ * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`. Of a copy onto a device the
+ * second time is the first.
  */
 const standIns: Readonly<Record<string, string>> = {
   // Units are process groups; their pids lie in units/.
@@ -42,11 +43,12 @@ const standIns: Readonly<Record<string, string>> = {
     for target; do :; done
     [ "$target" != --version ] || { echo "nbdcopy 1.14.2"; exit; }
     [ -e "$SANDBOX/source" ] || { echo "cannot connect" >&2; exit 1; }
+    if [ "$target" = - ]; then while [ -e "$SANDBOX/hold-reread" ]; do sleep 0.02; done; fi
     if [ "$target" = - ] && [ -e "$SANDBOX/broken-reread" ]; then head -c 100 "$SANDBOX/source"; exit 1; fi
     if [ "$target" = - ]; then cat "$SANDBOX/$([ -e "$SANDBOX/reread" ] && echo reread || echo source)"; exit; fi
     echo 50/100 >&3
     while [ -e "$SANDBOX/hold" ]; do sleep 0.02; done
-    [ ! -e "$SANDBOX/broken" ] || { cat "$SANDBOX/broken" >&2; echo half >"$target"; exit 1; }
+    [ ! -e "$SANDBOX/broken" ] || { cat "$SANDBOX/broken" >&2; echo half | dd of="$target" conv=notrunc status=none; exit 1; }
     case $target in
       */dev/*) [ "$(stat -c %s "$SANDBOX/source")" -le "$(stat -c %s "$target")" ] && dd if="$SANDBOX/source" of="$target" bs=64K conv=notrunc status=none;;
       *) cp --sparse=always "$SANDBOX/source" "$target";;
@@ -139,7 +141,8 @@ export class CopyHost extends ShellHost implements Host {
   restore(): void {
     this.#stopUnits();
     for (const part of savedParts) rmSync(join(this.folder, part), { recursive: true, force: true });
-    for (const name of ["hold", "broken", "reread", "broken-reread"]) this.set(name, undefined);
+    for (const name of ["hold", "broken", "reread", "broken-reread", "hold-reread"])
+      this.set(name, undefined);
     this.#copy(join(this.folder, "saved"), this.folder);
     this.kill(undefined);
     this.commands.length = 0;

@@ -1,0 +1,711 @@
+/** Restores from images: what is refused by looking, and the rest on a host whose scripts run in a real shell. */
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { dirname } from "node:path";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
+import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import { ownerInTag } from "../../provider/core/owner.js";
+import { resourceType } from "../../provider/core/registry.js";
+import { restoreGeneration, restoreMarksAmong, restoreTagOf } from "../../provider/core/restoreMark.js";
+import type { RemoteCommand } from "../../provider/ssh/types.js";
+import { CopyHost } from "../support/copyHost.js";
+import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { extentBytes } from "../support/lvmStandIns.js";
+import { recordedLvs } from "../support/recorded.js";
+
+type Values = Readonly<Record<string, unknown>>;
+const none: ReadonlySet<string> = new Set();
+const MiB = 1024 ** 2;
+const host = {
+  address: "192.0.2.1",
+  password: "x",
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+const sha256 = (content: string) => createHash("sha256").update(content).digest("hex");
+const moment = "a moment of the disk\n".repeat(1000);
+const extents = Math.ceil(moment.length / extentBytes) + 1;
+const uuid = "mFPTPy-HFZm-HexA-3aO9-JBDR-mKUZ-V2dcWb";
+const other = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
+const owner = "o/p/s/restore";
+const uri = "nbd://10.0.0.2:10809/vm1";
+const image = { uri, sha256: sha256(moment) };
+const declared = { host, owner, volumeGroup: "VgVm", origin: "vm1", image, overwrite: uuid };
+const complete = { ...declared, adopt: false, whenOpen: "refuse", triggers: [] as unknown[] };
+const markOf = (stage: "begun" | "writing" | "restored", more: object = {}) =>
+  restoreTagOf({
+    ...{ generation: restoreGeneration([]), life: "0123abcd", stage, startedAt: 1000, thinId: 0 },
+    ...{ seconds: stage === "restored" ? 60 : 0, source: image.sha256, owner: ownerInTag(owner), ...more },
+  });
+
+describe("bad input is refused before any host is asked", () => {
+  const snapshot = { name: "vm1-snap", uuid: other };
+  const problemsOf = async (change: Values, unknown = none) => {
+    const { problems } = await handlersOn("LvRestore", untouchedHost()).check(
+      undefined,
+      { ...declared, ...change },
+      unknown,
+    );
+    return problems.map(({ property, reason }) => `${property}: ${reason}`);
+  };
+
+  it.each([
+    ["neither source", { image: undefined, overwrite: undefined }, /^snapshot: is required, unless `image`/],
+    ["both sources", { snapshot }, /^image: cannot go with `snapshot`/],
+    ["no word on what is overwritten", { overwrite: undefined }, /^overwrite: is required.*lvs -o lv_uuid/],
+    ["a yes instead of a UUID", { overwrite: true }, /^overwrite: /],
+    ["a name instead of a UUID", { overwrite: "vm1" }, /^overwrite: is not an LVM UUID/],
+    ["half a checksum", { image: { uri, sha256: "0abc" } }, /^image\.sha256: is no SHA-256/],
+    ["no checksum", { image: { uri } }, /^image\.sha256: is required/],
+    ["a file", { image: { ...image, uri: "/backup/vm1.raw" } }, /^image\.uri: .*nbd:\/\//],
+    ["waiting", { whenOpen: "atNextActivation" }, /^whenOpen: .*is for a `snapshot`/],
+    ["adopting", { adopt: true }, /^adopt: is for a `snapshot`/],
+    ["a rate of bytes", { bandwidthLimit: 20 }, /^bandwidthLimit: .*too few/],
+    ["what only an image needs", { image: undefined, snapshot }, /^overwrite: is for an `image`/],
+  ])("%s", async (_what, change, message) => {
+    expect(await problemsOf(change)).toEqual([expect.stringMatching(message)]);
+  });
+
+  it("what is only known later is none of these", async () => {
+    const { image: _, overwrite: __, ...rest } = declared;
+    const asked = handlersOn("LvRestore", untouchedHost());
+    const unknown = new Set(["image", "overwrite"]);
+    expect((await asked.check(undefined, rest, unknown)).problems).toEqual([]);
+  });
+});
+
+describe("is refused, and nothing is touched, where", () => {
+  type Row = Readonly<Record<string, string>>;
+  const row = (state: Parameters<typeof recordedLvs>[0], name: string, more: Row = {}): Row => ({
+    ...JSON.parse(recordedLvs(state)).report[0].lv.find((one: Row) => one.lv_name === name),
+    ...more,
+  });
+  const report = (...rows: Row[]) => JSON.stringify({ report: [{ lv: rows }] });
+  const plain = { lv_attr: "-wi-a-----", origin_size: "", lv_uuid: uuid, lv_tags: "" };
+  const origin = (more: Row = {}) => row("valid", "vm1", { ...plain, ...more });
+  const size = Number(origin().lv_size);
+  const store = (more: Row = {}) => row("valid", "vm1-snap", { origin_uuid: uuid, lv_uuid: other, ...more });
+  const thin = (more: Row = {}) => row("thin", "thin1", { ...more, lv_uuid: uuid });
+  const pool = (more: Row = {}) => row("thin", "pool", more);
+  const field = (name: string, value: string) => `${name} ${Buffer.from(value).toString("base64")}\n`;
+  const answers = (bytes: string, missing = "") =>
+    ["missing", missing, "now", "2000", "size", bytes, "size.rc", /^\d+$/.test(bytes) ? "0" : "1", "end", ""]
+      .map((text, index, all) => (index % 2 === 0 ? field(text, all[index + 1] ?? "") : ""))
+      .join("");
+  const showing = (
+    lvs: string,
+    preflight = answers(String(size)),
+    held: (command: RemoteCommand) => string = () => "",
+  ) =>
+    fakeHost((command) => {
+      if (command.argv[0] === "lvs") return lvs;
+      return command.argv[2]?.includes("emit_missing") ? preflight : held(command);
+    });
+
+  it.each([
+    [
+      "there is no such volume",
+      report(store()),
+      {},
+      /ORIGIN_NOT_FOUND.*lvcreate -n vm1 -L SIZE VgVm.*VolumeCopy/s,
+    ],
+    [
+      "the volume of that name is another",
+      report(origin({ lv_uuid: other })),
+      {},
+      new RegExp(`IDENTITY_MISMATCH.*VgVm/vm1 has the UUID ${other}, not ${uuid}`),
+    ],
+    [
+      "it is a COW snapshot",
+      report(store({ lv_uuid: uuid })),
+      { origin: "vm1-snap" },
+      /ORIGIN_UNSUITABLE.*is a snapshot, of "vm1"/,
+    ],
+    [
+      "it is a thin snapshot",
+      report(row("thin", "thin1-snap", { lv_uuid: uuid }), pool()),
+      { origin: "thin1-snap" },
+      /ORIGIN_UNSUITABLE.*is a snapshot, of "thin1"/,
+    ],
+    [
+      "it is a thin pool",
+      report(pool({ lv_uuid: uuid })),
+      { origin: "pool" },
+      /ORIGIN_UNSUITABLE.*is a thin pool/,
+    ],
+    [
+      "it is being merged",
+      report(origin({ lv_attr: "Owi-a-s---" })),
+      {},
+      /ORIGIN_UNSUITABLE.*is being merged/,
+    ],
+    [
+      "it is read-only",
+      report(origin({ lv_attr: "-ri-a-----" })),
+      {},
+      /ORIGIN_UNSUITABLE.*lvchange -p rw VgVm\/vm1/s,
+    ],
+    [
+      "it is not active",
+      report(origin({ lv_attr: "-wi-------", lv_active: "" })),
+      {},
+      /DEVICE_NOT_FOUND.*lvchange -ay VgVm\/vm1/s,
+    ],
+    [
+      "it is suspended",
+      report(origin({ lv_attr: "-wi-s-----" })),
+      {},
+      /VOLUME_SUSPENDED.*lvchange --refresh/s,
+    ],
+    [
+      "another resource restores it",
+      report(origin({ lv_tags: markOf("writing", { owner: "o/p/other/r", life: "99999999" }) })),
+      {},
+      /VOLUME_IN_USE.*by o\/p\/other\/r.*lvchange --deltag '/s,
+    ],
+    [
+      "a COW snapshot of it would overflow",
+      report(origin({ lv_attr: "owi-a-s---" }), store({ lv_size: String(8 * MiB), snap_percent: "50.00" })),
+      {},
+      /RESTORE_OVERFLOWS.*writes \d+ MiB.*"vm1-snap" \(4\.0 MiB free\).*lvextend -l 100%ORIGIN/s,
+    ],
+    [
+      "its thin pool has too little room",
+      report(
+        thin({ data_percent: "0.00", lv_size: String(size) }),
+        pool({ lv_size: String(4 * MiB), data_percent: "50.00", snap_percent: "" }),
+      ),
+      { origin: "thin1" },
+      /NO_SPACE.*thin pool pool has 2\.0 MiB free, the restore may need \d+ MiB/,
+    ],
+    [
+      "its thin pool takes no changes",
+      report(thin({ lv_size: String(size) }), pool({ lv_health_status: "metadata_read_only" })),
+      { origin: "thin1" },
+      /NO_SPACE.*takes no changes: metadata_read_only/,
+    ],
+  ])("%s", async (_why, lvs, change, message) => {
+    const asked = showing(lvs);
+    await expect(handlersOn("LvRestore", asked).create({ ...complete, ...change })).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it.each([
+    [
+      "the image is larger",
+      answers(String(size + 512)),
+      /NO_SPACE.*the image has .*\(\d+ bytes\), VgVm\/vm1 .*lvextend -L \d+b VgVm\/vm1/s,
+    ],
+    [
+      "the export does not answer",
+      answers("cannot connect"),
+      /EXPORT_UNREACHABLE.*does not answer here.*cannot connect/s,
+    ],
+    ["a program is missing", answers("", "nbdcopy"), /PROGRAM_MISSING.*libnbd-bin/s],
+  ])("%s", async (_why, preflight, message) => {
+    const asked = showing(report(origin()), preflight);
+    await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it.each([
+    ["mount", "/srv/vm", /VOLUME_IN_USE.*VgVm\/vm1 is open: mounted at \/srv\/vm/],
+    ["export", "lvm-nbd-export-x.service", /VOLUME_IN_USE.*exported by lvm-nbd-export-x/],
+  ])("it is held by a %s", async (kind, who, message) => {
+    const asked = showing(report(origin()), undefined, ({ argv }) =>
+      (argv[2]?.includes("for device") === true) === (kind === "export")
+        ? `${kind}\t${Buffer.from(who).toString("base64")}\n`
+        : "",
+    );
+    await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("nothing is: what stays behind a smaller image, and what fills snapshots, is told", async () => {
+    const full = store({ lv_size: String(size + MiB), snap_percent: "90.00" });
+    const asked = showing(report(origin({ lv_attr: "owi-a-s---" }), full), answers(String(size - 512)));
+    const handlers = handlersOn("LvRestore", asked);
+    await handlers.create(complete).catch(() => undefined);
+    expect(handlers.warnings.join("\n")).toMatch(/the bytes behind the image stay as they are/);
+    expect(handlers.warnings.join("\n")).toMatch(/fills the snapshots of it: "vm1-snap" \(/);
+    expect(asked.changes).toHaveLength(1);
+  });
+});
+
+let server: CopyHost;
+let cancel: AbortController;
+let warnings: string[];
+let lines: string[];
+
+function handlers(): Handlers {
+  [cancel, warnings, lines] = [new AbortController(), [], []];
+  return createHandlers(resourceType("LvRestore"), {
+    openHost: async () => server,
+    progress: (line) => lines.push(line),
+    warn: (line) => warnings.push(line),
+    signal: cancel.signal,
+  });
+}
+
+const spoiled = "#".repeat(extents * extentBytes);
+const restoredTo = (text: string) => text + spoiled.slice(text.length);
+const content = () => readFileSync(server.device("vm1"), "utf8");
+const tags = () => readFileSync(server.volume("vm1", "tags"), "utf8").split("\n").filter(Boolean);
+const marks = () => restoreMarksAmong(tags());
+const open = () => writeFileSync(server.volume("vm1", "open"), "");
+const closed = () => rmSync(server.volume("vm1", "open"), { force: true });
+const changes = () => server.commands.filter(({ kind }) => kind === "change");
+const starts = ({ argv }: RemoteCommand) => argv[2]?.includes("systemd-run") === true;
+const follows = ({ argv }: RemoteCommand) => argv[2]?.includes("CPUUsageNSec") === true;
+
+function put(name: string, id: string, text: string): void {
+  mkdirSync(dirname(server.volume(name, "tags")), { recursive: true });
+  writeFileSync(server.volume(name, "uuid"), `${id}\n`);
+  writeFileSync(server.volume(name, "extents"), `${extents}\n`);
+  writeFileSync(server.volume(name, "tags"), "theirs\n");
+  mkdirSync(dirname(server.device(name)), { recursive: true });
+  writeFileSync(server.device(name), text);
+}
+
+beforeEach(() => {
+  server = new CopyHost("server1");
+  server.serve(moment);
+  server.kill(undefined);
+  put("vm1", uuid, spoiled);
+  handlers();
+});
+afterEach(() => server.close());
+
+const created = async (change: Values = {}) => (await handlers().create({ ...complete, ...change })).state;
+/** `up`: a create, or an update of what is kept. */
+const up = (state: Values | undefined, change: Values = {}) =>
+  state === undefined ? created(change) : handlers().update(state, { ...complete, ...change });
+const failed = async (state: Values | undefined, change: Values = {}) => {
+  const error: unknown = await up(state, change).catch((reason: unknown) => reason);
+  expect(error).toBeInstanceOf(Error);
+  return error as Error;
+};
+const keptBy = (error: Error) => (error instanceof PartialFailure ? error.state : undefined);
+const expectUntouched = () => {
+  expect(content()).toBe(spoiled);
+  expect(tags()).toEqual(["theirs"]);
+  expect(server.left()).toEqual([]);
+};
+const expectRestored = () => {
+  expect(content()).toBe(restoredTo(moment));
+  expect(marks().map(({ stage, source }) => [stage, source])).toEqual([["restored", image.sha256]]);
+  expect(tags()).toHaveLength(2);
+  expect(server.left()).toEqual([]);
+};
+
+describe("a restore", () => {
+  it("writes what the image holds, keeps what lies behind it, and marks the volume", async () => {
+    put("vm1-snap", other, "");
+    writeFileSync(server.volume("vm1-snap", "origin"), uuid);
+    const state = await created();
+    expectRestored();
+    expect(warnings.join("\n")).toMatch(/fills the snapshots of it: "vm1-snap"/);
+    expect(state).toMatchObject({
+      ...{ state: "restored", restoredImage: image.sha256, restoredSnapshot: "", originUuid: uuid },
+      ...{ snapshotRemoved: false, volumeGroup: "VgVm", origin: "vm1" },
+    });
+    expect(Date.parse(String(state.restoredAt))).toBeGreaterThan(Date.now() - 60_000);
+    expect(warnings.join("\n")).toMatch(/the bytes behind the image stay as they are/);
+    expect(lines.join("\n")).toMatch(/writing the image of nbd:.* onto VgVm\/vm1/);
+  });
+
+  it("is made once: neither up nor another image, nor what was written since, restores again", async () => {
+    const state = await created();
+    writeFileSync(server.device("vm1"), restoredTo("written since"));
+    const before = server.commands.length;
+    expect(await handlers().read(state)).toEqual(state);
+    expect(warnings).toEqual([]);
+    expect((await handlers().diff(state, complete, none)).changes).toEqual([]);
+    await up(state);
+    const another = { image: { uri: "nbd://10.0.0.2:1/x", sha256: sha256("x") }, overwrite: other };
+    const { changes: differ } = await handlers().diff(state, { ...complete, ...another }, none);
+    expect(differ).toEqual([
+      { property: "image", effect: "connection" },
+      { property: "overwrite", effect: "connection" },
+    ]);
+    expect(await up(state, another)).toMatchObject({ restoredImage: image.sha256 });
+    // Without its state: found by its mark, which says what is there.
+    await created({ image: another.image });
+    expect(warnings.join("\n")).toMatch(/restored for these `triggers` already, from the image/);
+    expect(server.commands.slice(before).filter(starts)).toEqual([]);
+    expect(content()).toBe(restoredTo("written since"));
+  });
+
+  it("is made again for other triggers, and its mark takes the place of the earlier one", async () => {
+    const state = await created();
+    writeFileSync(server.device("vm1"), spoiled);
+    expect(await up(state, { triggers: ["again"] })).toMatchObject({
+      ...{ state: "restored", restoreId: state.restoreId, triggers: ["again"] },
+    });
+    expectRestored();
+  });
+
+  it("follows one from a snapshot of the same resource", async () => {
+    writeFileSync(server.volume("vm1", "tags"), `theirs\n${markOf("restored", { source: other })}\n`);
+    const snapshot = { name: "vm1-snap", uuid: other };
+    const { image: _, overwrite: __, ...rest } = complete;
+    const state = (await handlers().create({ ...rest, snapshot })).state;
+    expect(state).toMatchObject({ restoredSnapshot: other, restoredImage: "" });
+    expect(await up(state, { triggers: [2] })).toMatchObject({ restoredSnapshot: "", state: "restored" });
+    expectRestored();
+  });
+
+  it("is forgotten by a removal, which changes no data", async () => {
+    const state = await created();
+    await handlers().remove(state);
+    expect(tags()).toEqual(["theirs"]);
+    expect(content()).toBe(restoredTo(moment));
+  });
+});
+
+describe("nothing is written, and no mark is left, where", () => {
+  it("a byte of the image was flipped", async () => {
+    server.serve(moment.replace("moment", "mOment"));
+    const error = await failed(undefined);
+    expect(error.message).toMatch(
+      new RegExp(
+        `IMAGE_CORRUPT.*not as ${image.sha256}; nothing was written to VgVm/vm1.*another backup`,
+        "s",
+      ),
+    );
+    expect(keptBy(error)).toBeUndefined();
+    expectUntouched();
+  });
+
+  it("the image cannot be read to its end", async () => {
+    server.set("broken-reread", "");
+    expect((await failed(undefined)).message).toMatch(/COPY_FAILED.*nothing was written to VgVm\/vm1/s);
+    expectUntouched();
+  });
+
+  it("somebody opens the volume while the image is checked", async () => {
+    server.set("hold-reread", "");
+    server.holders = `mount\t${Buffer.from("/mnt").toString("base64")}\n`;
+    server.onCommand = (command) => {
+      if (starts(command)) server.holders = "";
+      if (!follows(command)) return undefined;
+      open();
+      server.holders = `mount\t${Buffer.from("/mnt").toString("base64")}\n`;
+      server.set("hold-reread", undefined);
+      return undefined;
+    };
+    server.holders = "";
+    const error = await failed(undefined);
+    expect(error.message).toMatch(/VOLUME_IN_USE.*opened meanwhile, mounted at \/mnt; nothing was written/s);
+    closed();
+    expectUntouched();
+  });
+
+  it("it is open already when the job is to start", async () => {
+    server.onCommand = (command) => {
+      if (starts(command)) open();
+      return undefined;
+    };
+    expect((await failed(undefined)).message).toMatch(
+      /VOLUME_IN_USE.*could not be started.*nothing was written/s,
+    );
+    closed();
+    expectUntouched();
+  });
+
+  it("another resource has begun a restore of it in the meantime", async () => {
+    const theirs = markOf("begun", { owner: "o/p/other/r", life: "99999999" });
+    let marked = false;
+    server.onCommand = (command) => {
+      if (starts(command) && !marked) writeFileSync(server.volume("vm1", "tags"), `theirs\n${theirs}\n`);
+      marked ||= starts(command);
+      return undefined;
+    };
+    expect((await failed(undefined)).message).toMatch(/VOLUME_IN_USE.*by o\/p\/other\/r/s);
+    expect(content()).toBe(spoiled);
+    expect(tags().sort()).toEqual([theirs, "theirs"].sort());
+  });
+
+  it("and what was restored earlier is remembered", async () => {
+    const state = await created();
+    writeFileSync(server.device("vm1"), restoredTo("written since"));
+    server.serve(moment.replace("moment", "mOment"));
+    const error = await failed(state, { triggers: [2] });
+    expect(error.message).toMatch(/IMAGE_CORRUPT/);
+    expect(keptBy(error)).toMatchObject({ state: "restored", triggers: [] });
+    expect(content()).toBe(restoredTo("written since"));
+    expect(marks().map(({ tag }) => tag)).toHaveLength(1);
+    expect(await handlers().read(keptBy(error) ?? {})).toMatchObject({ state: "restored" });
+  });
+});
+
+describe("a volume that is half-written is called so until it is restored", () => {
+  const expectHalfWritten = async (error: Error, code: RegExp) => {
+    expect(error.message).toMatch(code);
+    expect(error.message).toMatch(/VgVm\/vm1 is HALF-WRITTEN: it holds neither.*Use nothing of VgVm\/vm1/s);
+    const kept = keptBy(error);
+    expect(kept).toMatchObject({ state: "restoring", restoredAt: "" });
+    const seen = await handlers().read(kept ?? {});
+    expect(warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it/);
+    expect((await handlers().diff(seen ?? {}, complete, none)).changes).toEqual([
+      { property: "state", effect: "update" },
+    ]);
+    return seen;
+  };
+
+  it("the copy breaks off; the next up restores", async () => {
+    server.set("broken", "nbd: connection reset\n");
+    const kept = await expectHalfWritten(await failed(undefined), /COPY_FAILED.*connection reset/s);
+    expect(content()).toMatch(/^half/);
+    server.set("broken", undefined);
+    expect(await up(kept)).toMatchObject({ state: "restored" });
+    expectRestored();
+  });
+
+  it("the image is found spoiled when that is tried again: it is still half-written", async () => {
+    server.set("broken", "nbd: connection reset\n");
+    const kept = keptBy(await failed(undefined));
+    server.set("broken", undefined);
+    server.serve(moment.replace("moment", "mOment"));
+    await expectHalfWritten(await failed(kept), /IMAGE_CORRUPT/);
+    // With another image, of the same triggers, it is brought in order.
+    const text = "another backup\n".repeat(100);
+    server.serve(text);
+    expect(await up(kept, { image: { uri, sha256: sha256(text) } })).toMatchObject({
+      ...{ state: "restored", restoredImage: sha256(text) },
+    });
+    expect(content().startsWith(text)).toBe(true);
+    expect(marks()).toHaveLength(1);
+  });
+
+  it("the volume does not read back as the image", async () => {
+    server.set("hold", "");
+    server.onCommand = (command) => {
+      // Served otherwise than when it was checked.
+      if (follows(command) && marks().some(({ stage }) => stage === "writing")) {
+        server.serve(moment.replace("moment", "mOment"));
+        server.set("hold", undefined);
+      }
+      return undefined;
+    };
+    await expectHalfWritten(await failed(undefined), /COPY_MISMATCH/);
+  });
+
+  it("somebody opens it while it is written", async () => {
+    server.set("hold", "");
+    server.onCommand = (command) => {
+      if (follows(command) && marks().some(({ stage }) => stage === "writing")) {
+        open();
+        server.set("hold", undefined);
+      }
+      return undefined;
+    };
+    const kept = await expectHalfWritten(await failed(undefined), /VOLUME_IN_USE.*opened meanwhile/s);
+    closed();
+    server.onCommand = () => undefined;
+    expect(await up(kept)).toMatchObject({ state: "restored" });
+  });
+
+  it("it is cancelled: the job is ended", async () => {
+    server.set("hold", "");
+    server.onCommand = (command) => {
+      if (follows(command) && marks().some(({ stage }) => stage === "writing")) cancel.abort();
+      return undefined;
+    };
+    const kept = await expectHalfWritten(await failed(undefined), /CANCELLED/);
+    expect(server.left()).toEqual([]);
+    server.set("hold", undefined);
+    server.onCommand = () => undefined;
+    expect(await up(kept)).toMatchObject({ state: "restored" });
+    expectRestored();
+  });
+
+  it("a removal says so", async () => {
+    server.set("broken", "nbd: connection reset\n");
+    const kept = keptBy(await failed(undefined));
+    await handlers().remove(kept ?? {});
+    expect(warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it any more/);
+    expect(tags()).toEqual(["theirs"]);
+  });
+});
+
+class Died extends Error {}
+
+/** The provider dies at the first look at a job that has come so far. */
+async function dyingAt(stage: "begun" | "writing", change: Values = {}): Promise<void> {
+  server.set(stage === "begun" ? "hold-reread" : "hold", "");
+  let dead = false;
+  server.onCommand = (command) => {
+    dead ||= follows(command) && marks().some((mark) => mark.stage === stage);
+    if (dead) throw new Died("the provider died");
+    return undefined;
+  };
+  await expect(created(change)).rejects.toThrow(Died);
+  server.onCommand = () => undefined;
+}
+const released = () => {
+  server.set("hold-reread", undefined);
+  server.set("hold", undefined);
+};
+
+describe("a job that goes on by itself", () => {
+  it.each(["begun", "writing"] as const)("is found in the stage %s, and not started again", async (stage) => {
+    await dyingAt(stage);
+    let looks = 0;
+    server.onCommand = (command) => {
+      if (follows(command) && ++looks > 1) released();
+      return undefined;
+    };
+    expect(await created()).toMatchObject({ state: "restored" });
+    expect(lines.join("\n")).toMatch(/is on its way: going on with it/);
+    expect(server.started).toBe(1);
+    expectRestored();
+  });
+
+  it("marks the volume though nobody follows: what is written to it afterwards stays", async () => {
+    await dyingAt("writing");
+    released();
+    await expect.poll(() => marks().map(({ stage }) => stage), { timeout: 20_000 }).toEqual(["restored"]);
+    server.reboot();
+    writeFileSync(server.device("vm1"), restoredTo("the VM has run since"));
+    expect(await created()).toMatchObject({ state: "restored", restoredImage: image.sha256 });
+    expect(content()).toBe(restoredTo("the VM has run since"));
+    expect(server.started).toBe(1);
+  });
+
+  it.each(["begun", "writing"] as const)("is begun anew after a reboot in the stage %s", async (stage) => {
+    await dyingAt(stage);
+    server.reboot();
+    released();
+    expect(await created()).toMatchObject({ state: "restored" });
+    expect(server.started).toBe(2);
+    expectRestored();
+  });
+
+  it("is ended for another image, and for other triggers", async () => {
+    const text = "another backup\n".repeat(100);
+    for (const change of [{ image: { uri, sha256: sha256(text) } }, { triggers: [2] }]) {
+      server.serve(moment);
+      await dyingAt("writing");
+      released();
+      server.serve("image" in change ? text : moment);
+      const state = await created(change);
+      expect(state).toMatchObject({ state: "restored", ...change });
+      expect(lines.join("\n")).toMatch(/ending an earlier restore of VgVm\/vm1/);
+      expect(marks()).toHaveLength(1);
+      await handlers().remove(state);
+    }
+    expect(server.started).toBe(4);
+  });
+
+  it("is not ended for a volume that must not be overwritten", async () => {
+    await dyingAt("writing");
+    expect((await failed(undefined, { overwrite: other })).message).toMatch(/IDENTITY_MISMATCH/);
+    released();
+    await expect.poll(() => marks().map(({ stage }) => stage), { timeout: 20_000 }).toEqual(["restored"]);
+  });
+
+  it("is ended by a removal", async () => {
+    server.set("hold", "");
+    server.onCommand = (command) => {
+      if (follows(command) && marks().some(({ stage }) => stage === "writing")) throw new Died("died");
+      return undefined;
+    };
+    const kept = keptBy(await failed(undefined)) ?? {};
+    server.onCommand = () => undefined;
+    await handlers().remove({ ...complete, ...kept });
+    expect(tags()).toEqual(["theirs"]);
+    expect(server.left()).toEqual([]);
+  });
+});
+
+describe("whatever cuts it, the next up finishes the work, and what is half-written is never called restored", () => {
+  const neverHalf = () => {
+    if (marks().some(({ stage }) => stage === "restored")) expect(content()).toBe(restoredTo(moment));
+    else if (marks().every(({ stage }) => stage !== "writing")) expect(content()).toBe(spoiled);
+  };
+  beforeEach(() => server.save());
+
+  it("the provider is killed before each command", { timeout: 120_000 }, async () => {
+    for (let at = 0; ; at++) {
+      server.restore();
+      server.onCommand = (_command, index) => {
+        if (index >= at) throw new Died("died");
+        return undefined;
+      };
+      const end: unknown = await created().catch((error: unknown) => error);
+      server.onCommand = () => undefined;
+      neverHalf();
+      if (!(end instanceof Died)) {
+        expect(at).toBeGreaterThan(5);
+        return;
+      }
+      await created();
+      expectRestoredBut();
+    }
+  });
+
+  it("the link drops at each change: the same run goes on", { timeout: 120_000 }, async () => {
+    for (let at = 0; ; at++) {
+      server.restore();
+      let seen = 0;
+      server.onCommand = ({ kind }) => {
+        if (kind !== "change" || seen++ !== at) return undefined;
+        return () => {
+          throw new LvmNbdError("LINK_LOST", { message: "lost" });
+        };
+      };
+      await created();
+      expectRestoredBut();
+      if (seen <= at) return;
+    }
+  });
+
+  it("a script is killed after each of its steps", { timeout: 120_000 }, async () => {
+    for (let step = 1; ; step++) {
+      server.restore();
+      server.kill({ step, when: "after" });
+      await created();
+      expectRestoredBut();
+      if (server.stepsTaken >= step) continue;
+      expect(step).toBeGreaterThan(5);
+      return;
+    }
+  });
+
+  it("a cancel at each command leaves nothing running, and the next run finishes", {
+    timeout: 120_000,
+  }, async () => {
+    for (let at = 0; ; at++) {
+      server.restore();
+      server.onCommand = (_command, index) => {
+        if (index === at) cancel.abort();
+        return undefined;
+      };
+      const end: unknown = await created().catch((error: unknown) => error);
+      server.onCommand = () => undefined;
+      neverHalf();
+      if (!(end instanceof Error)) {
+        expect(at).toBeGreaterThan(5);
+        return;
+      }
+      expect(end.message).toMatch(/^CANCELLED/);
+      await up(keptBy(end));
+      expectRestoredBut();
+    }
+  });
+
+  /** A run that was cut at its very end leaves what the next reboot clears away. */
+  const expectRestoredBut = () => {
+    expect(content()).toBe(restoredTo(moment));
+    expect(marks().map(({ stage }) => stage)).toEqual(["restored"]);
+    expect(server.started).toBeLessThanOrEqual(2);
+    expect(server.left().every((path) => path.startsWith("/run/"))).toBe(true);
+    expect(existsSync(server.volume("vm1", "open"))).toBe(false);
+  };
+});
+
+it("its changes are few: one starts the job, one clears away", async () => {
+  await created();
+  expect(changes()).toHaveLength(2);
+});
