@@ -128,11 +128,10 @@ export async function restoreImage(
   const job = restoreJob(wanted.overwrite);
   const path = `${wanted.volumeGroup}/${wanted.origin}`;
   let target: Target | undefined;
-  const ended = async (to: Context, recordDigest: string) => {
+  const ended = async (to: Context, recordDigest: string, mark?: string) => {
     const origin = going?.origin ?? target?.origin;
-    const begun = going?.begun ?? target?.marks.begun;
-    // It is `begun` still where nothing was written.
-    if (origin !== undefined && begun !== undefined) await endImageRestore(to, origin, recordDigest, [begun]);
+    if (origin !== undefined)
+      await endImageRestore(to, origin, recordDigest, mark === undefined ? [] : [mark]);
   };
   await runCopy(context, {
     target: path,
@@ -153,7 +152,8 @@ export async function restoreImage(
       await start(context, wanted, target, record);
     },
     certify: (_result, recordDigest) => ended(context, recordDigest),
-    discard: ended,
+    // Where nothing was written it still has that mark.
+    discard: (to, recordDigest) => ended(to, recordDigest, going?.begun ?? target?.marks.begun),
     explain: (error) => explained(context, wanted, life, error),
   });
 }

@@ -2,6 +2,7 @@ import fc from "fast-check";
 import { describe, expect, it } from "vitest";
 import { ownerInTag, tagPrefix, userTags } from "../../provider/core/owner.js";
 import {
+  imageOfRestore,
   isRestoreOf,
   ownerOfRestore,
   restoreGeneration,
@@ -22,6 +23,7 @@ const stages = [
   { ...told, stage: "begun", seconds: 0, thinId: 7 },
   { ...told, stage: "merging", seconds: 0, thinId: 0 },
   { ...told, stage: "restored", seconds: 61, thinId: 0 },
+  { ...told, stage: "writing", seconds: 0, thinId: 0, source: "0f".repeat(32) },
 ] as const;
 
 describe("the mark of a restore", () => {
@@ -37,14 +39,19 @@ describe("the mark of a restore", () => {
     fc.assert(
       fc.property(fc.string({ unit: "grapheme" }), (name) => {
         const owner = `organization/project/stack/${name}`;
-        const tag = restoreTagOf({ ...stages[2], owner: ownerInTag(owner) });
+        const tag = restoreTagOf({ ...stages[3], owner: ownerInTag(owner) });
         expect(tagProblem(tag)).toBeUndefined();
-        expect(tag.length).toBeLessThanOrEqual(200);
+        expect(tag.length).toBeLessThanOrEqual(240);
         const [mark] = restoreMarksAmong([tag]);
         expect(mark && isRestoreOf(mark, owner)).toBe(true);
         expect(mark && isRestoreOf(mark, `${owner}x`)).toBe(false);
       }),
     );
+  });
+
+  it("tells an image from a snapshot", () => {
+    expect(imageOfRestore(stages[3])).toBe("0f".repeat(32));
+    expect(imageOfRestore(stages[2])).toBeUndefined();
   });
 
   it("names its owner for people", () => {

@@ -1,6 +1,15 @@
-/** Volumes brought back to a snapshot's moment, through the CLI: what they hold then, and that it is done once. */
+/** Volumes brought back to a snapshot's moment, or from a copy, through the CLI: what they hold then, and that it is done once. */
 import { afterAll, beforeAll, expect, it, vi } from "vitest";
-import { type Declared, FaultStack, lvRestore, nbdExport, output, snapshot } from "./faults/fault-stack.mts";
+import {
+  type Declared,
+  FaultStack,
+  lvRestore,
+  nbdExport,
+  output,
+  snapshot,
+  volumeCopy,
+} from "./faults/fault-stack.mts";
+import { GUESTS } from "./image-contents.mts";
 import type { Lab } from "./lab.mts";
 import { freshLab } from "./support.mts";
 import { waitFor } from "./wait.mts";
@@ -12,7 +21,8 @@ let lab: Lab;
 let stack: FaultStack;
 
 const run = async (command: string) => (await lab.server1.run(command)).stdout.trim();
-const fileSystems = ["thick", "thin", "open"] as const;
+const on2 = async (command: string) => (await lab.server2.run(command)).stdout.trim();
+const fileSystems = ["thick", "thin", "open", "backed"] as const;
 /** Every file of the volume's file system, with its mode and content. */
 const files = (volume: string) =>
   run(`mount -o ro /dev/VgVm/${volume} /check && cd /check && find . -type f -printf '%p %m ' -exec sha256sum {} \\; | sort
@@ -27,7 +37,8 @@ const spoiled = (volume: string) =>
     volume,
     "rm docs/2; dd if=/dev/urandom of=docs/1 bs=1M count=3 conv=notrunc status=none; echo new >new; chmod 600 docs/3",
   );
-const slowSum = () => run("dd if=/dev/VgVm/slow bs=1M iflag=direct status=none | sha256sum");
+const sum = (volume: string) => run(`dd if=/dev/VgVm/${volume} bs=1M iflag=direct status=none | sha256sum`);
+const slowSum = () => sum("slow");
 const attributes = (volume: string) => run(`lvs -a --noheadings -o lv_attr -S lv_name=${volume} VgVm`);
 const uuidOf = (volume: string) => run(`lvs --noheadings -o lv_uuid VgVm/${volume}`);
 const tags = (volume: string) => run(`lvs --noheadings -o lv_tags VgVm/${volume}`);
@@ -48,7 +59,36 @@ const isMerging = (volume: string) =>
   });
 const state = async (name: string) => (await stack.state()).get(name) ?? {};
 
+/** The copy of a volume, as the loop device that its server exports. */
+const copyFile = "/root/backed.raw";
+/** The copy's time stays, so that only reading it tells. */
+const flipByte = `touch -r ${copyFile} /root/when; byte=$(dd if=${copyFile} bs=1 skip=7000000 count=1 status=none | od -An -tu1)
+  printf "\\\\$(printf %03o $((255 - byte)))" | dd of=${copyFile} bs=1 seek=7000000 conv=notrunc,fsync status=none; touch -r /root/when ${copyFile}`;
+const attachLoop = `losetup -r /dev/loop7 ${copyFile}`;
+const imageExport: Declared = {
+  type: "NbdExport",
+  name: "image-export",
+  args: {
+    ...{ host: "server2", device: "/dev/loop7" },
+    ...{ listenAddress: GUESTS[1].privateAddress, clients: [GUESTS[0].privateAddress] },
+  },
+};
+const imageRestore = (volume: string): Declared => ({
+  type: "LvRestore",
+  name: volume,
+  args: {
+    ...{ host: "server1", volumeGroup: "VgVm", origin: volume, overwrite: uuids[volume] },
+    image: { uri: output("image-export", "uri"), sha256: output("backed-copy", "sha256") },
+  },
+});
+/** How often a job was begun that writes an image onto the volume. */
+const imageJobs = (volume: string) =>
+  run(`journalctl -q _PID=1 -o cat | grep -c 'Started .*restore of VgVm/${volume} from'; true`);
+
 const snapshots: readonly Declared[] = [
+  snapshot("backed-snap", { origin: "backed", size: "100%ORIGIN" }),
+  nbdExport("backed-snap-export", { device: output("backed-snap", "path") }),
+  volumeCopy("backed-copy", "backed-snap", { file: copyFile }),
   snapshot("thick-snap", { origin: "thick", size: "20M" }),
   snapshot("thin-snap", { origin: "thin" }),
   snapshot("open-snap", { origin: "open", size: "12M" }),
@@ -58,6 +98,8 @@ const restores = (thickTriggers: string[] = []): Declared[] => [
   lvRestore("thick", "thick-snap", { origin: "thick", triggers: thickTriggers }),
   lvRestore("thin", "thin-snap", { origin: "thin" }),
   lvRestore("open", "open-snap", { origin: "open", whenOpen: "atNextActivation" }),
+  imageExport,
+  imageRestore("backed"),
 ];
 const slowRestore = lvRestore("slow", "slow-snap", { origin: "slow" });
 
@@ -70,8 +112,9 @@ beforeAll(async () => {
   [stack] = await Promise.all([
     FaultStack.create(lab),
     run(`
-      mkdir /check /vm1 /vm2
-      lvcreate -qq -y -W n -L 32M -n thick VgVm && lvcreate -qq -y -W n -L 16M -n open VgVm
+      mkdir /check /vm1 /vm2 /vm3
+      lvcreate -qq -y -W n -L 32M -n thick VgVm && lvcreate -qq -y -W n -L 16M -n open VgVm &&
+      lvcreate -qq -y -W n -L 16M -n backed VgVm && lvcreate -qq -y -W n -L 20M -n sound VgVm
       lvcreate -qq -y -L 64M -T VgVm/pool && lvcreate -qq -y -V 32M -T VgVm/pool -n thin
       for volume in ${fileSystems.join(" ")}; do
         mkfs.ext4 -q /dev/VgVm/$volume && mount /dev/VgVm/$volume /check && mkdir /check/docs
@@ -88,19 +131,22 @@ afterAll(() => stack?.close());
 
 it("a volume that is mounted or exported is not restored, and one that may wait is scheduled", async () => {
   stack.declare(...snapshots);
-  (await stack.up()).succeeded("5 created");
+  (await stack.up()).succeeded("8 created");
   for (const volume of fileSystems) {
     uuids[volume] = await uuidOf(volume);
     await spoiled(volume);
     expect(await files(volume)).not.toBe(before[volume]);
   }
   await scatter();
-  await run("mount /dev/VgVm/thick /vm1; mount /dev/VgVm/open /vm2");
+  await run("mount /dev/VgVm/thick /vm1; mount /dev/VgVm/open /vm2; mount /dev/VgVm/backed /vm3");
+  uuids.sound = await uuidOf("sound");
+  const soundBefore = await sum("sound");
+  await on2(`${flipByte}; ${attachLoop}`);
   // The export comes first: nobody is connected to it.
   stack.declare(
     ...snapshots,
     nbdExport("thin-export", { device: output("thin-snap", "path") }),
-    ...restores().map((one) => ({ ...one, dependsOn: ["thin-export"] })),
+    ...[...restores(), imageRestore("sound")].map((one) => ({ ...one, dependsOn: ["thin-export"] })),
   );
   const met = await stack.up();
   met.failedWith("VOLUME_IN_USE", "LvRestore thick", "server1", "VgVm/thick is open", "mounted at /vm1");
@@ -118,6 +164,12 @@ it("a volume that is mounted or exported is not restored, and one that may wait 
     expect(await attributes(`${volume}-snap`)).toMatch(/^[sV]/);
   }
   expect(await merges()).toBe(1);
+  met.failedWith("VOLUME_IN_USE", "LvRestore backed", "server1", "VgVm/backed is open: mounted at /vm3");
+  // The copy has a flipped byte.
+  met.failedWith("IMAGE_CORRUPT", "LvRestore sound", "server1", "nothing was written to VgVm/sound");
+  expect(await sum("sound")).toBe(soundBefore);
+  for (const volume of ["backed", "sound"]) expect(await tags(volume)).toBe("");
+  expect([await imageJobs("backed"), await imageJobs("sound")]).toEqual(["0", "1"]);
 });
 
 it("a scheduled restore begins when its origin is next activated, and a refresh tells", async () => {
@@ -138,15 +190,17 @@ it("a scheduled restore begins when its origin is next activated, and a refresh 
 
 it("closed volumes are restored file by file, thick and thin; what was restored already is not again", async () => {
   // Pulumi removes what is no longer declared at its end.
-  await run("umount /vm1; systemctl stop lvm-nbd-export-thin-export");
+  await run("umount /vm1 /vm3; systemctl stop lvm-nbd-export-thin-export");
+  await on2(`losetup -d /dev/loop7; ${flipByte}; ${attachLoop}`);
   stack.declare(...snapshots, ...restores());
   const { restoredSnapshot } = await state("open");
   (await stack.up()).succeeded();
   for (const volume of fileSystems) {
     expect(await files(volume)).toBe(before[volume]);
     expect(await uuidOf(volume)).toBe(uuids[volume]);
-    expect(await state(volume)).toMatchObject({ state: "restored", snapshotRemoved: true });
+    expect(await state(volume)).toMatchObject({ state: "restored", snapshotRemoved: volume !== "backed" });
   }
+  expect(await state("backed")).toMatchObject({ restoredImage: (await state("backed-copy")).sha256 });
   // Its LvSnapshot was taken anew, and that restored nothing.
   expect((await state("open-snap")).uuid).not.toBe(restoredSnapshot);
   expect(await state("open")).toMatchObject({ restoredSnapshot });
@@ -155,9 +209,10 @@ it("closed volumes are restored file by file, thick and thin; what was restored 
 });
 
 it("up again takes the consumed snapshots anew and restores nothing; then all is quiet", async () => {
-  await onVolume("thick", "echo written since >since");
+  for (const volume of ["thick", "backed"]) await onVolume(volume, "echo written since >since");
   (await stack.up({ refresh: true })).succeeded("2 created");
-  expect(await onVolume("thick", "cat since")).toBe("written since");
+  for (const volume of ["thick", "backed"]) expect(await onVolume(volume, "cat since")).toBe("written since");
+  expect(await imageJobs("backed")).toBe("1");
   await stack.isAsDeclared();
   expect(await merges()).toBe(3);
 });
