@@ -56,8 +56,11 @@ export interface CopyRun<T> {
  */
 export const copyFailures: readonly ErrorCode[] = [
   ...(["CANCELLED", "COPY_FAILED", "COPY_MISMATCH", "COPY_STALLED", "COPY_UNCERTIFIED"] as const),
-  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED", "IMAGE_CORRUPT", "VOLUME_IN_USE"] as const),
+  ...(["NO_SPACE", "SNAPSHOT_OVERFLOWED"] as const),
 ];
+
+/** What a copy onto a volume of somebody else's can meet beside them. */
+const volumeFailures: readonly ErrorCode[] = ["IMAGE_CORRUPT", "VOLUME_IN_USE"];
 
 /** Makes the copy, or goes on with one of ours that runs or has ended. What has failed for good is removed. */
 export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> {
@@ -74,7 +77,7 @@ export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> 
     });
     return await run.certify(result, recordDigest);
   } catch (error) {
-    if (recordDigest === undefined || !isLvmNbdError(error, ...copyFailures)) throw error;
+    if (recordDigest === undefined || !isLvmNbdError(error, ...copyFailures, ...volumeFailures)) throw error;
     const failed = recordDigest;
     await discardAfter(context, run.unfinished, (to) => run.discard(to, failed));
     throw await run.explain(error, progress);

@@ -145,7 +145,7 @@ it("a volume that is mounted or exported is not restored, and one that may wait 
   // The export comes first: nobody is connected to it.
   stack.declare(
     ...snapshots,
-    nbdExport("thin-export", { device: output("thin-snap", "path") }),
+    nbdExport("thin-export", { device: output("thin-snap", "path"), port: 10810 }),
     ...[...restores(), imageRestore("sound")].map((one) => ({ ...one, dependsOn: ["thin-export"] })),
   );
   const met = await stack.up();
