@@ -6,7 +6,7 @@ import { randomUUID } from "node:crypto";
 import { parseOutput, refusal, script, succeed } from "../core/command.js";
 import { type ErrorDetails, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { ownerInTag } from "../core/owner.js";
-import type { Context } from "../core/resource.js";
+import { ChangedMeanwhile, type Context } from "../core/resource.js";
 import {
   imageOfRestore,
   isRestoreOf,
@@ -203,6 +203,7 @@ async function prepared(context: Context, wanted: ImageWanted, life: string): Pr
   refuseSuspended(context, [origin]);
   const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);
   const marks = restoreMarksAmong(origin.tags);
+  refuseDone(context, origin, marks, wanted);
   refuseOthers(
     context,
     origin,
@@ -254,6 +255,21 @@ function refuseUnsuitable(context: Context, origin: LogicalVolume): void {
     `origin: ${path} is not active, so it cannot be written`,
     `Nothing was touched. Activate it (\`lvchange -ay ${path}\`), and run again.`,
   );
+}
+
+/** A restore that ended since it was looked at is not made a second time. */
+function refuseDone(
+  context: Context,
+  origin: LogicalVolume,
+  marks: readonly RestoreMark[],
+  { owner, triggers }: ImageWanted,
+): void {
+  const generation = restoreGeneration(triggers);
+  const isDone = (mark: RestoreMark) =>
+    isRestoreOf(mark, owner) && mark.stage === "restored" && mark.generation === generation;
+  if (!marks.some(isDone)) return;
+  const what = `${pathOf(origin)} was restored for these \`triggers\` by another run meanwhile`;
+  throw new ChangedMeanwhile(refusal(context, "VOLUME_IN_USE", what));
 }
 
 function refuseOthers(context: Context, origin: LogicalVolume, other: RestoreMark | undefined): void {

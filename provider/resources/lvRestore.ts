@@ -196,7 +196,11 @@ interface Observed {
   readonly phase: State["state"] | "pending" | "uncertain" | "halfWritten";
 }
 
-async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
+async function observe(
+  context: Context,
+  wanted: Inputs | State,
+  jobHasEnded = false,
+): Promise<Observed | undefined> {
   const all = await volumes(context);
   const [originUuid, life] = "restoreId" in wanted ? [wanted.originUuid, wanted.restoreId] : [];
   const origin = all.find((lv) => lv.uuid === originUuid) ?? named(all, wanted.volumeGroup, wanted.origin);
@@ -207,7 +211,10 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const marks = restoreMarksAmong(origin.tags).filter(
     (mark) => mark.life === life || isRestoreOf(mark, wanted.owner),
   );
-  const job = marks.some(isUnfinishedImage) ? await runningRestore(context, origin) : undefined;
+  const isBegun = marks.some(isUnfinishedImage);
+  const job = isBegun && !jobHasEnded ? await runningRestore(context, origin) : undefined;
+  // Between the two looks it may have ended, and changed its mark.
+  if (isBegun && !jobHasEnded && job === undefined) return observe(context, wanted, true);
   const restore = markThatCounts(marks, life, job);
   if (restore === undefined) return undefined;
   const snapshot = all.find((lv) => lv.uuid === restore.source);
@@ -823,7 +830,7 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   validate,
   predict: () => ({}),
   id: (wanted, hostName) => `${hostName}/${wanted.volumeGroup}/${wanted.origin}`,
-  observe,
+  observe: (context, wanted) => observe(context, wanted),
   isSame: ({ restore }, state) => restore.life === state.restoreId,
   toState,
   diff,

@@ -573,6 +573,48 @@ describe("a job that goes on by itself", () => {
     expect(server.started).toBe(1);
   });
 
+  it("of another run that ended in the meantime is not made a second time", async () => {
+    let looks = 0;
+    server.onCommand = ({ argv }) => {
+      if (argv[0] === "lvs" && ++looks === 2)
+        writeFileSync(server.volume("vm1", "tags"), `theirs\n${markOf("restored")}\n`);
+      return undefined;
+    };
+    expect(await created()).toMatchObject({ state: "restored", restoredImage: image.sha256 });
+    expect(lines.join("\n")).toMatch(/somebody else changed it in the meantime/);
+    expect(server.started).toBe(0);
+  });
+
+  it("that ends between two looks is not taken for one that was cut off", async () => {
+    await dyingAt("writing");
+    // The volumes were listed, and its unit is not yet looked at.
+    server.onCommand = ({ argv }) =>
+      argv[0] === "lvs"
+        ? () => {
+            released();
+            server.onCommand = () => undefined;
+          }
+        : undefined;
+    const ended = () => expect.poll(() => marks()[0]?.stage, { timeout: 20_000 }).toBe("restored");
+    const run = server.run.bind(server);
+    let waited = false;
+    server.run = async (command, signal) => {
+      if (!waited && command.argv[2]?.includes("emit recordDigest")) {
+        waited = true;
+        await ended();
+      }
+      return run(command, signal);
+    };
+    const kept = {
+      ...{ ...complete, state: "restoring", snapshotRemoved: false, restoredSnapshot: "", seconds: 0 },
+      ...{ restoredImage: image.sha256, originUuid: uuid, restoreId: marks()[0]?.life ?? "" },
+      ...{ startedAt: "1970-01-01T00:00:00.000Z", restoredAt: "" },
+    };
+    expect(await handlers().read(kept)).toMatchObject({ state: "restored" });
+    expect(waited).toBe(true);
+    expect(warnings.join("\n")).not.toContain("HALF");
+  });
+
   it.each(["begun", "writing"] as const)("is begun anew after a reboot in the stage %s", async (stage) => {
     await dyingAt(stage);
     server.reboot();
