@@ -259,6 +259,7 @@ it("the power fails in mid-merge: the same up waits for the host, and follows th
 });
 
 it("destroy removes the marks and changes no data", async () => {
+  await on2("losetup -d /dev/loop7");
   (await stack.destroy()).succeeded();
   expect(await run("lvs -a --noheadings -o lv_tags VgVm")).toBe("");
   expect(await slowSum()).toBe(slowBefore);
