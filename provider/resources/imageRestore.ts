@@ -287,7 +287,6 @@ async function preflight(
   wanted: ImageWanted,
 ): Promise<{ readonly sizeBytes: number; readonly startedAt: number }> {
   const { uri } = wanted.image;
-  // `udevadm` comes with LVM, `dd` with the shell.
   const argv = script(preflightRestoreScript, uri, ...deviceCopyPrograms(planOf(wanted)));
   const command = { argv, kind: "read", deadlineSeconds: 60 } as const;
   const result = await succeed(context, command, "the host could not be looked at");
