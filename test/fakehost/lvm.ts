@@ -222,7 +222,7 @@ export class FakeLvm {
     group.lockedBy = process;
   }
 
-  /** `VG/LV`, chosen by `-S lv_uuid="..."` as well if that is given: then nothing at all may be chosen. */
+  /** `VG/LV`, chosen by `-S lv_uuid="..."` or `-S lv_tags={"..."}` as well if that is given: then nothing at all may be chosen. */
   private *selected(process: Process, parsed: Parsed): Running<{ group: Group; volume: Volume } | undefined> {
     const [groupName = "", name = ""] = (parsed.operands[0] ?? "").split("/");
     const group = this.group(groupName);
@@ -230,9 +230,8 @@ export class FakeLvm {
     const volume = this.find(groupName, name);
     if (volume === undefined) throw new LvmFailure(`Failed to find logical volume "${groupName}/${name}"`);
     const selection = parsed.options.get("-S")?.[0];
-    return selection === undefined || selection === `lv_uuid="${volume.uuid}"`
-      ? { group, volume }
-      : undefined;
+    const selecting = [`lv_uuid="${volume.uuid}"`, ...volume.tags.map((tag) => `lv_tags={"${tag}"}`)];
+    return selection === undefined || selecting.includes(selection) ? { group, volume } : undefined;
   }
 
   private *lvs(process: Process, parsed: Parsed): Running<number> {

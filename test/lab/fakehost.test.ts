@@ -114,6 +114,12 @@ it.each<[string, readonly string[]]>([
   ["looking at one that is not", ["lvs", "VgVm/s1"]],
   ["a group that is there", ["vgs", "--noheadings", "-o", "vg_name", "VgVm"]],
   ["a group that is not", ["vgs", "--noheadings", "-o", "vg_name", "None"]],
+  ["removing what does not have the mark", ["lvremove", "-y", "-S", 'lv_tags={"a"}', "VgVm/s3"]],
+  ["another snapshot", [...cow("s5").slice(0, -1), "--addtag", "lvm-nbd.making", "VgVm/vm1"]],
+  [
+    "removing what has the mark among others",
+    ["lvremove", "-y", "-S", 'lv_tags={"lvm-nbd.making"}', "VgVm/s5"],
+  ],
   ["removing", ["lvremove", "-y", "-S", 'lv_uuid="UUID s3"', "VgVm/s3"]],
   ["removing a thin one", ["lvremove", "-y", "-S", 'lv_uuid="UUID t1"', "VgVm/t1"]],
 ])("%s: the same answer, and the same volumes afterwards", async (_, argv) => {
