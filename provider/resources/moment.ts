@@ -5,13 +5,14 @@
  * what a killed run has left is so found by the next backup of the volume, whatever generation that makes.
  */
 import { script, succeed } from "../core/command.js";
-import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
-import { digest, ownerMark, ownerOf } from "../core/owner.js";
+import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { digest, markAmong, ownerMark, ownerOf, ownerOfMark } from "../core/owner.js";
 import { converge as convergeOn, PartialSuccess, remove as removeFrom } from "../core/reconciler.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import { copyName } from "../linux/copyJob.js";
 import { livingCopiesScript } from "../linux/copyScripts.js";
+import type { LogicalVolume } from "../linux/lvm.js";
 import type { nbdServers } from "../linux/nbd.js";
 import type { HostArgs } from "../ssh/types.js";
 import { type LvSnapshotOutputs, lvSnapshot, lvSnapshotInputs, takeTogether } from "./lvSnapshot.js";
@@ -55,6 +56,8 @@ export interface Moment {
   readonly parts: readonly MomentPart[];
   readonly ports: readonly number[];
   readonly quiesce: SnapshotInputs["quiesce"];
+  /** What the marks of all backups of the stack begin with, to whatever host. */
+  readonly ofStack: string;
 }
 
 const portsTried = 10;
@@ -105,6 +108,7 @@ export async function momentOf(
     }),
     ports,
     quiesce: source.quiesce,
+    ofStack: ownerMark(ownerOf(organization, project, stack, "backups to ")),
   };
 }
 
@@ -115,11 +119,25 @@ function consecutive(first: number, count: number): number[] {
 /** One backup of a volume at a time in this process, by whatever credentials its hosts are reached. */
 const queue = {};
 
+/** The series of the volumes that this process backs up just now. */
+const busy = new Set<string>();
+
 /** Runs the work while no other one on a volume of the moment runs. */
 export function alone<T>({ parts }: Moment, work: () => Promise<T>): Promise<T> {
   // Always in the same order: two of them never wait for each other.
   const keys = [...new Set(parts.map(({ series }) => series))].sort();
-  return keys.reduceRight((inner, key) => () => serially(queue, key, inner), work)();
+  return keys.reduceRight((inner, key) => () => aloneOn(key, inner), work)();
+}
+
+function aloneOn<T>(series: string, work: () => Promise<T>): Promise<T> {
+  return serially(queue, series, async () => {
+    busy.add(series);
+    try {
+      return await work();
+    } finally {
+      busy.delete(series);
+    }
+  });
 }
 
 /** So long a snapshot waits for the next run of a backup whose copy is complete, or broke off unseen. */
@@ -128,22 +146,24 @@ const waitingHours = 12;
 /** `backup-SERIES-SET-COPY` */
 const nameParts = /^(backup-[0-9a-f]{12}-)([0-9a-f]{8})-([0-9a-f]{16})$/;
 
+/** A snapshot of a backup of the stack. */
+interface Left {
+  readonly lv: LogicalVolume;
+  readonly mark: string;
+  readonly series: string;
+  readonly copy: string;
+  /** What tells its moment from others. */
+  readonly set: string;
+  /** Whether a volume of that moment is backed up now, to the same host: its backups never run beside each other. */
+  readonly ofVolumes: boolean;
+}
+
 /**
- * Takes down what other backups of these volumes have left: moments for which no copy runs, and none has waited for less
- * than `waitingHours` to be gone on with. `context`: of the copies' host.
+ * Takes down what other backups of the stack have left, of whatever volumes and to whatever host: moments for which no copy
+ * runs, and none has waited for less than `waitingHours` to be gone on with. `context`: of the copies' host.
  */
 export async function sweep(context: Context, moment: Moment): Promise<void> {
-  const [part] = moment.parts;
-  if (part === undefined) return;
-  const mark = ownerMark(part.snapshot.owner);
-  const own = new Set(moment.parts.map(({ snapshot }) => snapshot.name));
-  const ours = (await volumes(moment.context)).flatMap((lv) => {
-    const [, series = "", set = "", copy = ""] = nameParts.exec(lv.name) ?? [];
-    return set !== "" && lv.tags.includes(mark) && !own.has(lv.name) ? [{ lv, series, set, copy }] : [];
-  });
-  const series = new Set(moment.parts.map((one) => one.series));
-  const sets = new Set(ours.filter((one) => series.has(one.series)).map(({ set }) => set));
-  const left = ours.filter(({ set }) => sets.has(set));
+  const left = leftBy(moment, await volumes(moment.context));
   if (left.length === 0) return;
   const command = {
     argv: script(livingCopiesScript, ...left.map(({ copy }) => copy)),
@@ -151,21 +171,75 @@ export async function sweep(context: Context, moment: Moment): Promise<void> {
   };
   const { stdout } = await succeed(context, command, "the copies under way could not be listed");
   const living = new Set(stdout.split("\n"));
-  const isWanted = ({ lv, copy }: (typeof left)[number]) =>
-    living.has(`runs ${copy}`) ||
-    (living.has(`waits ${copy}`) && Date.now() / 1000 - lv.createdAt < waitingHours * 3600);
+  const isWanted = ({ lv, copy, ofVolumes }: Left) => {
+    const isYoung = Date.now() / 1000 - lv.createdAt < waitingHours * 3600;
+    // Of another volume the copy may be about to be started.
+    return living.has(`runs ${copy}`) || (isYoung && (!ofVolumes || living.has(`waits ${copy}`)));
+  };
   const wanted = new Set(left.filter(isWanted).map(({ set }) => set));
-  for (const { lv, set } of left) {
-    if (wanted.has(set)) continue;
-    const { name, volumeGroup } = lv;
-    context.progress(`taking down ${volumeGroup}/${name}, which an earlier backup has left`);
-    const device = `/dev/${volumeGroup}/${name}`;
-    await takeDownPart(moment.context, {
-      ...part,
-      snapshot: { ...part.snapshot, volumeGroup, name },
-      exported: { ...part.exported, exportName: name, device },
-    });
+  const own = new Set(moment.parts.map(({ series }) => series));
+  for (const one of left) {
+    if (wanted.has(one.set)) continue;
+    if (own.has(one.series)) await takeDownLeft(moment, one);
+    // One of that volume that is on its way looks by itself at what is left.
+    else if (!busy.has(one.series)) await aloneOn(one.series, () => takeDownOther(moment, one));
   }
+}
+
+function leftBy({ parts, ofStack }: Moment, all: readonly LogicalVolume[]): Left[] {
+  const ours = all.flatMap((lv) => {
+    const mark = markAmong(lv.tags);
+    const [, series = "", set = "", copy = ""] = nameParts.exec(lv.name) ?? [];
+    return mark?.startsWith(ofStack) && set !== "" ? [{ lv, mark, series, set: `${mark} ${set}`, copy }] : [];
+  });
+  const isOfVolume = ({ mark, series }: (typeof ours)[number]) =>
+    parts.some((part) => part.series === series && ownerMark(part.snapshot.owner) === mark);
+  const sets = new Set(ours.filter(isOfVolume).map(({ set }) => set));
+  const own = new Set(parts.map(({ snapshot }) => snapshot.name));
+  return ours.filter(({ lv }) => !own.has(lv.name)).map((one) => ({ ...one, ofVolumes: sets.has(one.set) }));
+}
+
+/** What another VM's backup has left, or one to another host, which cannot be asked: nobody may be reading it. */
+async function takeDownOther(moment: Moment, left: Left): Promise<void> {
+  const { context } = moment;
+  const path = `${left.lv.volumeGroup}/${left.lv.name}`;
+  try {
+    if (left.lv.active && left.lv.open !== false && (await isRead(moment, left))) return;
+    await takeDownLeft(moment, left);
+  } catch (error) {
+    if (isLvmNbdError(error, "CANCELLED", "HOST_UNREACHABLE", "LINK_LOST")) throw error;
+    context.warn(`${path}, which an earlier backup has left, could not be taken down: ${firstLine(error)}`);
+  }
+}
+
+/** Whether a client is connected to the export: qemu-nbd has its device open also without one. */
+async function isRead({ context, parts }: Moment, left: Left): Promise<boolean> {
+  const [part] = parts;
+  const seen = part && (await nbdExport.observe(context, partOf(part, left).exported));
+  if (seen?.plan === undefined) return false;
+  const command = {
+    argv: ["ss", "-Htn", "state", "established", `( sport = :${seen.plan.port} )`],
+    ...({ kind: "read", deadlineSeconds: 60 } as const),
+  };
+  const result = await succeed(context, command, "the clients of an export could not be listed");
+  return result.stdout.trim() !== "";
+}
+
+async function takeDownLeft({ context, parts }: Moment, left: Left): Promise<void> {
+  const [part] = parts;
+  if (part === undefined) return;
+  context.progress(`taking down ${left.lv.volumeGroup}/${left.lv.name}, which an earlier backup has left`);
+  await takeDownPart(context, partOf(part, left));
+}
+
+/** What was left, by what is made now. */
+function partOf(part: MomentPart, { lv: { volumeGroup, name }, mark }: Left): MomentPart {
+  const owner = ownerOfMark(mark);
+  return {
+    ...part,
+    snapshot: { ...part.snapshot, owner, volumeGroup, name },
+    exported: { ...part.exported, owner, exportName: name, device: `/dev/${volumeGroup}/${name}` },
+  };
 }
 
 /** The snapshots of the moment as it is kept, all of them; `undefined` if one is missing, half made, or of another moment. */

@@ -781,6 +781,88 @@ describe("whatever cuts it, the next run finishes the work", () => {
     expectSourceClean();
   });
 
+  describe("of another volume of the stack, which may never be backed up again,", () => {
+    const other = { origin: "data", owner: "organization/p/s/data" };
+    /** The provider dies when the other volume is exported, so many hours ago. */
+    const leave = async (hours: number, change: Values = {}) => {
+      world.clock.now = Date.now() - hours * 3600_000;
+      onCommand = () => {
+        if (exports().length > 0) throw new Died("the provider died");
+        return undefined;
+      };
+      await expect(made({ ...other, file: image("data.raw"), ...change })).rejects.toThrow(Died);
+      onCommand = () => undefined;
+      expect(ours(world.server1)).not.toEqual([]);
+    };
+    const exports = () => [...world.network.of(world.server1.address)];
+
+    it("what a killed run has left is taken down after half a day", async () => {
+      await leave(13);
+      await made();
+      expect(lines.join()).toMatch(/taking down VgVm\/backup-/);
+      expectSourceClean();
+    });
+
+    it("what was left an hour ago stays: its copy may be about to start", async () => {
+      await leave(1);
+      const left = ours(world.server1);
+      await made();
+      expect(ours(world.server1)).toEqual(left);
+    });
+
+    it("what another stack has left stays, also of the same volume", async () => {
+      await leave(99, { owner: "organization/p/s2/data" });
+      const left = ours(world.server1);
+      await made();
+      await made({ origin: "data", file: image("tuesday.raw"), owner: "organization/p/s/tuesday" });
+      expect(ours(world.server1)).toEqual(left);
+    });
+
+    it("what was left of a backup to a host that is renamed, or gone, is taken down", async () => {
+      destination.set("name", "before\n");
+      await leave(13);
+      destination.set("name", "after\n");
+      await made();
+      expectSourceClean();
+    });
+
+    it.each(["nbdkit", "qemu-nbd"])(
+      "what another host is reading from %s stays until it has ended",
+      async (server) => {
+        destination.set("name", "elsewhere\n");
+        await leave(99, { source: { server } });
+        const [reading] = exports();
+        if (reading === undefined) throw new Error("nothing is exported");
+        destination.set("name", "here\n");
+        world.network.readers.add(reading);
+        const left = ours(world.server1);
+        await made();
+        expect(ours(world.server1)).toEqual(left);
+        world.network.readers.delete(reading);
+        await made({ triggers: [2] });
+        expectSourceClean();
+      },
+    );
+
+    it("what cannot be taken down keeps no backup from being made", async () => {
+      await leave(13);
+      const [volume] = world.server1.lvm.all().filter(({ volume }) => volume.name.startsWith("backup-"));
+      if (volume === undefined) throw new Error("nothing is left");
+      volume.volume.merging = "waits";
+      expect(await made()).toMatchObject({ state: "complete" });
+      expect(warnings.join()).toMatch(/could not be taken down: SNAPSHOT_MERGING/);
+    });
+
+    it("a backup that is being made at the same time is not disturbed", async () => {
+      const [one, another] = [await checked(), await checked({ ...other, file: image("data.raw") })];
+      const { create } = handlers();
+      await Promise.all([create(one), create(another)]);
+      expect(destination.left()).toEqual(completeBoth);
+      expect(lines.join()).not.toMatch(/taking down/);
+      expectSourceClean();
+    });
+  });
+
   it("a backup anew whose script is killed at each of its steps leaves the old moment or the new one, whole", {
     timeout,
   }, async () => {

@@ -149,9 +149,15 @@ export class FakeServer {
 
   private ss(process: Process): number {
     const port = Number(/:(\d+)/.exec(process.argv.at(-1) ?? "")?.[1]);
-    for (const { address, pid, program, port: own } of this.network.of(this.address))
-      if (own === port)
-        process.out(`0 16 ${address}:${port} 0.0.0.0:* users:(("${program}",pid=${pid},fd=3))\n`);
+    const there = [...this.network.of(this.address)].filter((listener) => listener.port === port);
+    if (process.argv.includes("established")) {
+      for (const listener of there)
+        if (this.network.readers.has(listener))
+          process.out(`0 0 ${listener.address}:${port} 10.0.0.9:41234\n`);
+      return 0;
+    }
+    for (const { address, pid, program } of there)
+      process.out(`0 16 ${address}:${port} 0.0.0.0:* users:(("${program}",pid=${pid},fd=3))\n`);
     return 0;
   }
 

@@ -13,7 +13,7 @@ import { ShellHost } from "./shellHost.js";
 
 /**
  * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
- * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`. Of a copy onto a device the
+ * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `name` (the host's). Of a copy onto a device the
  * second time is the first.
  */
 const standIns: Readonly<Record<string, string>> = {
@@ -36,6 +36,9 @@ const standIns: Readonly<Record<string, string>> = {
     esac`,
   journalctl: `cat "$SANDBOX"/units/*.log 2>/dev/null; exit 0`,
   losetup: ``,
+  uname: `
+    if [ "$1" = -n ] && [ -e "$SANDBOX/name" ]; then exec cat "$SANDBOX/name"; fi
+    PATH=\${PATH#*:} exec uname "$@"`,
   ip: `echo "10.0.0.1 dev eth0 src 10.0.0.2 uid 0"`,
   findmnt: `cat "$SANDBOX/filesystem"`,
   nbdinfo: `[ -e "$SANDBOX/source" ] || { echo "cannot connect" >&2; exit 1; }; stat -c %s "$SANDBOX/source"`,
