@@ -90,12 +90,11 @@ async function convergeFrom(
   wanted: CommonInputs,
   old: CommonInputs | undefined,
 ): Promise<CommonInputs> {
-  if (before === undefined) {
-    await type.create(context, wanted);
-  } else {
-    refuseForeign(type, context, before, wanted, old);
-    await type.converge(context, wanted, before, old);
-  }
+  if (before !== undefined) refuseForeign(type, context, before, wanted, old);
+  const told =
+    before === undefined
+      ? await type.create(context, wanted)
+      : await type.converge(context, wanted, before, old);
   const after = await type.observe(context, wanted);
   if (after === undefined || after.halfMade) {
     throw new LvmNbdError("IDENTITY_MISMATCH", {
@@ -106,7 +105,7 @@ async function convergeFrom(
   }
   // Another resource of the same name may have made its own in the meantime: its thing is not ours to report.
   if (after.mark !== undefined) refuseForeign(type, context, after, wanted, old);
-  return type.toState(wanted, after);
+  return { ...type.toState(wanted, after), ...told };
 }
 
 /** The stored state knows the thing's identity (its UUID, say); the declaration knows where it should be. */

@@ -65,6 +65,10 @@ export class ChangedMeanwhile extends Error {
   }
 }
 
+/** Outputs that only the work itself can tell, and no look at the thing; they stay in the state until the next work. */
+// biome-ignore lint/suspicious/noConfusingVoidType: most have nothing to tell
+export type Told<State> = Partial<State> | void;
+
 /** What a resource consists of. `Inputs` are as declared with defaults filled in, `State` is what Pulumi keeps. */
 export interface ResourceType<
   Inputs extends CommonInputs = CommonInputs,
@@ -107,14 +111,14 @@ export interface ResourceType<
   /** Refuses, by looking only, what `create` would refuse: asked before an old thing is removed for a new one. */
   suitable?(context: Context, wanted: Inputs): Promise<void>;
   /** Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. */
-  create(context: Context, wanted: Inputs): Promise<void>;
+  create(context: Context, wanted: Inputs): Promise<Told<State>>;
   /** For a refresh, what `observe` is too quick to see. Looks only. */
   inspect?(context: Context, state: State, observed: Observed): Promise<Observed>;
   /**
    * Brings an existing thing of ours to its declared form; does nothing to what is right already. `old`: the state, if
    * there is one.
    */
-  converge(context: Context, wanted: Inputs, observed: Observed, old?: State): Promise<void>;
+  converge(context: Context, wanted: Inputs, observed: Observed, old?: State): Promise<Told<State>>;
   /** True if the thing was made for another declaration than this one, and is to be made anew for it. */
   isStale?(observed: Observed, wanted: Inputs): boolean;
   /** True if the thing has become another resource's since the state was saved: it is not removed with this one. */

@@ -165,6 +165,8 @@ export class BackupImage extends LvmNbdResource {
   declare readonly volumes: pulumi.Output<BackupImageOutputs["volumes"]>;
   declare readonly images: pulumi.Output<BackupImageOutputs["images"]>;
   declare readonly takenAt: pulumi.Output<BackupImageOutputs["takenAt"]>;
+  /** Snapshots (`GROUP/NAME`) that could not be taken down when the images were complete; `pulumi up` tries again. */
+  declare readonly leftOnSource: pulumi.Output<BackupImageOutputs["leftOnSource"]>;
   declare readonly state: pulumi.Output<BackupImageOutputs["state"]>;
 
   constructor(name: string, args: BackupImageArgs, options?: pulumi.CustomResourceOptions) {

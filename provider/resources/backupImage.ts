@@ -58,9 +58,11 @@ import {
   keptMoment,
   type Moment,
   momentOf,
+  pathOf,
   snapshotNameSample,
   sweep,
   takeDown,
+  takeDownPossible,
   takeMoment,
 } from "./moment.js";
 import { nbdExportInputs } from "./nbdExport.js";
@@ -148,6 +150,12 @@ const outputs = z.object({
     .describe("The image of each volume, in the order of `volumes`."),
   takenAt: z.string().describe("The moment of the volumes (ISO 8601, by the source's clock)."),
   copyId,
+  leftOnSource: z
+    .array(z.string())
+    .default([])
+    .describe(
+      "Snapshots (`GROUP/NAME`) that could not be taken down when the images were complete; `pulumi up` tries again.",
+    ),
   state: z
     .enum(setStates)
     .describe(
@@ -245,19 +253,21 @@ async function clientAddressOf(context: Context, { source }: Inputs): Promise<st
   });
 }
 
+type Left = Pick<State, "leftOnSource">;
+
 async function backUp(
   context: Context,
   wanted: Inputs,
   seen: ReadonlyMap<string, ImageObservation>,
   copyId: string,
-): Promise<void> {
+): Promise<Left> {
   const images = new Map(seen);
   // What cannot end well is refused before the VM is frozen for it.
   for (const { file } of wanted.volumes)
     await requireDestination(context, { ...wanted, file }, images.get(file) ?? noImage);
   const clientAddress = await clientAddressOf(context, wanted);
   const moment = await momentOf(context, wanted, await destinationOf(context), clientAddress);
-  await alone(moment, async () => {
+  return alone(moment, async () => {
     let committing = false;
     try {
       await sweep(context, moment);
@@ -284,10 +294,13 @@ async function backUp(
       throw error;
     }
     try {
-      await takeDown(moment);
+      return { leftOnSource: await takeDownPossible(moment) };
     } catch (error) {
       if (isLvmNbdError(error, "CANCELLED")) await takeDownAfter(moment);
-      throw error;
+      if (!isLvmNbdError(error, "HOST_UNREACHABLE")) throw error;
+      const left = moment.parts.map(pathOf);
+      context.warn(`${left.join(", ")}: left, the next \`pulumi up\` takes it down: ${firstLine(error)}`);
+      return { leftOnSource: left };
     }
   });
 }
@@ -416,9 +429,9 @@ async function takeDownAfter(moment: Moment): Promise<void> {
   }
 }
 
-async function create(context: Context, wanted: Inputs): Promise<void> {
+async function create(context: Context, wanted: Inputs): Promise<Left> {
   requireMaking(context, wanted, []);
-  await backUp(context, wanted, new Map(), randomUUID());
+  return backUp(context, wanted, new Map(), randomUUID());
 }
 
 /** `there`: files whose images exist. */
@@ -440,7 +453,7 @@ async function converge(
   wanted: Inputs,
   seen: Observed,
   old: State | undefined,
-): Promise<void> {
+): Promise<Left> {
   const images = new Map(seen.images);
   // What was seen is what the state tells of, or else the declaration.
   for (const [file, image] of await observeFiles(context, without(wanted, old ?? wanted), undefined))
@@ -453,18 +466,20 @@ async function converge(
       const image = images.get(file) ?? noImage;
       return image.file !== undefined || isDecided(image);
     });
+  let left: Left;
   if (isKept(wanted, images, there, old)) {
     for (const { file } of wanted.volumes) {
       const image = images.get(file);
       if (image !== undefined) await keepImage(context, { ...wanted, file }, image, copyId);
     }
-    await takeDownLeft(context, wanted);
+    left = { leftOnSource: await takeDownLeft(context, wanted, old?.leftOnSource) };
   } else {
     requireMaking(context, wanted, there);
-    await backUp(context, wanted, images, copyId);
+    left = await backUp(context, wanted, images, copyId);
   }
-  if (old === undefined) return;
-  for (const { file } of without(old, wanted)) await removeOwn(context, file, images.get(file), old);
+  if (old !== undefined)
+    for (const { file } of without(old, wanted)) await removeOwn(context, file, images.get(file), old);
+  return left;
 }
 
 /** The volumes of one declaration whose images are not of the other. */
@@ -508,21 +523,31 @@ function refuseForeign(
   });
 }
 
-/** What a broken backup has left. A source that is gone for good must not keep its images from being managed. */
-async function takeDownLeft(context: Context, wanted: Inputs): Promise<void> {
+/**
+ * Takes down what a broken backup has left; returns what it could not. A source that is gone for good must not keep its
+ * images from being managed. `before`: what is known to be left.
+ */
+async function takeDownLeft(
+  context: Context,
+  wanted: Inputs,
+  before: readonly string[] = [],
+): Promise<string[]> {
   try {
     const moment = await momentOf(context, wanted, await destinationOf(context), "");
-    await alone(moment, () => takeDown(moment));
+    return await alone(moment, () => takeDownPossible(moment));
   } catch (error) {
+    if (isLvmNbdError(error, "CANCELLED", "LINK_LOST") || error instanceof ChangedMeanwhile) throw error;
     context.warn(
       `whether a broken backup left a snapshot on ${hostName(wanted.source.host)} cannot be told: ${firstLine(error)}`,
     );
+    return [...before];
   }
 }
 
 async function remove(context: Context, state: State, { images }: Observed): Promise<void> {
-  for (const { file } of state.volumes) await removeOwn(context, file, images.get(file), state);
+  // The images last: while one is there, an interrupted removal is gone on with.
   await takeDownLeft(context, state);
+  for (const { file } of state.volumes) await removeOwn(context, file, images.get(file), state);
 }
 
 /** What has become somebody else's, or another resource's of ours, is left alone. */
@@ -562,6 +587,7 @@ function toState(declared: Inputs | State, { images: seen }: Observed): State {
     images,
     takenAt: takenAt.sort()[0] ?? "",
     copyId: before?.copyId ?? made?.copyId ?? "",
+    leftOnSource: before?.leftOnSource ?? [],
     state: setStates.findLast((state) => states.includes(state)) ?? "complete",
   };
 }
@@ -611,6 +637,7 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   const later = ["source", "mountPoint", "format", "compress", "connections", "bandwidthLimit", "verify"];
   for (const property of [...later, "deepCheck", "existing"] as (keyof Inputs)[])
     if (changed(property)) changes.push({ property, effect: "connection" });
+  if (state.leftOnSource.length > 0) changes.push({ property: "leftOnSource", effect: "update" });
   return changes;
 }
 

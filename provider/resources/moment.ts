@@ -304,6 +304,28 @@ export async function takeDown({ context, parts }: Moment): Promise<void> {
   for (const part of parts) await takeDownPart(context, part);
 }
 
+/** As `takeDown`. What cannot be taken down is told, and returned as `GROUP/NAME` of its snapshots. */
+export async function takeDownPossible({ context, parts }: Moment): Promise<string[]> {
+  const left: string[] = [];
+  for (const part of parts) {
+    try {
+      await takeDownPart(context, part);
+    } catch (error) {
+      // That nobody answers tells nothing of what is left, and of what was interrupted the reconciler looks again.
+      if (!isLvmNbdError(error) || isLvmNbdError(error, "CANCELLED", "HOST_UNREACHABLE", "LINK_LOST"))
+        throw error;
+      left.push(pathOf(part));
+      context.warn(`${pathOf(part)} is left, the next \`pulumi up\` takes it down: ${firstLine(error)}`);
+    }
+  }
+  return left;
+}
+
+/** `GROUP/NAME` of the snapshot. */
+export function pathOf({ snapshot: { volumeGroup, name } }: MomentPart): string {
+  return `${volumeGroup}/${name}`;
+}
+
 async function takeDownPart(context: Context, { exported, snapshot }: MomentPart): Promise<void> {
   await removeFrom(nbdExport, context, exported);
   await removeFrom(lvSnapshot, context, snapshot);

@@ -579,6 +579,88 @@ describe("a backup that fails leaves nothing but its reason", () => {
   });
 });
 
+describe("what cannot be taken down once the images are complete", () => {
+  const merging = (what: "waits" | "no") => {
+    for (const { volume } of world.server1.lvm.all())
+      if (volume.name.startsWith("backup-")) volume.merging = what;
+  };
+  /** The state after it. */
+  const left = async () => {
+    onCommand = () => {
+      if (destination.left().includes("vm.raw")) merging("waits");
+      return undefined;
+    };
+    const state = await made();
+    onCommand = () => undefined;
+    return state;
+  };
+
+  it("is told, and the next up takes it down", async () => {
+    const state = await left();
+    expect(warnings.join()).toMatch(
+      /VgVm\/backup-\S+ is left, the next `pulumi up` takes it down: SNAPSHOT_MERGING/,
+    );
+    const path = expect.stringMatching(/^VgVm\/backup-/);
+    expect(state).toMatchObject({ state: "complete", leftOnSource: [path] });
+    expect(await handlers().read(state)).toEqual(state);
+    const change = { property: "leftOnSource", effect: "update" };
+    const wanted = await checked({}, state);
+    expect((await handlers().diff(state, wanted, none)).changes).toEqual([change]);
+    expect(await handlers().update(state, wanted)).toMatchObject({ leftOnSource: [path] });
+    merging("no");
+    const after = await handlers().update(state, wanted);
+    expect(after).toMatchObject({ state: "complete", leftOnSource: [] });
+    expect((await handlers().diff(after, wanted, none)).changes).toEqual([]);
+    expectSourceClean();
+  });
+
+  it("is taken down also on the next day, when the backup is only kept", async () => {
+    const state = await left();
+    merging("no");
+    expect(await handlers().update(state, await checked({ existing: true }, state))).toMatchObject({
+      leftOnSource: [],
+    });
+    expectSourceClean();
+  });
+
+  it("is remembered also while the source does not answer", async () => {
+    const unreachable = () => {
+      if (sent.at(-1)?.host !== destination.name && destination.left().includes("vm.raw"))
+        throw new LvmNbdError("HOST_UNREACHABLE", { message: "no route" });
+      return undefined;
+    };
+    onCommand = unreachable;
+    const state = await made();
+    expect(state.leftOnSource).toHaveLength(1);
+    const wanted = await checked({}, state);
+    expect((await handlers().update(state, wanted)).leftOnSource).toEqual(state.leftOnSource);
+    onCommand = () => undefined;
+    expect((await handlers().update(state, wanted)).leftOnSource).toEqual([]);
+    expectSourceClean();
+  });
+
+  it("does not keep a state of an earlier version, which knows nothing of it, from being read", async () => {
+    const { leftOnSource: _, ...state } = await made();
+    expect((await handlers().diff(state, await checked({}, state), none)).changes).toEqual([]);
+    expect(await handlers().read(state)).toMatchObject({ state: "complete", leftOnSource: [] });
+  });
+
+  it("is taken down by a removal that the link interrupted", async () => {
+    const state = await left();
+    merging("no");
+    let lost = false;
+    onCommand = (index) => {
+      if (lost || sent[index]?.host === destination.name || sent[index]?.kind !== "change") return undefined;
+      lost = true;
+      throw new LvmNbdError("LINK_LOST", { message: "lost" });
+    };
+    await handlers().remove(state);
+    expect(lost).toBe(true);
+    expect(destination.left()).toEqual([]);
+    expectSourceClean();
+  });
+});
+
 describe("removing a backup", () => {
   it("takes image and manifest", async () => {
     const state = await made();
