@@ -100,7 +100,7 @@ export const errorCodes = {
   COPY_UNCERTIFIED:
     "The snapshot was removed, or is being merged, before the copy was certified: whether all that was read is its moment cannot be told, so the image was removed. Run `pulumi up --refresh`, which takes the snapshot anew.",
   IMAGE_CORRUPT:
-    "The image does not read as the `sha256` that was declared: it was changed since, or `uri` serves another one. Nothing was written. See that `uri` serves the image of that checksum; if it does, its disk has spoiled it: restore from another backup.",
+    "The image does not read as the `sha256` that was declared: it was changed since, or `uri` serves another one. Nothing was written. Check that `uri` serves the image of that checksum; if it does, its disk has spoiled it: restore from another backup.",
   RESTORE_OVERFLOWS:
     "Restoring would overflow other COW snapshots of the origin, since it writes to that. Nothing was touched. Extend or remove those that the message names, and run again.",
   RESTORE_FAILED:

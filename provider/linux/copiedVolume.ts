@@ -5,7 +5,7 @@
 import { tagPrefix } from "../core/owner.js";
 import { copyName } from "./copyJob.js";
 import { stopJobFunction } from "./copyScripts.js";
-import { volumeIsFunction } from "./deviceCopy.js";
+import { volumeIsFunction, volumeOpen } from "./deviceCopy.js";
 import { emitFunctions } from "./fields.js";
 import type { LogicalVolume } from "./lvm.js";
 import { missingFunction } from "./programs.js";
@@ -19,10 +19,18 @@ export interface VolumeName {
 
 /** With this the names of unfinished copies begin. */
 export const partPrefix = "lvmnbd-part-";
+const asidePrefix = "lvmnbd-old-";
+/** With one of these begins what a copy makes beside its volume. */
+export const ownPrefixes = [partPrefix, asidePrefix];
 
 /** The volume that an unfinished copy lies in: it follows from the name alone, so that two copies to one name meet. */
 export function partOf(volume: VolumeName): VolumeName {
   return { volumeGroup: volume.volumeGroup, name: partPrefix + copyName(devicePath(volume)) };
+}
+
+/** The name that an earlier copy has from when its own is given to the new one until it is removed. */
+export function asideOf(volume: VolumeName): VolumeName {
+  return { volumeGroup: volume.volumeGroup, name: asidePrefix + copyName(devicePath(volume)) };
 }
 
 /** `/dev/VG/LV`. */
@@ -141,6 +149,19 @@ export function parseRoom(text: string): GroupRoom {
 }
 
 /**
+ * Shell function. `remove_volume GROUP NAME UUID`: what would go with it, and who has it open, LVM sees under its own lock. A
+ * snapshot that somebody took a moment ago keeps it.
+ */
+const removeVolumeFunction = `
+remove_volume() {
+  volume_is "$1" "$2" "$3"
+  lvremove -y -S "lv_uuid=\\"$3\\" && !(lv_role={\\"origin\\"})" "$1/$2" </dev/null 9>&- || return 1
+  volume_left=$(lvs --noheadings -o lv_name -S "lv_uuid=\\"$3\\"" "$1" 9>&-) || return 1
+  [ -z "$volume_left" ] || exit ${volumeOpen}
+}
+`;
+
+/**
  * Ends the job and removes the unfinished volume. Arguments: unit, folder, volume group, the volume's name, the tag of its job.
  * Does nothing to a volume of that name that another job writes.
  */
@@ -159,24 +180,46 @@ lvremove -y -S "lv_uuid=\\"$1\\"" "$group/$name" </dev/null 9>&-
 `;
 
 /**
- * Gives a verified volume its name, once its tags say that it is verified: from then on this is only ever finished. An earlier
- * copy of that name is removed right before. Arguments: unit, folder, volume group, name, the earlier copy's UUID ("-" for none),
- * name and UUID of the verified volume, options of lvchange for its tags.
+ * Gives a verified volume its name, once its tags say that it is verified and nobody can write to it any more: from then on
+ * this is only ever finished. An earlier copy of that name is put aside, and removed at last: at no moment neither is there.
+ * Arguments: unit, folder, volume group, name, the earlier copy's UUID ("-" for none), the name for it, name and UUID of the
+ * verified volume, options of lvchange for its tags.
  */
-export const nameVolumeScript = `${unitFunctions}${stopJobFunction}${volumeIsFunction}
-unit=$1 run=$2 group=$3 name=$4 old=$5 part=$6 uuid=$7; shift 7
+export const nameVolumeScript = `${unitFunctions}${stopJobFunction}${volumeIsFunction}${removeVolumeFunction}
+unit=$1 run=$2 group=$3 name=$4 old=$5 aside=$6 part=$7 uuid=$8; shift 8
 lock
 stop_job "$unit" || exit 1
 volume_is "$group" "$part" "$uuid"
-if [ "$old" = - ]; then
-  taken=$(lvs --noheadings -o lv_uuid -S "lv_name=\\"$name\\"" "$group" 9>&-) || exit 1
-  [ -z "$taken" ] || exit ${changedMeanwhile}
-else volume_is "$group" "$name" "$old"; fi
 if [ "$#" != 0 ]; then lvchange -y "$@" -S "lv_uuid=\\"$uuid\\"" "$group/$part" </dev/null 9>&- || exit 1; fi
 # What it held is in the tags now.
 rm -rf "$run"
-if [ "$old" != - ]; then lvremove -y -S "lv_uuid=\\"$old\\"" "$group/$name" </dev/null 9>&- || exit 1; fi
-lvrename -y "$group" "$part" "$name" </dev/null 9>&-
+permission=$(lvs --noheadings -o lv_permissions -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-) || exit 1
+case $permission in
+*writeable*) lvchange -y -p r -S "lv_uuid=\\"$uuid\\"" "$group/$part" </dev/null 9>&- || exit 1;;
+esac
+if [ "$old" = - ]; then
+  taken=$(lvs --noheadings -o lv_uuid -S "lv_name=\\"$name\\"" "$group" 9>&-) || exit 1
+  [ -z "$taken" ] || exit ${changedMeanwhile}
+  lvrename -y "$group" "$part" "$name" </dev/null 9>&-
+  exit
+fi
+volume_is "$group" "$name" "$old"
+lvrename -y "$group" "$name" "$aside" </dev/null 9>&- || exit 1
+lvrename -y "$group" "$part" "$name" </dev/null 9>&- || { lvrename -y "$group" "$aside" "$name" </dev/null 9>&-; exit 1; }
+remove_volume "$group" "$aside" "$old"
+`;
+
+/** Removes a volume that is closed. Arguments: volume group, name, UUID. */
+export const removeVolumeScript = `${unitFunctions}${volumeIsFunction}${removeVolumeFunction}
+lock
+remove_volume "$1" "$2" "$3"
+`;
+
+/** Gives a volume its name back. Arguments: volume group, the name it has, its UUID, its name. */
+export const renameVolumeScript = `${unitFunctions}${volumeIsFunction}
+lock
+volume_is "$1" "$2" "$3"
+lvrename -y "$1" "$2" "$4" </dev/null 9>&-
 `;
 
 /** True if the tags are those of this very volume: those of another, copied along by vgimportclone(8), tell nothing of it. */

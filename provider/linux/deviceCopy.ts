@@ -139,9 +139,12 @@ ${deviceCopySteps}`;
  */
 export const volumeIsFunction = `
 volume_is() {
-  # After a change udev itself has it open for a moment.
+  # After a change udev itself has it open for a moment, and so has whoever only looks at all devices.
   udevadm settle --timeout=10
-  volume_seen=$(lvs --noheadings --binary -o lv_uuid,lv_device_open -S "lv_name=\\"$2\\"" "$1" 9>&-) || exit 1
+  for volume_look in 1 2 3 4; do
+    volume_seen=$(lvs --noheadings --binary -o lv_uuid,lv_device_open -S "lv_name=\\"$2\\"" "$1" 9>&-) || exit 1
+    case $(echo $volume_seen) in "$3 1") sleep 1;; *) break;; esac
+  done
   volume_snapshots=$(lvs --noheadings -o lv_name -S "origin_uuid=\\"$3\\"" "$1" 9>&-) || exit 1
   case $(echo $volume_seen) in "$3 1") exit ${volumeOpen};; "$3 "*) ;; *) exit ${changedMeanwhile};; esac
   [ "\${4-}" = kept ] || [ -z "$volume_snapshots" ] || exit ${volumeOpen}

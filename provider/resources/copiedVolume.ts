@@ -14,6 +14,7 @@ import { generationMark, markAmong, ownerMark } from "../core/owner.js";
 import { ChangedMeanwhile, type CommonObservation, type Context, type Problem } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import {
+  asideOf,
   type CopyFacts,
   copyIdAmong,
   copyTags,
@@ -26,10 +27,12 @@ import {
   isAsTagged,
   nameVolumeScript,
   outdatedTags,
+  ownPrefixes,
   parseRoom,
   partOf,
-  partPrefix,
   preflightVolumeScript,
+  removeVolumeScript,
+  renameVolumeScript,
   runTagAmong,
   runTagOf,
   type VolumeName,
@@ -42,7 +45,6 @@ import {
   type LogicalVolume,
   logicalVolumeNameProblem,
   lvmFailure,
-  removeCommand,
   tagCommand,
   volumeGroupNameProblem,
 } from "../linux/lvm.js";
@@ -72,12 +74,13 @@ export const volumeInput = z.strictObject({
 });
 
 function nameProblem(name: string): string | undefined {
-  return name.startsWith(partPrefix)
-    ? `"${name}" must not begin with "${partPrefix}", as unfinished copies do`
-    : logicalVolumeNameProblem(name);
+  const own = ownPrefixes.find((prefix) => name.startsWith(prefix));
+  return own === undefined
+    ? logicalVolumeNameProblem(name)
+    : `"${name}" must not begin with "${own}", as what a copy makes beside its volume does`;
 }
 
-/** Whether the names fit, of the unfinished copy's too. */
+/** Whether the names fit, of the unfinished copy's too, which is longer than that of one put aside. */
 export function volumeProblems(volume: VolumeName): Problem[] {
   return [volume, partOf(volume)].flatMap(({ volumeGroup, name }) => {
     const reason = deviceMapperNameProblem(volumeGroup, name);
@@ -104,6 +107,8 @@ export interface VolumeObservation extends CommonObservation {
   readonly facts: CopyFacts | undefined;
   readonly copyId: string | undefined;
   readonly part: LogicalVolume | undefined;
+  /** An earlier copy that was to be removed. */
+  readonly aside: LogicalVolume | undefined;
   readonly job: DeviceJobObservation | undefined;
   /** COW snapshots of the volume would be removed with it. */
   readonly all: readonly LogicalVolume[];
@@ -114,7 +119,7 @@ export interface VolumeObservation extends CommonObservation {
 /** Of a volume that is not there. */
 export const noVolume: VolumeObservation = {
   ...{ mark: undefined, halfMade: false, adoptable: false, lv: undefined, facts: undefined },
-  ...{ copyId: undefined, part: undefined, job: undefined, all: [], content: "unread" },
+  ...{ copyId: undefined, part: undefined, aside: undefined, job: undefined, all: [], content: "unread" },
 };
 
 /** Looks at the volume and at what an unfinished copy has left. */
@@ -125,25 +130,54 @@ export async function observeVolume(
   const all = await volumes(context);
   const find = ({ volumeGroup, name }: VolumeName) =>
     all.find((lv) => lv.volumeGroup === volumeGroup && lv.name === name);
-  const [lv, part] = [find(volume), find(partOf(volume))];
+  const [lv, part, other] = [find(volume), find(partOf(volume)), find(asideOf(volume))];
+  const aside = other !== undefined && isAsTagged(other) ? other : undefined;
   // What lies there and is no unfinished copy says nothing of the copy; `makePart` refuses it.
-  if (lv === undefined && (part === undefined || runTagAmong(part.tags) === undefined)) {
+  const isBegun = part !== undefined && runTagAmong(part.tags) !== undefined;
+  if (lv === undefined && aside === undefined && !isBegun) {
     await requireGroup(context, volume.volumeGroup, all);
     return undefined;
   }
-  refuseSuspended(context, [lv, part]);
+  refuseSuspended(context, [lv, part, aside]);
+  if (lv?.health.includes("partial")) throw diskMissing(context, lv);
   // Another resource of this name has the same mark: without our tags it is no copy. Nor is one that took our tags along.
   const facts = lv !== undefined && isAsTagged(lv) ? factsAmong(lv.tags) : undefined;
-  const marked = lv === undefined ? part : facts && lv;
+  const marked = lv === undefined ? (isBegun ? part : aside) : facts && lv;
   return {
     mark: marked && copyIdAmong(marked.tags) === undefined ? undefined : markAmong(marked?.tags ?? []),
     halfMade: lv === undefined,
     adoptable: false,
-    ...{ lv, facts, part, all },
+    ...{ lv, facts, part, aside, all },
     copyId: facts && lv && copyIdAmong(lv.tags),
     job: part && (await observeDeviceJob(context, deviceJob(devicePath(volume)))),
     content: "unread",
   };
+}
+
+function diskMissing(context: Context, { volumeGroup, name }: LogicalVolume): LvmNbdError {
+  return new LvmNbdError("DEVICE_UNREADABLE", {
+    message: `a disk of ${volumeGroup}/${name} is missing, so that nothing can be told of its content`,
+    host: context.host.name,
+    resource: context.resource,
+    advice: `Bring the disk back (\`pvs\`, \`vgs -o +vg_missing_pv_count ${volumeGroup}\`). If it is lost for good, take the copy out of the state (\`pulumi state delete URN\`) and remove the volume by hand.`,
+  });
+}
+
+/** True for a copy that somebody made writable: it is a disk of its own by now. */
+export function isHandedOver({ lv, facts }: VolumeObservation): boolean {
+  return lv !== undefined && facts !== undefined && !lv.readOnly;
+}
+
+/** What was written to a copy since is nobody's to give up. */
+function refuseHandedOver(context: Context, volume: VolumeName, seen: VolumeObservation): void {
+  if (!isHandedOver(seen)) return;
+  const path = `${volume.volumeGroup}/${volume.name}`;
+  throw new LvmNbdError("VOLUME_IN_USE", {
+    message: `${path} was made writable since it was copied: what was written to it would be lost`,
+    host: context.host.name,
+    resource: context.resource,
+    advice: `Nothing was touched. If it is a disk of its own now, take the resource out of the state (\`pulumi state delete URN\`) and out of the program: the volume stays. If it is not, \`lvchange -p r ${path}\`, and run again.`,
+  });
 }
 
 /** Reads the whole copy. */
@@ -152,7 +186,8 @@ export async function inspectVolume(
   volume: VolumeName,
   seen: VolumeObservation,
 ): Promise<VolumeObservation> {
-  if (seen.lv === undefined || seen.facts === undefined || !isVolumeAsMade(seen)) return seen;
+  if (seen.lv === undefined || seen.facts === undefined || !isVolumeAsMade(seen) || isHandedOver(seen))
+    return seen;
   const path = devicePath(volume);
   if (!seen.lv.active) {
     throw new LvmNbdError("DEVICE_NOT_FOUND", {
@@ -189,9 +224,11 @@ export async function bringVolume(
   }: { readonly isRight: boolean; readonly copyId: string | undefined; readonly generation: string },
 ): Promise<void> {
   refuseOthers(context, wanted, seen);
+  refuseHandedOver(context, wanted.volume, seen);
   if (!isRight) return copyToVolume(context, wanted, seen, { copyId: copyId ?? randomUUID(), generation });
   const begun = ownRun(wanted.owner, seen);
   if (begun !== undefined) await discard(context, wanted.volume, begun);
+  await removeAside(context, wanted.owner, seen);
   const own = ownerMark(wanted.owner);
   // Taken over by a create, it is this resource's from now on, and no longer goes with the one that made it.
   if (seen.lv === undefined || seen.facts === undefined || (copyId !== undefined && seen.mark === own))
@@ -214,6 +251,49 @@ function ownRun(owner: string, { part, mark }: VolumeObservation): string | unde
   const partMark = part && markAmong(part.tags);
   const ours = partMark === ownerMark(owner) || partMark === mark;
   return part !== undefined && partMark !== undefined && ours ? runTagAmong(part.tags) : undefined;
+}
+
+/** Removes the earlier copy, if it is ours and the new one has its name. */
+async function removeAside(
+  context: Context,
+  owner: string,
+  { lv, aside, mark, all }: VolumeObservation,
+): Promise<void> {
+  if (lv === undefined || aside === undefined) return;
+  const asideMark = markAmong(aside.tags);
+  if (asideMark !== ownerMark(owner) && asideMark !== mark) return;
+  await removeClosed(context, aside, all);
+}
+
+/** Removes a volume of ours that nobody uses. */
+async function removeClosed(
+  context: Context,
+  lv: LogicalVolume,
+  all: readonly LogicalVolume[],
+): Promise<void> {
+  const path = `${lv.volumeGroup}/${lv.name}`;
+  await requireUnused(context, lv, all);
+  context.progress(`removing the copy ${path}`);
+  const argv = script(removeVolumeScript, lv.volumeGroup, lv.name, lv.uuid);
+  await serially(context.host, lv.volumeGroup, () =>
+    changeVolumeByScript(context, `${path} could not be removed`, argv, [lv]),
+  );
+}
+
+/** Raises VOLUME_IN_USE if somebody has the volume open or serves it, or if something would go with it. */
+async function requireUnused(
+  context: Context,
+  lv: LogicalVolume,
+  all: readonly LogicalVolume[],
+): Promise<void> {
+  await requireClosed(context, lv, all);
+  const servers = await serversOf(context, [lv]);
+  if (servers.length === 0) return;
+  throw new LvmNbdError("VOLUME_IN_USE", {
+    message: `${lv.volumeGroup}/${lv.name} is in use: ${servers.join(", ")}`,
+    host: context.host.name,
+    resource: context.resource,
+  });
 }
 
 /** An unfinished copy of somebody else's is refused. */
@@ -240,20 +320,27 @@ function foreignPart(context: Context, volume: VolumeName): LvmNbdError {
 export async function copyToVolume(
   context: Context,
   wanted: VolumeWanted,
-  seen: VolumeObservation,
+  found: VolumeObservation,
   identity: CopyIdentity,
 ): Promise<void> {
   const { volume, uri, snapshot, verify } = wanted;
   const [path, job] = [devicePath(volume), deviceJob(devicePath(volume))];
+  const verifiedPart = found.part !== undefined && isAsTagged(found.part) ? found.part : undefined;
+  const verifiedFacts = verifiedPart && factsAmong(verifiedPart.tags);
+  if (
+    verifiedPart?.tags.includes(identity.generation) &&
+    verifiedFacts !== undefined &&
+    (verifiedFacts.verified || !verify)
+  ) {
+    context.progress(`the copy ${verifiedPart.name} is verified already: giving it its name`);
+    await giveName(context, wanted, found, verifiedPart, identityTags(wanted, identity, verifiedFacts));
+    return;
+  }
+  const seen = await withName(context, wanted, found, verifiedPart);
   // Also of a known snapshot another `uri` is another source: that it serves the snapshot is the program's word alone.
   const generation = generationMark([identity.generation, uri, snapshot?.uuid ?? ""]);
   let { part } = seen;
   const facts = part && factsAmong(part.tags);
-  if (part?.tags.includes(identity.generation) && facts !== undefined && (facts.verified || !verify)) {
-    context.progress(`the copy ${part.name} is verified already: giving it its name`);
-    await giveName(context, wanted, seen, part, identity, facts);
-    return;
-  }
   const { running, record, recordDigest, result } = seen.job ?? {};
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = running === true || (result !== undefined && snapshot !== undefined);
@@ -274,7 +361,7 @@ export async function copyToVolume(
     going: part && recordDigest,
     following: followingOf(job),
     prepare: async () => {
-      if (seen.lv !== undefined) await requireClosed(context, seen.lv, seen.all);
+      if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
       const told: DeviceCopyRecord = { generation, verify };
       return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
@@ -304,7 +391,36 @@ export async function copyToVolume(
     explain: (error, progress) => explained(context, wanted, error, progress),
   });
   context.progress(`the copy is complete: giving it its name ${path}`);
-  await giveName(context, wanted, seen, verified, identity, told);
+  await giveName(context, wanted, seen, verified, identityTags(wanted, identity, told));
+}
+
+/** A copy that lost its name to a cut has it again before anything else is tried: it may be the only one. */
+async function withName(
+  context: Context,
+  wanted: VolumeWanted,
+  seen: VolumeObservation,
+  verifiedPart: LogicalVolume | undefined,
+): Promise<VolumeObservation> {
+  const { lv, aside } = seen;
+  if (lv !== undefined || (verifiedPart === undefined && aside === undefined)) return seen;
+  const { volumeGroup, name } = wanted.volume;
+  context.progress(`an earlier copy has lost its name to a cut: giving it ${name} again`);
+  if (verifiedPart !== undefined) await giveName(context, wanted, seen, verifiedPart, verifiedPart.tags);
+  else if (aside !== undefined) {
+    const argv = script(renameVolumeScript, volumeGroup, aside.name, aside.uuid, name);
+    const what = `${aside.name} could not get its name ${volumeGroup}/${name} again`;
+    await serially(context.host, volumeGroup, () => changeVolumeByScript(context, what, argv, [aside]));
+  }
+  return (await observeVolume(context, wanted.volume)) ?? noVolume;
+}
+
+/** The tags of a verified copy. */
+function identityTags(
+  { owner }: VolumeWanted,
+  { copyId, generation }: CopyIdentity,
+  facts: CopyFacts,
+): string[] {
+  return [ownerMark(owner), generation, ...copyTags(copyId, facts)];
 }
 
 function planOf({ uri, connections, bandwidthLimit, verify }: VolumeWanted): DeviceCopyPlan {
@@ -418,31 +534,38 @@ async function makePart(
   );
 }
 
-/** Calls the unfinished copy verified, removes the earlier one and gives its name to the new one. */
+/** Calls the unfinished copy verified by `right`, its tags, gives it its name, and removes the earlier one that had it. */
 async function giveName(
   context: Context,
-  { owner, volume }: VolumeWanted,
-  { lv }: VolumeObservation,
+  wanted: VolumeWanted,
+  seen: VolumeObservation,
   part: LogicalVolume,
-  { copyId, generation }: CopyIdentity,
-  facts: CopyFacts,
+  right: readonly string[],
 ): Promise<void> {
+  const { volume, owner } = wanted;
+  const { lv } = seen;
   const { unit, run } = deviceJob(devicePath(volume));
-  const right = [ownerMark(owner), generation, ...copyTags(copyId, facts)];
   const tags = [
     ...missingTags(part, right).flatMap((tag) => ["--addtag", tag]),
     ...outdatedTags(part.tags, right).flatMap((tag) => ["--deltag", tag]),
   ];
   const { volumeGroup, name } = volume;
   const what = `the verified copy ${part.name} could not get its name ${volumeGroup}/${name}`;
+  // A name that is still taken would be in the way.
+  await removeAside(context, owner, seen);
+  if (lv !== undefined) await requireUnused(context, lv, seen.all);
+  const names = [volumeGroup, name, lv?.uuid ?? "-", asideOf(volume).name, part.name, part.uuid];
   await serially(context.host, volumeGroup, () =>
     changeVolumeByScript(
       context,
       what,
-      script(nameVolumeScript, unit, run, volumeGroup, name, lv?.uuid ?? "-", part.name, part.uuid, ...tags),
-      lv === undefined ? [] : [lv],
+      script(nameVolumeScript, unit, run, ...names, ...tags),
+      lv === undefined ? [part] : [lv, part],
     ),
   );
+  if (lv !== undefined || seen.aside === undefined) return;
+  const now = await observeVolume(context, volume);
+  if (now !== undefined) await removeAside(context, owner, now);
 }
 
 /** Ends the job of that tag and removes the volume that it writes. */
@@ -460,25 +583,15 @@ export async function removeVolume(
   { volume, owner }: { readonly volume: VolumeName; readonly owner: string },
   seen: VolumeObservation,
 ): Promise<void> {
-  const { lv, all } = seen;
-  const path = `${volume.volumeGroup}/${volume.name}`;
-  if (lv !== undefined) {
-    await requireClosed(context, lv, all);
-    const servers = await serversOf(context, [lv]);
-    if (servers.length > 0) {
-      throw new LvmNbdError("VOLUME_IN_USE", {
-        message: `${path} is in use: ${servers.join(", ")}`,
-        host: context.host.name,
-        resource: context.resource,
-      });
-    }
-  }
+  refuseHandedOver(context, volume, seen);
+  const { lv, aside, all } = seen;
+  if (lv !== undefined) await requireUnused(context, lv, all);
   // What another resource has begun there is left alone.
   const runTag = ownRun(owner, seen);
   if (runTag !== undefined) await discard(context, volume, runTag);
-  if (lv === undefined) return;
-  context.progress(`removing the copy ${path}`);
-  await changeVolume(context, lv.volumeGroup, removeCommand(lv), `${path} could not be removed`);
+  if (aside !== undefined && [ownerMark(owner), seen.mark].includes(markAmong(aside.tags)))
+    await removeClosed(context, aside, all);
+  if (lv !== undefined) await removeClosed(context, lv, all);
 }
 
 /** What is added to the state of a copied volume. */

@@ -117,14 +117,15 @@ function inUse(context: Context, what: string, holders: readonly string[]): LvmN
   });
 }
 
-/** Raises VOLUME_IN_USE if somebody has the volume open, or it has COW snapshots, among `all`, that would go with it. */
+/** Raises VOLUME_IN_USE if somebody has the volume open, or it has snapshots, among `all`, that would go with it. */
 export async function requireClosed(
   context: Context,
   volume: LogicalVolume,
   all: readonly LogicalVolume[],
 ): Promise<void> {
   const path = `${volume.volumeGroup}/${volume.name}`;
-  const snapshots = all.filter(({ kind, originUuid }) => kind === "cow" && originUuid === volume.uuid);
+  // Thin ones too: of a volume that is not thin, as the external origin of theirs, they would go with it.
+  const snapshots = all.filter(({ originUuid }) => originUuid === volume.uuid);
   if (snapshots.length > 0) {
     throw new LvmNbdError("VOLUME_IN_USE", {
       message: `${path} is the origin of ${listed(snapshots.map(({ name }) => name))}, which would be removed with it`,

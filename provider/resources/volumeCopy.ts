@@ -14,6 +14,7 @@ import {
   bringVolume,
   copyToVolume,
   inspectVolume,
+  isHandedOver,
   isOfGeneration,
   isVolumeAsMade,
   noVolume,
@@ -83,10 +84,11 @@ const outputs = z.object({
   filesystem: imageOutputs.filesystem.optional(),
   uuid: volumeOutputs.uuid.optional(),
   state: z
-    .enum(["complete", "changed", "corrupt", "stale"])
+    .enum(["complete", "changed", "corrupt", "stale", "handedOver"])
     .describe(
       "`complete`; `changed` (of a file, size or time of modification differ from the manifest; of a volume, the size); `corrupt` " +
-        "(`deepCheck` read something else); `stale` (a copy of an earlier declaration).",
+        "(`deepCheck` read something else); `stale` (a copy of an earlier declaration); `handedOver` (a volume that was made writable: it is neither replaced nor " +
+        "removed).",
     ),
 });
 
@@ -136,6 +138,7 @@ function stateOf(seen: Observed, declared: Inputs): State["state"] {
   const [asMade, verified, asDeclared] = isVolume(seen)
     ? [isVolumeAsMade(seen), seen.facts?.verified, isOfGeneration(seen, generation)]
     : [isAsMade(seen), seen.manifest?.image.verified, seen.manifest?.generation === generation];
+  if (isVolume(seen) && isHandedOver(seen)) return "handedOver";
   if (!asMade) return "changed";
   if (seen.content === "bad") return "corrupt";
   return asDeclared && (verified || !declared.verify) ? "complete" : "stale";
@@ -167,7 +170,10 @@ function toState(declared: Inputs | State, seen: Observed): State {
     isVolume(seen) && toVolume(declared)
       ? volumeState(declared.volume, before, seen)
       : { ...imageState(fileOf(declared), before, isVolume(seen) ? noImage : seen), path: fileOf(declared) };
-  const isBad = state !== "changed" && isRotten(before, { content: seen.content, manifest: outcome });
+  const isBad =
+    state !== "changed" &&
+    state !== "handedOver" &&
+    isRotten(before, { content: seen.content, manifest: outcome });
   return { ...declared, ...outcome, state: isBad ? "corrupt" : state };
 }
 
@@ -189,7 +195,8 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   for (const property of ["mountPoint", "connections", "bandwidthLimit", "deepCheck"] as const) {
     if (changed(property)) changes.push({ property, effect: "connection" });
   }
-  if (state.state !== "complete") changes.push({ property: "state", effect: "update" });
+  if (state.state !== "complete" && state.state !== "handedOver")
+    changes.push({ property: "state", effect: "update" });
   return changes;
 }
 
@@ -260,6 +267,10 @@ export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   drift(state, seen) {
     const now = toState(state, seen);
     if (now.state === "complete") return [];
+    if (now.state === "handedOver")
+      return [
+        `${now.path} was made writable: it is taken for a disk of its own, and neither replaced nor removed. Take the resource out of the state (\`pulumi state delete URN\`) and out of the program`,
+      ];
     const what = {
       changed: isVolume(seen)
         ? `was changed: it has ${now.allocatedBytes} bytes, not the ${seen.facts?.volumeBytes} that it was made with`

@@ -151,7 +151,10 @@ export async function certify(context: Context, snapshot: SnapshotReference): Pr
   const where = { host: host.name, resource: context.resource };
   const path = `${snapshot.volumeGroup}/${snapshot.name}`;
   const all = await volumes({ ...context, host });
-  const lv = all.find(({ uuid }) => uuid === snapshot.uuid);
+  // A clone of the group, imported under another name, has the same UUIDs.
+  const lv = all.find(
+    ({ uuid, volumeGroup }) => uuid === snapshot.uuid && volumeGroup === snapshot.volumeGroup,
+  );
   if (lv === undefined) {
     await requireGroup({ ...context, host }, snapshot.volumeGroup, all);
     throw new LvmNbdError("COPY_UNCERTIFIED", {

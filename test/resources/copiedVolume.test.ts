@@ -1,11 +1,20 @@
 /** Copies into volumes, on a host whose scripts run in a real shell; what they share with images is tested there. */
 import { createHash } from "node:crypto";
-import { appendFileSync, existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  appendFileSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  renameSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { dirname } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
+import { asideOf } from "../../provider/linux/copiedVolume.js";
 import { CopyHost } from "../support/copyHost.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { extentBytes } from "../support/lvmStandIns.js";
@@ -109,7 +118,11 @@ describe("bad input is refused before any host is asked", () => {
     ["both places", { file: "/backup/vm1.raw" }, /^volume: cannot go with `file`/],
     ["a volume without its group", { volume: { name: "vm1" } }, /^volume\.volumeGroup: is required/],
     ["a name that LVM reserves", { volume: { ...volume, name: "snapshot1" } }, /^volume\.name: .*reserved/],
-    ["the name of an unfinished copy", { volume: { ...volume, name: part } }, /^volume\.name: .*unfinished/],
+    [
+      "the name of an unfinished copy",
+      { volume: { ...volume, name: part } },
+      /^volume\.name: .*lvmnbd-part-/,
+    ],
     ["a group in the name", { volume: { ...volume, name: "VgVm/vm1" } }, /^volume\.name: .*characters/],
     [
       "a group's name that leaves no room",
@@ -411,6 +424,51 @@ describe("what is in use is neither removed nor replaced, and its holder is name
   });
 });
 
+describe("a copy that was made writable is a disk of its own", () => {
+  const handedOver = async () => {
+    const state = await made();
+    rmSync(destination.volume("vm1", "ro"));
+    return state;
+  };
+
+  it("it is neither replaced nor removed, and says how it leaves the stack", async () => {
+    const state = await handedOver();
+    const message =
+      /VOLUME_IN_USE.*VgVm\/vm1 was made writable since it was copied[\s\S]*pulumi state delete/;
+    await expect(handlers().remove(state)).rejects.toThrow(message);
+    for (const change of [{ triggers: [2] }, { uri: "nbd://10.0.0.1:10809/other" }]) {
+      const anew = await checked(change, state);
+      await expect(handlers().update(state, anew)).rejects.toThrow(message);
+    }
+    expect(destination.volumes()).toEqual(["vm1"]);
+    expect(destination.started).toBe(1);
+  });
+
+  it("it is not taken back by a create", async () => {
+    await handedOver();
+    await expect(made()).rejects.toThrow(/VOLUME_IN_USE.*was made writable/);
+  });
+
+  it("a refresh tells it, and needs no change", async () => {
+    const state = (await handlers().read(await handedOver())) as Values;
+    expect(state).toMatchObject({ state: "handedOver" });
+    expect(warnings.join()).toMatch(/was made writable.*neither replaced nor removed/);
+    expect((await handlers().diff(state, await checked({}, state), none)).changes).toEqual([]);
+  });
+});
+
+it("a snapshot that was taken a moment ago keeps the copy that is to be removed", async () => {
+  const state = await made();
+  destination.onCommand = ({ argv }) => {
+    if (!argv[2]?.includes("remove_volume")) return undefined;
+    put("theirs");
+    writeFileSync(destination.volume("theirs", "origin"), readFileSync(destination.volume("vm1", "uuid")));
+    return undefined;
+  };
+  await expect(handlers().remove(state)).rejects.toThrow(/VOLUME_IN_USE.*could not be removed/);
+  expect(destination.volumes()).toContain("vm1");
+});
+
 describe("a refresh", () => {
   it("names a volume of another size, and up copies anew", async () => {
     const state = await made();
@@ -618,6 +676,27 @@ describe("whatever cuts it, the next up finishes the work", () => {
       }
     });
   });
+
+  it.each([
+    ["put aside", asideOf({ volumeGroup: "VgVm", name: "vm1" }).name],
+    ["verified", part],
+  ])(
+    "a copy that a cut left %s has its name again before another declaration is tried",
+    async (_what, left) => {
+      const state = await made();
+      renameSync(dirname(destination.volume("vm1", "tags")), dirname(destination.volume(left, "tags")));
+      renameSync(destination.device("vm1"), destination.device(left));
+      // With no source to copy anew.
+      destination.serve(undefined);
+      const anew = await checked({ triggers: [3], uri: "nbd://10.0.0.1:10809/other" }, state);
+      await expect(handlers().update(state, anew)).rejects.toThrow(/EXPORT_UNREACHABLE/);
+      expect(destination.volumes()).toEqual(["vm1"]);
+      expect(content()).toBe(padded(moment));
+      destination.serve(later);
+      expect(await handlers().update(state, anew)).toMatchObject({ sha256: sha256(later) });
+      expect(destination.volumes()).toEqual(["vm1"]);
+    },
+  );
 
   it("a job that goes on is found, not started again", async () => {
     destination.set("hold", "");

@@ -117,7 +117,7 @@ export class CopyHost extends ShellHost implements Host {
   }
 
   /** A file of a volume's: `tags`, a line each; `uuid`; `extents`; `open` if somebody has it open. */
-  volume(name: string, part: "tags" | "uuid" | "extents" | "open" | "origin"): string {
+  volume(name: string, part: "tags" | "uuid" | "extents" | "open" | "ro" | "origin"): string {
     return join(this.folder, "lvm", name, part);
   }
 

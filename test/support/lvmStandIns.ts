@@ -12,12 +12,15 @@ const functions = `
   group() { [ "\${1%%/*}" = VgVm ] && [ ! -e "$SANDBOX/group-gone" ] || { echo "  Volume group \\"\${1%%/*}\\" not found" >&2; exit 5; }; }
   extents_free() { free=$(cat "$SANDBOX/extents"); for one in */extents; do [ -e "$one" ] && free=$((free - $(cat "$one"))); done; echo $free; }
   tags() { paste -sd, "$1/tags" 2>/dev/null; }
-  selected() { case $1 in lv_uuid=*) value=\${1#lv_uuid=}; [ "\\"$(cat "$2/uuid")\\"" = "$value" ];; lv_name=*) [ "\\"$2\\"" = "\${1#lv_name=}" ];;
+  no_origin() { [ -z "$(grep -lxF -- "$(cat "$1/uuid")" */origin 2>/dev/null)" ]; }
+  selected() { case $1 in *' && !(lv_role={"origin"})') selected "\${1%% && *}" "$2" && no_origin "$2"; return;; esac
+    case $1 in lv_uuid=*) value=\${1#lv_uuid=}; [ "\\"$(cat "$2/uuid")\\"" = "$value" ];; lv_name=*) [ "\\"$2\\"" = "\${1#lv_name=}" ];;
     origin_uuid=*) [ "\\"$(cat "$2/origin" 2>/dev/null)\\"" = "\${1#origin_uuid=}" ];; *) fail "selection $1";; esac; }`;
 
 const row = (open: string) => `
   printf '%s{"lv_uuid":"%s","vg_name":"VgVm","lv_name":"%s","lv_path":"/dev/VgVm/%s","lv_dm_path":"",' "$comma" "$(cat $lv/uuid)" $lv $lv
   origin=$(cat $lv/origin 2>/dev/null); attr=-wi-a-----; [ -z "$origin" ] || attr=swi-a-s---
+  [ ! -e $lv/ro ] || attr=-ri-a-----
   printf '"origin":"","origin_uuid":"%s","lv_size":"%s","origin_size":"","lv_attr":"%s","lv_active":"active","lv_device_open":"%s",' \\
     "$origin" $(( $(cat $lv/extents) * ${extentBytes} )) $attr "${open}"
   printf '"lv_snapshot_invalid":"","lv_merge_failed":"","lv_merging":"0","snap_percent":"","data_percent":"","metadata_percent":"",'
@@ -48,6 +51,7 @@ export const lvmStandIns: Readonly<Record<string, string>> = {
       line=" "
       for field in $(echo $fields | tr , ' '); do
         case $field in lv_uuid) line="$line $(cat $lv/uuid)";; lv_name) line="$line $lv";; lv_tags) line="$line $(tags $lv)";;
+          lv_permissions) if [ -e $lv/ro ]; then line="$line read-only"; else line="$line writeable"; fi;;
           lv_device_open) if [ -e $lv/open ]; then line="$line 1"; else line="$line 0"; fi;; *) fail "field $field";; esac
       done
       echo "$line"
@@ -65,10 +69,14 @@ export const lvmStandIns: Readonly<Record<string, string>> = {
     head -c $((extents * ${extentBytes})) /dev/zero | tr '\\0' '#' >"$SANDBOX/dev/VgVm/$name"
     mv ".$name" "$name"`,
   lvchange: `${functions}
-    add= drop= selection=
-    while [ $# -gt 1 ]; do case $1 in --addtag) add="$add $2"; shift 2;; --deltag) drop="$drop $2"; shift 2;; -S) selection=$2; shift 2;; *) shift;; esac; done
+    add= drop= selection= permission=
+    while [ $# -gt 1 ]; do case $1 in -p) permission=$2; shift 2;; --addtag) add="$add $2"; shift 2;; --deltag) drop="$drop $2"; shift 2;; -S) selection=$2; shift 2;; *) shift;; esac; done
     group "$1"; lv=\${1#*/}
     [ -e "$lv" ] && selected "$selection" "$lv" || exit 0
+    case $permission in
+      r) [ ! -e "$lv/ro" ] || fail "Logical volume \\"VgVm/$lv\\" is already read only."; : >"$lv/ro";;
+      rw) rm -f "$lv/ro";;
+    esac
     { for one in $add; do echo "$one"; done; cat "$lv/tags"; } | sort -u >"$lv/tags.new"
     for one in $drop; do grep -vxF -e "$one" "$lv/tags.new" >"$lv/tags.less"; mv "$lv/tags.less" "$lv/tags.new"; done
     mv "$lv/tags.new" "$lv/tags"`,
@@ -86,6 +94,8 @@ export const lvmStandIns: Readonly<Record<string, string>> = {
     [ ! -e "$3" ] || fail "Logical volume \\"$3\\" already exists in volume group \\"VgVm\\""
     mv "$SANDBOX/dev/VgVm/$2" "$SANDBOX/dev/VgVm/$3" && mv "$2" "$3"`,
   udevadm: ``,
+  // What is open stays so: nothing is gained by waiting.
+  sleep: `PATH=\${PATH#*:} exec sleep 0.02`,
   blockdev: `case $1 in --getss) echo 512;; --getsize64) stat -c %s "$2";; esac`,
   // The machine's folder for temporary files may know no direct I/O.
   dd: `
