@@ -5,6 +5,7 @@
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { holdersScript } from "../../provider/linux/holders.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
@@ -39,6 +40,8 @@ const standIns: Readonly<Record<string, string>> = {
   uname: `
     if [ "$1" = -n ] && [ -e "$SANDBOX/name" ]; then exec cat "$SANDBOX/name"; fi
     PATH=\${PATH#*:} exec uname "$@"`,
+  // Nothing here loses its power.
+  sync: `for file; do [ -e "$file" ] || exit 1; done`,
   ip: `echo "10.0.0.1 dev eth0 src 10.0.0.2 uid 0"`,
   findmnt: `cat "$SANDBOX/filesystem"`,
   nbdinfo: `[ -e "$SANDBOX/source" ] || { echo "cannot connect" >&2; exit 1; }; stat -c %s "$SANDBOX/source"`,
@@ -67,6 +70,16 @@ const steps = [
 
 /** What a host keeps, as opposed to what it is. */
 const savedParts = ["disk", "run", "units", "source", "started", "filesystem", "lvm", "dev", "extents"];
+
+function isAlive(pid: string): boolean {
+  try {
+    return /^State:\s*[^Z\s]/m.test(readFileSync(`/proc/${pid}/status`, "utf8"));
+  } catch (error) {
+    if (error instanceof Error && "code" in error && (error.code === "ENOENT" || error.code === "ESRCH"))
+      return false;
+    throw error;
+  }
+}
 
 export class CopyHost extends ShellHost implements Host {
   readonly commands: RemoteCommand[] = [];
@@ -107,6 +120,14 @@ export class CopyHost extends ShellHost implements Host {
   get started(): number {
     const list = join(this.folder, "started");
     return existsSync(list) ? readFileSync(list, "utf8").trim().split("\n").length : 0;
+  }
+
+  /** Waits until no job runs but those that `hold` keeps. */
+  async jobsEnd(): Promise<void> {
+    const units = join(this.folder, "units");
+    const pids = () => readdirSync(units).filter((file) => file.endsWith(".pid"));
+    const runs = (file: string) => isAlive(readFileSync(join(units, file), "utf8").trim());
+    while (!existsSync(join(this.folder, "hold")) && pids().some(runs)) await delay(5);
   }
 
   /** The volumes of the group, by name. */

@@ -3,7 +3,7 @@
  * else is the machine's. A script can be killed before or after any program that it starts.
  */
 import { spawn, spawnSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { CommandResult, RemoteCommand } from "../../provider/ssh/types.js";
@@ -24,8 +24,8 @@ export abstract class ShellHost {
     steps: readonly string[],
   ) {
     this.folder = mkdtempSync(join(tmpdir(), `lvm-nbd-${what}-`));
-    mkdirSync(join(this.folder, "bin"));
-    for (const [program, text] of Object.entries(standIns)) this.#program(program, text);
+    for (const part of ["bin", "steps.bin"]) mkdirSync(join(this.folder, part));
+    for (const [program, text] of Object.entries(standIns)) this.#program("bin", program, text);
     for (const program of steps) this.#stepping(program);
   }
 
@@ -82,31 +82,44 @@ export abstract class ShellHost {
   /** `stepping`: whether its programs are counted. */
   protected environment(stepping: boolean): NodeJS.ProcessEnv {
     const path = `${this.folder}/bin:${process.env.PATH ?? ""}`;
-    return { PATH: path, LC_ALL: "C", SANDBOX: this.folder, STEPPING: stepping ? "yes" : "" };
+    // Without a kill nobody asks for the steps: a shell less for each program.
+    const counted = stepping && existsSync(join(this.folder, "kill"));
+    return {
+      ...{ LC_ALL: "C", SANDBOX: this.folder },
+      PATH: counted ? `${this.folder}/steps.bin:${path}` : path,
+    };
   }
 
-  #program(name: string, text: string): void {
-    writeFileSync(join(this.folder, "bin", name), `#!/bin/sh\n${text}\n`, { mode: 0o755 });
+  #program(folder: "bin" | "steps.bin", name: string, text: string): void {
+    writeFileSync(join(this.folder, folder, name), `#!/bin/sh\n${text}\n`, { mode: 0o755 });
   }
 
   /** Puts a program in front of the real one that counts the steps of a change, and kills its script at one. */
   #stepping(name: string): void {
-    const standIn = this.standIns[name];
-    if (standIn !== undefined) this.#program(`${name}.real`, standIn);
-    const found = spawnSync("sh", ["-c", `command -v ${name}`])
-      .stdout.toString()
-      .trim();
-    const real = standIn === undefined ? found : join(this.folder, "bin", `${name}.real`);
+    const real = name in this.standIns ? join(this.folder, "bin", name) : installed(name);
     this.#program(
+      "steps.bin",
       name,
       `
-      [ -n "$STEPPING" ] && [ -e "$SANDBOX/kill" ] || exec ${real} "$@"
       printf . >>"$SANDBOX/steps"; n=$(wc -c <"$SANDBOX/steps")
       read -r step when <"$SANDBOX/kill"
       if [ "$n" = "$step" ] && [ "$when" = before ]; then kill -KILL 0; fi
-      STEPPING= ${real} "$@"; rc=$?
+      PATH=\${PATH#*:} ${real} "$@"; rc=$?
       if [ "$n" = "$step" ]; then kill -KILL 0; fi
       exit $rc`,
     );
   }
+}
+
+const found = new Map<string, string>();
+
+/** The path of a program of this machine. */
+function installed(name: string): string {
+  const path =
+    found.get(name) ??
+    spawnSync("sh", ["-c", `command -v ${name}`])
+      .stdout.toString()
+      .trim();
+  found.set(name, path);
+  return path;
 }
