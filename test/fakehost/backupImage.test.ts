@@ -824,8 +824,10 @@ describe("whatever cuts it, the next run finishes the work", () => {
       expect(result.message).toMatch(/^CANCELLED/);
       await world.settle();
       const left = destination.left();
-      const isCommitting = left.some((name) => name.endsWith(".part/result"));
-      // Cancelled while they get their names, verified images wait for that.
+      // Cancelled while they get their names, verified images wait for that: each has its name, or all that it needs.
+      const isCommitting =
+        left.some((name) => name.endsWith(".part/result")) &&
+        ["vm.raw", "data.raw"].every((name) => left.includes(name) || left.includes(`${name}.part/result`));
       if (!isCommitting) {
         expect(left).toEqual(result instanceof PartialFailure ? completeBoth : []);
         expectSourceClean();
