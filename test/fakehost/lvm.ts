@@ -585,6 +585,7 @@ function role(volume: Volume, snapshots: readonly Volume[], group: Group): strin
   if (volume.kind === "pool") return "private";
   if (volume.kind === "cow") return "public,snapshot,thicksnapshot";
   if (volume.origin !== undefined) return "public,snapshot,thinsnapshot";
+  if (snapshots.length > 1) return "public,origin,thickorigin,multithickorigin";
   if (snapshots.length > 0) return "public,origin,thickorigin";
   const thinOrigin = [...group.volumes].some(({ kind, origin }) => kind === "thin" && origin === volume);
   return thinOrigin ? "public,origin,thinorigin" : "public";
