@@ -28,6 +28,8 @@ export interface Command {
   exitCode: number | undefined;
   frozen: boolean;
   readonly channel: Arrived["channel"];
+  /** Sends what it has written to its standard output. */
+  flush(): void;
 }
 
 /** Where a test may cut in. */
@@ -156,10 +158,18 @@ export class FakeWorld {
       if (socket.destroyed) throw new FileError("EPIPE", "the session");
       write(text);
     };
+    // Sent together: each packet is encrypted and decrypted here.
+    let pending = "";
+    const flush = () => {
+      if (pending !== "" && !socket.destroyed) channel.write(pending);
+      pending = "";
+    };
     const unfed = stdin !== "" && this.hooks.input?.(this.commands.length) === true;
     const { process, running } = spawn(server.machine, ["sh", "-c", line], {
       stdin: unfed ? "" : stdin,
-      out: say((text) => channel.write(text)),
+      out: say((text) => {
+        pending += text;
+      }),
       err: say((text) => {
         channel.stderr.write(text);
         // The first that comes is the wrapper's: by then it runs, and what follows does not notice.
@@ -177,6 +187,7 @@ export class FakeWorld {
       exitCode: undefined,
       frozen: false,
       channel,
+      flush,
     };
     this.commands.push(command);
     if (this.hooks.arrived?.(command) === false) return;
@@ -227,6 +238,7 @@ export class FakeWorld {
       this.active = this.active.filter((other) => other !== command);
       command.exitCode = next.value;
       this.hooks.ended?.(command);
+      command.flush();
       if (!command.socket.destroyed) {
         command.channel.exit(next.value);
         command.channel.end();
@@ -234,6 +246,7 @@ export class FakeWorld {
       return true;
     }
     this.waits.set(command, next.value);
+    if (next.value.waits) command.flush();
     if (next.value.waits && !next.value.canGoOn(this.clock.now)) return false;
     command.steps += 1;
     this.hooks.step?.(command, next.value);
