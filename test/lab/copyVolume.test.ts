@@ -126,8 +126,10 @@ it("the group is too small: said with the numbers, before anything is made", asy
 
 it("a flipped byte is found by deepCheck, and a copy that is mounted is neither replaced nor removed", async () => {
   await on2(`
-    printf X | dd of=/dev/VgCopy/LV-VM1 bs=1 seek=9000000 conv=notrunc,fsync status=none
-    printf X | dd of=/dev/VgCopy/slow bs=1 seek=9000000 conv=notrunc,fsync status=none
+    for copy in LV-VM1 slow; do
+      lvchange -qq -p rw VgCopy/$copy && printf X | dd of=/dev/VgCopy/$copy bs=1 seek=9000000 conv=notrunc,fsync status=none &&
+        lvchange -qq -p r VgCopy/$copy || exit 1
+    done
     mount -o ro,noload /dev/VgCopy/slow /mnt`);
   stack.declare(...source(1), copy("LV-VM1", { deepCheck: true }));
   const run = await stack.up({ refresh: true });
@@ -155,6 +157,19 @@ it("renewed, the earlier copy keeps the name until the new one is verified", asy
   expect(await sum("LV-VM1")).not.toBe(earlier);
   expect(await uuidOf("LV-VM1")).not.toBe(before);
   await stack.isAsDeclared();
+});
+
+it("handed over to a VM it stays, and is named", async () => {
+  await on2("lvchange -qq -p rw VgCopy/LV-VM1");
+  (await stack.destroy()).failedWith(
+    "VOLUME_IN_USE",
+    "VolumeCopy LV-VM1",
+    "server2",
+    "was made writable since it was copied",
+    "pulumi state delete",
+  );
+  expect(await volumes()).toBe("LV-VM1 theirs");
+  await on2("lvchange -qq -p r VgCopy/LV-VM1");
 });
 
 it("goes with the stack, and what is not its own stays", async () => {
