@@ -8,7 +8,7 @@ import { FaultStack, vmBackup } from "./faults/fault-stack.mts";
 import type { Lab } from "./lab.mts";
 import { freshLab } from "./support.mts";
 
-vi.setConfig({ testTimeout: 900_000, hookTimeout: 900_000 });
+vi.setConfig({ testTimeout: 1_800_000, hookTimeout: 900_000 });
 
 const example = join(__dirname, "..", "..", "examples", "nightly-backup");
 
@@ -97,9 +97,9 @@ it("the volumes of a VM are backed up as of one moment, for which it is frozen o
   expect(again.text).not.toContain("warning:");
 });
 
-it("after each of sixteen nights exactly the backups are there that are to be kept", async () => {
+it("after each of thirty nights exactly the backups are there that are to be kept", async () => {
   await lab.server1.run("systemctl stop vm");
-  for (let night = 1; night <= 16; night++) {
+  for (let night = 1; night <= 30; night++) {
     // With what the first night removes: the backup of the VM of two volumes.
     tonight(night, "vm2", volumes.slice(0, 1));
     const run = await stack.up();
