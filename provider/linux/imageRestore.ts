@@ -100,13 +100,14 @@ emit end ""
 export const startImageRestoreScript = `${unitFunctions}${stopJobFunction}${startJobFunction}${volumeIsFunction}
 unit=$1 run=$2 group=$3 name=$4 uuid=$5 record=$6 description=$7 runtime=$8 mark=$9; shift 9
 lock
-stop_job "$unit" || exit 1
-volume_is "$group" "$name" "$uuid" kept
+# Before anything is stopped: the job may be another one's.
 tags=$(lvs --noheadings -o lv_tags -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-) || exit 1
 for tag in $(echo $tags | tr , ' '); do
   case $tag in "\${mark%%=*}="*) ;; *) continue;; esac
   case " $* " in *" $tag "*) ;; *) exit ${changedMeanwhile};; esac
 done
+stop_job "$unit" || exit 1
+volume_is "$group" "$name" "$uuid" kept
 for bytes; do :; done
 umask 077
 rm -rf "$run" && mkdir "$run" && receive "$run/job" "$bytes" && printf %s "$record" >"$run/record.json" || { rm -rf "$run"; exit 1; }

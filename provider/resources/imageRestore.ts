@@ -262,9 +262,25 @@ function refuseDone(
   context: Context,
   origin: LogicalVolume,
   marks: readonly RestoreMark[],
-  { owner, triggers }: ImageWanted,
+  { owner, triggers, image }: ImageWanted,
 ): void {
   const generation = restoreGeneration(triggers);
+  // A resource that was renamed, or whose state was lost, has another owner in its mark.
+  const byAnother = marks.find(
+    (mark) =>
+      !isRestoreOf(mark, owner) &&
+      mark.stage === "restored" &&
+      mark.generation === generation &&
+      mark.source === image.sha256,
+  );
+  if (byAnother !== undefined) {
+    throw refusal(
+      context,
+      "FOREIGN_RESOURCE",
+      `${pathOf(origin)} was restored from this very image already, by ${ownerOfRestore(byAnother)}`,
+      "Nothing was touched. If that is this resource under a former name, give it the `aliases` of that name. To restore once more, change `triggers`.",
+    );
+  }
   const isDone = (mark: RestoreMark) =>
     isRestoreOf(mark, owner) && mark.stage === "restored" && mark.generation === generation;
   if (!marks.some(isDone)) return;
@@ -367,13 +383,14 @@ async function explained(
   const advising = (...sentences: string[]) => sentences.filter((one) => one !== "").join(" ");
   try {
     const origin = (await volumes(looking)).find(({ uuid }) => uuid === wanted.overwrite);
-    const marks = restoreMarksAmong(origin?.tags ?? []).filter(
+    if (origin === undefined) throw refusal(looking, "ORIGIN_NOT_FOUND", `${path} is not there any more`);
+    const marks = restoreMarksAmong(origin.tags).filter(
       (mark) => mark.life === life || isRestoreOf(mark, wanted.owner),
     );
-    const isOpen = origin !== undefined && error.details.message.startsWith("open: ");
+    const isOpen = error.details.message.startsWith("open: ");
     const holders = isOpen ? await holdersOf(looking, origin) : [];
     const message = [error.details.message, ...holders].join(", ");
-    if (origin !== undefined && marks.some(({ stage }) => stage === "writing"))
+    if (marks.some(({ stage }) => stage === "writing"))
       return told({ message: `${message}; ${halfWritten(origin)}`, advice: advising(never, reason, again) });
     const isDone = marks.some(
       (mark) => mark.stage === "restored" && mark.generation === restoreGeneration(wanted.triggers),

@@ -645,6 +645,15 @@ describe("a job that goes on by itself", () => {
     expect(server.started).toBe(4);
   });
 
+  it("that was done is not done again by a resource of another name", async () => {
+    await created();
+    server.commands.length = 0;
+    const error = await failed(undefined, { owner: "o/p/s/renamed" });
+    expect(error.message).toMatch(/FOREIGN_RESOURCE.*restored from this very image already, by o\/p\/s\//);
+    expect(server.commands.filter(({ kind }) => kind === "change")).toEqual([]);
+    expect(server.started).toBe(1);
+  });
+
   it("is not ended for a volume that must not be overwritten", async () => {
     await dyingAt("writing");
     expect((await failed(undefined, { overwrite: other })).message).toMatch(/IDENTITY_MISMATCH/);
