@@ -58,7 +58,6 @@ import {
   keptMoment,
   type Moment,
   momentOf,
-  pathOf,
   snapshotNameSample,
   sweep,
   takeDown,
@@ -66,6 +65,7 @@ import {
   takeMoment,
 } from "./moment.js";
 import { nbdExportInputs } from "./nbdExport.js";
+import { pathOf } from "./volumes.js";
 
 const { volumeGroup, origin, size, chunkSize, quiesce } = lvSnapshotInputs.shape;
 const { listenAddress, port } = nbdExportInputs.shape;
@@ -298,7 +298,7 @@ async function backUp(
     } catch (error) {
       if (isLvmNbdError(error, "CANCELLED")) await takeDownAfter(moment);
       if (!isLvmNbdError(error, "HOST_UNREACHABLE")) throw error;
-      const left = moment.parts.map(pathOf);
+      const left = moment.parts.map(({ snapshot }) => pathOf(snapshot));
       context.warn(`${left.join(", ")}: left, the next \`pulumi up\` takes it down: ${firstLine(error)}`);
       return { leftOnSource: left };
     }

@@ -7,12 +7,11 @@
  */
 import { randomUUID } from "node:crypto";
 import { z } from "zod";
-import { parseOutput, script, succeed } from "../core/command.js";
+import { parseOutput, refusal, script, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { refusing } from "../core/inputs.js";
 import { generationMark, markAmong, ownerMark } from "../core/owner.js";
 import { ChangedMeanwhile, type CommonObservation, type Context, type Problem } from "../core/resource.js";
-import { serially } from "../core/serial.js";
 import {
   asideOf,
   type CopyFacts,
@@ -62,7 +61,16 @@ import {
   startDeviceCopy,
 } from "./deviceCopy.js";
 import type { copyOutputs } from "./image.js";
-import { changeVolume, listed, refuseSuspended, requireGroup, serversOf, volumes } from "./volumes.js";
+import {
+  changeVolume,
+  listed,
+  named,
+  pathOf,
+  refuseSuspended,
+  requireGroup,
+  serversOf,
+  volumes,
+} from "./volumes.js";
 
 /** Which volume a copy goes to. */
 export const volumeInput = z.strictObject({
@@ -128,8 +136,7 @@ export async function observeVolume(
   volume: VolumeName,
 ): Promise<VolumeObservation | undefined> {
   const all = await volumes(context);
-  const find = ({ volumeGroup, name }: VolumeName) =>
-    all.find((lv) => lv.volumeGroup === volumeGroup && lv.name === name);
+  const find = ({ volumeGroup, name }: VolumeName) => named(all, volumeGroup, name);
   const [lv, part, other] = [find(volume), find(partOf(volume)), find(asideOf(volume))];
   const aside = other !== undefined && isAsTagged(other) ? other : undefined;
   // What lies there and is no unfinished copy says nothing of the copy; `makePart` refuses it.
@@ -154,13 +161,13 @@ export async function observeVolume(
   };
 }
 
-function diskMissing(context: Context, { volumeGroup, name }: LogicalVolume): LvmNbdError {
-  return new LvmNbdError("DEVICE_UNREADABLE", {
-    message: `a disk of ${volumeGroup}/${name} is missing, so that nothing can be told of its content`,
-    host: context.host.name,
-    resource: context.resource,
-    advice: `Bring the disk back (\`pvs\`, \`vgs -o +vg_missing_pv_count ${volumeGroup}\`). If it is lost for good, take the copy out of the state (\`pulumi state delete URN\`) and remove the volume by hand.`,
-  });
+function diskMissing(context: Context, lv: LogicalVolume): LvmNbdError {
+  return refusal(
+    context,
+    "DEVICE_UNREADABLE",
+    `a disk of ${pathOf(lv)} is missing, so that nothing can be told of its content`,
+    `Bring the disk back (\`pvs\`, \`vgs -o +vg_missing_pv_count ${lv.volumeGroup}\`). If it is lost for good, take the copy out of the state (\`pulumi state delete URN\`) and remove the volume by hand.`,
+  );
 }
 
 /** True for a copy that somebody made writable: it is a disk of its own by now. */
@@ -171,13 +178,13 @@ export function isHandedOver({ lv, facts }: VolumeObservation): boolean {
 /** What was written to a copy since is nobody's to give up. */
 function refuseHandedOver(context: Context, volume: VolumeName, seen: VolumeObservation): void {
   if (!isHandedOver(seen)) return;
-  const path = `${volume.volumeGroup}/${volume.name}`;
-  throw new LvmNbdError("VOLUME_IN_USE", {
-    message: `${path} was made writable since it was copied: what was written to it would be lost`,
-    host: context.host.name,
-    resource: context.resource,
-    advice: `Nothing was touched. If it is a disk of its own now, take the resource out of the state (\`pulumi state delete URN\`) and out of the program: the volume stays. If it is not, \`lvchange -p r ${path}\`, and run again.`,
-  });
+  const path = pathOf(volume);
+  throw refusal(
+    context,
+    "VOLUME_IN_USE",
+    `${path} was made writable since it was copied: what was written to it would be lost`,
+    `Nothing was touched. If it is a disk of its own now, take the resource out of the state (\`pulumi state delete URN\`) and out of the program: the volume stays. If it is not, \`lvchange -p r ${path}\`, and run again.`,
+  );
 }
 
 /** Reads the whole copy. */
@@ -190,12 +197,12 @@ export async function inspectVolume(
     return seen;
   const path = devicePath(volume);
   if (!seen.lv.active) {
-    throw new LvmNbdError("DEVICE_NOT_FOUND", {
-      message: `${path} is not active, so it cannot be read for \`deepCheck\``,
-      host: context.host.name,
-      resource: context.resource,
-      advice: `Activate it (\`lvchange -ay ${volume.volumeGroup}/${volume.name}\`) and run again.`,
-    });
+    throw refusal(
+      context,
+      "DEVICE_NOT_FOUND",
+      `${path} is not active, so it cannot be read for \`deepCheck\``,
+      `Activate it (\`lvchange -ay ${pathOf(volume)}\`) and run again.`,
+    );
   }
   context.progress(`reading ${path} to check its content (deepCheck)`);
   const sum = await deviceSum(context, path, seen.facts.sizeBytes);
@@ -246,22 +253,22 @@ function missingTags({ tags }: LogicalVolume, right: readonly string[]): string[
   return right.filter((tag) => !tags.includes(tag));
 }
 
+/** True for what a copy has made beside its volume, if it was this resource, or the one whose copy is there. */
+function isOurs(owner: string, { mark }: VolumeObservation, { tags }: LogicalVolume): boolean {
+  const own = markAmong(tags);
+  return own !== undefined && (own === ownerMark(owner) || own === mark);
+}
+
 /** The tag of the job on an unfinished copy of ours. */
-function ownRun(owner: string, { part, mark }: VolumeObservation): string | undefined {
-  const partMark = part && markAmong(part.tags);
-  const ours = partMark === ownerMark(owner) || partMark === mark;
-  return part !== undefined && partMark !== undefined && ours ? runTagAmong(part.tags) : undefined;
+function ownRun(owner: string, seen: VolumeObservation): string | undefined {
+  const { part } = seen;
+  return part !== undefined && isOurs(owner, seen, part) ? runTagAmong(part.tags) : undefined;
 }
 
 /** Removes the earlier copy, if it is ours and the new one has its name. */
-async function removeAside(
-  context: Context,
-  owner: string,
-  { lv, aside, mark, all }: VolumeObservation,
-): Promise<void> {
-  if (lv === undefined || aside === undefined) return;
-  const asideMark = markAmong(aside.tags);
-  if (asideMark !== ownerMark(owner) && asideMark !== mark) return;
+async function removeAside(context: Context, owner: string, seen: VolumeObservation): Promise<void> {
+  const { lv, aside, all } = seen;
+  if (lv === undefined || aside === undefined || !isOurs(owner, seen, aside)) return;
   await removeClosed(context, aside, all);
 }
 
@@ -271,13 +278,11 @@ async function removeClosed(
   lv: LogicalVolume,
   all: readonly LogicalVolume[],
 ): Promise<void> {
-  const path = `${lv.volumeGroup}/${lv.name}`;
+  const path = pathOf(lv);
   await requireUnused(context, lv, all);
   context.progress(`removing the copy ${path}`);
   const argv = script(removeVolumeScript, lv.volumeGroup, lv.name, lv.uuid);
-  await serially(context.host, lv.volumeGroup, () =>
-    changeVolumeByScript(context, `${path} could not be removed`, argv, [lv]),
-  );
+  await changeVolumeByScript(context, lv.volumeGroup, `${path} could not be removed`, argv, [lv]);
 }
 
 /** Raises VOLUME_IN_USE if somebody has the volume open or serves it, or if something would go with it. */
@@ -288,12 +293,8 @@ async function requireUnused(
 ): Promise<void> {
   await requireClosed(context, lv, all);
   const servers = await serversOf(context, [lv]);
-  if (servers.length === 0) return;
-  throw new LvmNbdError("VOLUME_IN_USE", {
-    message: `${lv.volumeGroup}/${lv.name} is in use: ${servers.join(", ")}`,
-    host: context.host.name,
-    resource: context.resource,
-  });
+  if (servers.length > 0)
+    throw refusal(context, "VOLUME_IN_USE", `${pathOf(lv)} is in use: ${servers.join(", ")}`);
 }
 
 /** An unfinished copy of somebody else's is refused. */
@@ -306,9 +307,8 @@ function refuseOthers(
 }
 
 function foreignPart(context: Context, volume: VolumeName): LvmNbdError {
-  const { volumeGroup, name } = partOf(volume);
   return new LvmNbdError("FOREIGN_RESOURCE", {
-    message: `volume: ${volumeGroup}/${name} exists and is not an unfinished copy of this resource to ${volume.name}`,
+    message: `volume: ${pathOf(partOf(volume))} exists and is not an unfinished copy of this resource to ${volume.name}`,
     host: context.host.name,
     resource: context.resource,
     property: "volume",
@@ -409,7 +409,7 @@ async function withName(
   else if (aside !== undefined) {
     const argv = script(renameVolumeScript, volumeGroup, aside.name, aside.uuid, name);
     const what = `${aside.name} could not get its name ${volumeGroup}/${name} again`;
-    await serially(context.host, volumeGroup, () => changeVolumeByScript(context, what, argv, [aside]));
+    await changeVolumeByScript(context, volumeGroup, what, argv, [aside]);
   }
   return (await observeVolume(context, wanted.volume)) ?? noVolume;
 }
@@ -504,7 +504,7 @@ async function makePart(
   tags: readonly string[],
 ): Promise<LogicalVolume> {
   const part = partOf(volume);
-  const path = `${part.volumeGroup}/${part.name}`;
+  const path = pathOf(part);
   let failed: unknown;
   try {
     await changeVolume(
@@ -518,19 +518,13 @@ async function makePart(
     if (!taken) throw error;
     failed = error;
   }
-  const there = (await volumes(context)).find(
-    (lv) => lv.volumeGroup === part.volumeGroup && lv.name === part.name,
-  );
+  const there = named(await volumes(context), part.volumeGroup, part.name);
   if (there !== undefined && tags.every((tag) => there.tags.includes(tag))) return there;
   if (there !== undefined && runTagAmong(there.tags) === undefined) throw foreignPart(context, volume);
   throw new ChangedMeanwhile(
     isLvmNbdError(failed)
       ? failed
-      : new LvmNbdError("COPY_FAILED", {
-          message: `somebody else removed ${path} right after it was made`,
-          host: context.host.name,
-          resource: context.resource,
-        }),
+      : refusal(context, "COPY_FAILED", `somebody else removed ${path} right after it was made`),
   );
 }
 
@@ -555,14 +549,8 @@ async function giveName(
   await removeAside(context, owner, seen);
   if (lv !== undefined) await requireUnused(context, lv, seen.all);
   const names = [volumeGroup, name, lv?.uuid ?? "-", asideOf(volume).name, part.name, part.uuid];
-  await serially(context.host, volumeGroup, () =>
-    changeVolumeByScript(
-      context,
-      what,
-      script(nameVolumeScript, unit, run, ...names, ...tags),
-      lv === undefined ? [part] : [lv, part],
-    ),
-  );
+  const argv = script(nameVolumeScript, unit, run, ...names, ...tags);
+  await changeVolumeByScript(context, volumeGroup, what, argv, lv === undefined ? [part] : [lv, part]);
   if (lv !== undefined || seen.aside === undefined) return;
   const now = await observeVolume(context, volume);
   if (now !== undefined) await removeAside(context, owner, now);
@@ -574,7 +562,7 @@ async function discard(context: Context, volume: VolumeName, runTag: string): Pr
   const { volumeGroup, name } = partOf(volume);
   const what = `the unfinished copy ${volumeGroup}/${name} could not be removed`;
   const argv = script(discardVolumeScript, unit, run, volumeGroup, name, runTag);
-  await serially(context.host, volumeGroup, () => changeVolumeByScript(context, what, argv, []));
+  await changeVolumeByScript(context, volumeGroup, what, argv, []);
 }
 
 /** Removes the volume, and what is unfinished of ours. */
@@ -589,8 +577,7 @@ export async function removeVolume(
   // What another resource has begun there is left alone.
   const runTag = ownRun(owner, seen);
   if (runTag !== undefined) await discard(context, volume, runTag);
-  if (aside !== undefined && [ownerMark(owner), seen.mark].includes(markAmong(aside.tags)))
-    await removeClosed(context, aside, all);
+  if (aside !== undefined && isOurs(owner, seen, aside)) await removeClosed(context, aside, all);
   if (lv !== undefined) await removeClosed(context, lv, all);
 }
 

@@ -2,11 +2,11 @@
  * The run of a copy: its job is started, or found and gone on with, followed, and what it made is put in its place once its
  * source is certified. What a copy into a file and one onto a block device share.
  */
-import { createHash } from "node:crypto";
 import type { z } from "zod";
 import { failure, parseOutput, succeed } from "../core/command.js";
 import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { pause } from "../core/following.js";
+import { digest } from "../core/owner.js";
 import { ChangedMeanwhile, type Context } from "../core/resource.js";
 import {
   type CopyProgress,
@@ -69,7 +69,7 @@ export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> 
   try {
     if (recordDigest === undefined) {
       const record = await run.prepare();
-      recordDigest = createHash("sha256").update(record).digest("hex");
+      recordDigest = digest(record, 64);
       await run.start(record, recordDigest);
     } else context.progress(`a copy to ${run.target} is on its way: going on with it`);
     const result = await follow(context, run, recordDigest, (now) => {

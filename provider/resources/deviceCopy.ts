@@ -3,9 +3,10 @@
  * what becomes of it is its user's.
  */
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
-import { LvmNbdError } from "../core/errors.js";
+import { failure, parseOutput, refusal, script, succeed } from "../core/command.js";
+import type { LvmNbdError } from "../core/errors.js";
 import type { Context } from "../core/resource.js";
+import { serially } from "../core/serial.js";
 import { type CopyResult, copyResult } from "../linux/copyJob.js";
 import { followCopyScript } from "../linux/copyScripts.js";
 import {
@@ -23,7 +24,7 @@ import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
 import { quoteAll } from "../ssh/quoting.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
-import { changeSeconds, holdersOf, listed } from "./volumes.js";
+import { changeSeconds, holdersOf, listed, pathOf } from "./volumes.js";
 
 /** What a copy onto a device is for. In the folder of its job. */
 const recordShape = z.object({ generation: z.string(), verify: z.boolean() });
@@ -75,6 +76,7 @@ export async function startDeviceCopy(
   const description = `lvm-nbd: copy of ${plan.uri} onto ${path}`;
   await changeVolumeByScript(
     context,
+    volumeGroup,
     `the copy onto ${path} could not be started`,
     script(
       ...[startDeviceCopyScript, job.unit, job.run, volumeGroup, name, uuid],
@@ -86,9 +88,10 @@ export async function startDeviceCopy(
   );
 }
 
-/** Runs a script that changes volumes. Raises VOLUME_IN_USE if one of `closed` is open. */
+/** Runs a script that changes volumes of the group, in its turn there. Raises VOLUME_IN_USE if one of `closed` is open. */
 export async function changeVolumeByScript(
   context: Context,
+  volumeGroup: string,
   what: string,
   argv: string[],
   closed: readonly LogicalVolume[],
@@ -101,7 +104,9 @@ export async function changeVolumeByScript(
     return code && failure(context, command, result, what, code);
   };
   try {
-    await changeByScript(context, what, argv, { stdin, explain, graceSeconds: changeSeconds });
+    await serially(context.host, volumeGroup, () =>
+      changeByScript(context, what, argv, { stdin, explain, graceSeconds: changeSeconds }),
+    );
   } catch (error) {
     if (!open) throw error;
     const holders = await Promise.all(closed.map((volume) => holdersOf(context, volume)));
@@ -110,11 +115,8 @@ export async function changeVolumeByScript(
 }
 
 function inUse(context: Context, what: string, holders: readonly string[]): LvmNbdError {
-  return new LvmNbdError("VOLUME_IN_USE", {
-    message: `${what}: it is open${holders.length === 0 ? " or has snapshots" : `: ${holders.join(", ")}`}`,
-    host: context.host.name,
-    resource: context.resource,
-  });
+  const how = holders.length === 0 ? " or has snapshots" : `: ${holders.join(", ")}`;
+  return refusal(context, "VOLUME_IN_USE", `${what}: it is open${how}`);
 }
 
 /** Raises VOLUME_IN_USE if somebody has the volume open, or it has snapshots, among `all`, that would go with it. */
@@ -123,15 +125,13 @@ export async function requireClosed(
   volume: LogicalVolume,
   all: readonly LogicalVolume[],
 ): Promise<void> {
-  const path = `${volume.volumeGroup}/${volume.name}`;
+  const path = pathOf(volume);
   // Thin ones too: of a volume that is not thin, as the external origin of theirs, they would go with it.
   const snapshots = all.filter(({ originUuid }) => originUuid === volume.uuid);
   if (snapshots.length > 0) {
-    throw new LvmNbdError("VOLUME_IN_USE", {
-      message: `${path} is the origin of ${listed(snapshots.map(({ name }) => name))}, which would be removed with it`,
-      host: context.host.name,
-      resource: context.resource,
-    });
+    const names = listed(snapshots.map(({ name }) => name));
+    const what = `${path} is the origin of ${names}, which would be removed with it`;
+    throw refusal(context, "VOLUME_IN_USE", what);
   }
   if (volume.open === false || !volume.active) return;
   const holders = await holdersOf(context, volume);

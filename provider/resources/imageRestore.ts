@@ -17,7 +17,6 @@ import {
   restoreTagOf,
   restoreTagParts,
 } from "../core/restoreMark.js";
-import { serially } from "../core/serial.js";
 import { bytesPhrase, parseRate } from "../linux/copyJob.js";
 import { type DeviceCopyPlan, deviceCopyPrograms } from "../linux/deviceCopy.js";
 import { parseFields } from "../linux/fields.js";
@@ -90,7 +89,7 @@ export function endImageRestore(
   const { unit, run } = restoreJob(uuid);
   const argv = script(endImageRestoreScript, unit, run, volumeGroup, name, uuid, recordDigest, ...marks);
   const what = `the restore of ${pathOf(origin)} could not be ended`;
-  return serially(context.host, volumeGroup, () => changeVolumeByScript(context, what, argv, []));
+  return changeVolumeByScript(context, volumeGroup, what, argv, []);
 }
 
 /** Raises IDENTITY_MISMATCH unless the volume is the one that may be overwritten. */
@@ -176,7 +175,7 @@ async function start(
   // The arguments travel in the file: systemd would expand what is in them.
   const text = `set -- ${quoteAll(imageRestoreArguments(job, origin, plan, marks))}\n${imageRestoreJob}`;
   const what = `the restore of ${pathOf(origin)} could not be started`;
-  await serially(context.host, volumeGroup, () => changeVolumeByScript(context, what, argv, [origin], text));
+  await changeVolumeByScript(context, volumeGroup, what, argv, [origin], text);
 }
 
 function planOf({ image, connections, bandwidthLimit }: ImageWanted): DeviceCopyPlan {

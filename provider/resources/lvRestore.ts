@@ -31,7 +31,7 @@ import {
   restoreTagParts,
 } from "../core/restoreMark.js";
 import { serially } from "../core/serial.js";
-import { bytesPhrase, parseRate } from "../linux/copyJob.js";
+import { bytesPhrase } from "../linux/copyJob.js";
 import { type LogicalVolume, lvmFailure, tagCommand, volumeGroupNameProblem } from "../linux/lvm.js";
 import {
   beginMergeScript,
@@ -48,6 +48,7 @@ import {
 import { parseNbdUri } from "../linux/nbd.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import { imageInputs } from "./image.js";
 import {
   endImageRestore,
   halfWritten,
@@ -123,20 +124,13 @@ const inputs = z.strictObject({
     .describe(
       "LVM UUID of the origin, required with an `image`: its content is given up. `lvs -o lv_uuid VG/LV` prints it.",
     ),
-  connections: z
-    .number()
-    .int()
-    .min(1)
-    .max(16)
+  connections: imageInputs.connections
+    .unwrap()
     .optional()
     .describe("NBD connections by which an `image` is copied. Default 4."),
-  bandwidthLimit: z
-    .union([z.string(), z.number()])
-    .superRefine(readableBy(parseRate))
-    .optional()
-    .describe(
-      'Bytes a second of an `image` that are read from its export at most, e.g. `"20M"` (1024-based). Default: no limit.',
-    ),
+  bandwidthLimit: imageInputs.bandwidthLimit.describe(
+    'Bytes a second of an `image` that are read from its export at most, e.g. `"20M"` (1024-based). Default: no limit.',
+  ),
   whenOpen: z
     .enum(["refuse", "atNextActivation"])
     .default("refuse")

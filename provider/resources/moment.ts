@@ -17,7 +17,7 @@ import type { nbdServers } from "../linux/nbd.js";
 import type { HostArgs } from "../ssh/types.js";
 import { type LvSnapshotOutputs, lvSnapshot, lvSnapshotInputs, takeTogether } from "./lvSnapshot.js";
 import { type NbdExportOutputs, nbdExport, nbdExportInputs } from "./nbdExport.js";
-import { volumes } from "./volumes.js";
+import { pathOf, volumes } from "./volumes.js";
 
 type SnapshotInputs = ReturnType<typeof lvSnapshotInputs.parse>;
 type ExportInputs = ReturnType<typeof nbdExportInputs.parse>;
@@ -314,16 +314,13 @@ export async function takeDownPossible({ context, parts }: Moment): Promise<stri
       // That nobody answers tells nothing of what is left, and of what was interrupted the reconciler looks again.
       if (!isLvmNbdError(error) || isLvmNbdError(error, "CANCELLED", "HOST_UNREACHABLE", "LINK_LOST"))
         throw error;
-      left.push(pathOf(part));
-      context.warn(`${pathOf(part)} is left, the next \`pulumi up\` takes it down: ${firstLine(error)}`);
+      left.push(pathOf(part.snapshot));
+      context.warn(
+        `${pathOf(part.snapshot)} is left, the next \`pulumi up\` takes it down: ${firstLine(error)}`,
+      );
     }
   }
   return left;
-}
-
-/** `GROUP/NAME` of the snapshot. */
-export function pathOf({ snapshot: { volumeGroup, name } }: MomentPart): string {
-  return `${volumeGroup}/${name}`;
 }
 
 async function takeDownPart(context: Context, { exported, snapshot }: MomentPart): Promise<void> {
