@@ -6,6 +6,8 @@ export { type ErrorCode, errorCodes } from "./core/errors.js";
 export {
   BackupImage,
   type BackupImageArgs,
+  HostSetup,
+  type HostSetupArgs,
   LvRestore,
   type LvRestoreArgs,
   LvSnapshot,

@@ -11,6 +11,8 @@ function typeText(node: Json): string {
   if (options !== undefined) return [...new Set(options.map(typeText))].join(" or ");
   if (Array.isArray(node.enum)) return node.enum.map((value) => `\`"${value}"\``).join(" or ");
   if (node.type === "array") return `list of ${typeText((node.items ?? {}) as Json)}`;
+  if (node.type === "object" && node.properties === undefined)
+    return `map of ${typeText((node.additionalProperties ?? {}) as Json)}`;
   if (node.type === "object") {
     return `{ ${Object.keys((node.properties ?? {}) as Json)
       .map((key) => `\`${key}\``)

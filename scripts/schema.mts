@@ -30,6 +30,13 @@ function property(node: Json, typeName: string): Json {
   if (Array.isArray(node.type)) return { oneOf: node.type.map((type) => ({ type })), ...extra };
   if (node.type === "array")
     return { type: "array", items: property((node.items ?? {}) as Json, typeName), ...extra };
+  if (node.type === "object" && node.properties === undefined) {
+    return {
+      type: "object",
+      additionalProperties: property((node.additionalProperties ?? {}) as Json, typeName),
+      ...extra,
+    };
+  }
   if (node.type === "object") {
     const token = `lvm-nbd:index:${typeName}`;
     const secrets = ["privateKey", "passphrase", "password"];

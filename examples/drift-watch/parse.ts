@@ -83,6 +83,7 @@ const sound: Readonly<Record<string, string>> = {
   Mount: "mounted",
   VolumeCopy: "complete",
   BackupImage: "complete",
+  HostSetup: "ready",
 };
 
 /** Pure. Never throws: what cannot be read is an error of the look. */

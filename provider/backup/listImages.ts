@@ -1,7 +1,10 @@
 /** The images that are in a folder of a host, by their manifests. */
-import { parseOutput, script, succeed } from "../core/command.js";
+import { parseOutput, succeed } from "../core/command.js";
+import type { ErrorCode } from "../core/errors.js";
+import { hostScript, script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
-import { imageFunctions } from "../linux/copyJob.js";
+import { folderGuardFunctions, imageFunctions } from "../linux/copyJob.js";
+import { exposedWords, inOtherHands } from "../linux/copyScripts.js";
 import { contentFacts, readManifest, snapshotOf } from "../resources/image.js";
 import { createHostPool } from "../ssh/pool.js";
 import type { HostArgs, RemoteCommand } from "../ssh/types.js";
@@ -34,18 +37,31 @@ export interface Image {
   readonly moment: string | undefined;
 }
 
-const listScript = `${imageFunctions}
-folder=$1
+const explanations: ReadonlyMap<number, ErrorCode> = new Map([
+  [70, "DIRECTORY_NOT_FOUND"],
+  [inOtherHands, "FILE_UNSUITABLE"],
+]);
+
+const listScript = hostScript(
+  "list-images",
+  "observe",
+  `${folderGuardFunctions}${imageFunctions}
+folder=\${1%/}
 [ -d "$folder/" ] || exit 70
 [ -r "$folder/" ] && [ -x "$folder/" ] || { echo "the folder cannot be read" >&2; exit 1; }
+# Another's link would have any file of root's read and told.
+danger=$(endangered "$folder/")
+[ -z "$danger" ] || { echo "$danger ${exposedWords}" >&2; exit ${inOtherHands}; }
 for manifest in "$folder"/*.manifest.json; do
-  [ -f "$manifest" ] || continue
+  plain "$manifest" || continue
   file=\${manifest%.manifest.json}
   text=$(base64 -w0 <"$manifest") && seen=$(facts "$file") || exit 1
   printf '%s %s %s\\n' "$(printf %s "$file" | base64 -w0)" "$text" "$(printf %s "$seen" | base64 -w0)"
 done
 echo end
-`;
+`,
+  ["path"],
+);
 
 /**
  * What images are in a folder of a host, the newest first: for a program to loop over, and for `generations` to
@@ -53,8 +69,8 @@ echo end
  *
  * @param host - as the `host` of a resource
  * @param folder - absolute path
- * @throws LvmNbdError of the codes of a host that cannot be reached, and DIRECTORY_NOT_FOUND: never an empty list where
- *   it cannot be told
+ * @throws LvmNbdError of the codes of a host that cannot be reached, DIRECTORY_NOT_FOUND, and FILE_UNSUITABLE for a folder that others
+ *   than root can change: never an empty list where it cannot be told
  */
 export async function listImages(host: HostArgs, folder: string): Promise<Image[]> {
   const pool = createHostPool();
@@ -69,12 +85,12 @@ export async function listImages(host: HostArgs, folder: string): Promise<Image[
       open: (other) => pool.get(other),
     };
     const command: RemoteCommand = {
-      argv: script(listScript, withoutSlash(folder)),
+      argv: script(listScript, withoutSlash(folder) || "/"),
       kind: "read",
       deadlineSeconds: 120,
     };
     const result = await succeed(context, command, `the images in ${folder} could not be listed`, (failed) =>
-      failed.exitCode === 70 ? "DIRECTORY_NOT_FOUND" : undefined,
+      explanations.get(failed.exitCode),
     );
     return parseOutput(context, command, result, parseImages);
   } finally {

@@ -61,8 +61,3 @@ export function parseOutput<T>(
     });
   }
 }
-
-/** A script with its arguments as a command; the script is a constant, the arguments are never part of it. */
-export function script(text: string, ...args: string[]): string[] {
-  return ["sh", "-c", text, "sh", ...args];
-}

@@ -19,7 +19,7 @@ export const errorCodes = {
   KEY_UNREADABLE:
     "A private key file is missing, unreadable, encrypted without a passphrase, or not a private key. Name another, or give `passphrase`.",
   SUDO_DENIED:
-    "The user may not run commands as root with `sudo -n`. Give it passwordless sudo, or connect as root.",
+    "The user may not run commands as root with `sudo -n`. Let it run what `npx lvm-nbd sudoers USER` lists (again after each new version of this package), or anything, or connect as root.",
   LINK_LOST:
     "The SSH connection broke while a command was running; whether it took effect is unknown. The next `pulumi up` looks and goes on from there.",
   COMMAND_FAILED:
@@ -34,14 +34,16 @@ export const errorCodes = {
     "The operation was cancelled; the remote command was stopped. The next `pulumi up` goes on from there.",
   LVM_LOCKED: "Another LVM command holds the volume group's lock. Run again when it has finished.",
   PROGRAM_MISSING:
-    "A program the operation needs is not installed on the host; the message names its package. Install it and run again.",
+    "A program the operation needs is not installed on the host; the message names its package. Install it, or let a HostSetup do so, and run again.",
+  VERSION_VULNERABLE:
+    "A program that the host needs has a known hole; the message names the version that has it no more. Nothing was set up. Upgrade it, or choose another `server`.",
   MODULE_MISSING:
     "The host's kernel lacks a module, nbd or a file system's; the message names it. Install the package of the kernel's modules that holds it, or use another host.",
   VOLUME_GROUP_NOT_FOUND:
     "The volume group does not exist on the host, or its disks are not there. Correct `volumeGroup`, or bring the disks back; nothing is taken for gone meanwhile.",
   ORIGIN_NOT_FOUND: "The origin logical volume does not exist on the host. Correct `origin`.",
   ORIGIN_UNSUITABLE:
-    "The origin cannot be snapshotted or restored as declared: it is itself a COW snapshot or an internal volume, is being merged, needs a `size`, or has snapshots beside which LVM merges none. Choose another origin, or give or remove what the message names.",
+    "The origin cannot be snapshotted or restored as declared: it is itself a COW snapshot or an internal volume, is being merged, is half-written by a restore from an image, needs a `size`, or has snapshots beside which LVM merges none. Choose another origin, or give or remove what the message names.",
   NO_SPACE:
     "The volume group, the thin pool, or the disk of an image has too little free space. Remove what is not needed, extend it (vgextend, lvextend), or choose a smaller `size` or another `file`.",
   SNAPSHOT_NOT_FOUND:
@@ -51,7 +53,7 @@ export const errorCodes = {
   SNAPSHOT_MERGING:
     "The snapshot is being merged into its origin and cannot be changed. Run again when that has ended.",
   QUIESCE_FAILED:
-    "The `freeze` command failed; no snapshot was taken and `thaw` was run. Put right what its stderr names and run again.",
+    "The `freeze` command failed, or took too long; no snapshot was kept and `thaw` was run. Put right what its stderr names and run again.",
   THAW_FAILED:
     "The snapshot was taken but `thaw` failed: the VM may still stand still. Thaw it by hand NOW, then run `pulumi up` again.",
   VOLUME_SUSPENDED:
@@ -69,13 +71,17 @@ export const errorCodes = {
   FILE_NOT_FOUND:
     "The image does not exist on the host. Correct `file`, or mount the disk that it is on, and run again.",
   FILE_UNSUITABLE:
-    "The file cannot be served: it is no regular file, a symbolic link, not readable for a root without capabilities, no image of the declared `format`, or one that needs another file; the message says which. Nothing was touched. Name another `file`, or correct `format`.",
+    "The file cannot be served, or an image not be written or removed there: it is no regular file, a symbolic link, changeable by others than root (itself or a folder above it), not readable for a root without capabilities, no image of the declared `format`, or one that needs another file; the message says which. Nothing was touched. Name another `file`, put owners and modes right, or correct `format`.",
   PORT_IN_USE: "Another program listens on that address and port. Choose another `port`, or stop it.",
   ADDRESS_NOT_LOCAL: "The listen address is not an address of the host. Choose one that `ip address` lists.",
   EXPORT_NOT_SERVING:
     "The server started but a real NBD handshake did not succeed, or showed another size. Its last log lines are in the message. Put right what they name and run again.",
   CLIENTS_NOT_ENFORCED:
-    "The host's systemd or kernel does not enforce `clients` (no BPF firewall for control groups), so everybody could read the disk. The export was stopped. Use a host with unified control groups, or listen on loopback.",
+    "The host's systemd or kernel does not enforce `clients` (no BPF firewall for control groups), so everybody could read the disk. The export was stopped. Use a host with unified control groups, or listen on loopback; or, if a firewall lets in nobody else, set `clientsEnforcedElsewhere: true`.",
+  TLS_UNSUPPORTED:
+    "The host cannot serve with TLS; the message says what lacks it. Nothing was touched. Update that, or choose another `server`.",
+  TLS_NOT_ENFORCED:
+    "The server let a client in without TLS, or without a certificate: it was built without TLS, or its configuration is not obeyed. The export was stopped. Choose another `server`.",
   EXPORT_UNREACHABLE:
     "The export cannot be reached from the attaching host: not running, blocked, not in `clients`, or another name. Look at the export and at the network between the hosts, then run again.",
   DEVICE_IN_USE:
@@ -108,7 +114,7 @@ export const errorCodes = {
   RESTORE_STALLED:
     "A merge has made no progress for minutes; it was not stopped. Look at what the message names. The next `pulumi up` follows it on.",
   RESTORE_UNCERTAIN:
-    "A restore was cut off in the very moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told. Look at the origin's content, and tell by one of the commands in the message.",
+    "A restore was cut off in the very moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told. Or the state and the origin's mark tell of different restores, and which came last cannot be told. Look at the origin's content, and tell by one of the commands in the message.",
   ATTACHMENT_DEAD:
     "The attachment is there, but a read through it fails or takes too long. Look at the export and at the network, then run `pulumi up --refresh`.",
   PARTITION_NOT_FOUND:
@@ -116,7 +122,7 @@ export const errorCodes = {
   NOT_MOUNTABLE:
     "What lies on the device is no file system, or none that can be mounted without a write; the message names it. Nothing was touched. Name another `partition` or `device`, or read it in a virtual machine.",
   MOUNT_POINT_UNSUITABLE:
-    "Nothing can be mounted at `path`: it is no folder, not empty, reached through a symbolic link, in /etc/fstab, or something else is mounted there; the message says which. Nothing was touched. Choose another `path`, or clear this one.",
+    "Nothing can be mounted at `path`: it is no folder, not empty, reached through a symbolic link, below a folder that others than root can change, in /etc/fstab, or something else is mounted there; the message says which. Nothing was touched. Choose another `path`, or clear this one.",
   MOUNT_IN_USE:
     "The file system is in use; the message names the processes. Nothing was unmounted. End them, or let them leave the folder, and run again.",
   MOUNT_FAILED:
@@ -173,21 +179,37 @@ export function isLvmNbdError(error: unknown, ...codes: ErrorCode[]): error is L
   return error instanceof LvmNbdError && (codes.length === 0 || codes.includes(error.code));
 }
 
+/** Characters of a message that are shown. */
+const longestMessage = 8000;
+
 function render(code: ErrorCode, details: ErrorDetails): string {
   const where = [details.resource, details.host && `host ${details.host}`].filter(Boolean).join(" on ");
-  const lines = [`${code}: ${where ? `${where}: ` : ""}${printable(details.message)}`];
+  const lines = [`${code}: ${where ? `${where}: ` : ""}${continued(printable(shortened(details.message)))}`];
   if (details.command !== undefined) lines.push(`  command: ${printable(details.command)}`);
   if (details.exitCode !== undefined) lines.push(`  exit code: ${details.exitCode}`);
-  const stderr = printable(details.stderr ?? "").trim();
-  if (stderr !== "") lines.push(`  stderr: ${stderr.slice(-2000).replaceAll("\n", "\n          ")}`);
+  const stderr = printable((details.stderr ?? "").slice(-2000)).trim();
+  if (stderr !== "") lines.push(`  stderr: ${continued(stderr)}`);
   lines.push(`  what to do: ${printable(details.advice ?? errorCodes[code])}`);
   return lines.join("\n");
 }
 
-/** A host's output may hold terminal escape codes: they never reach the person's terminal. */
+/** Further lines stand below the first one's text: none that a host wrote can be taken for a line of ours. */
+function continued(text: string): string {
+  return text.replaceAll("\n", "\n          ");
+}
+
+/** A message may hold what a host wrote, which has no end if that host so wishes. */
+function shortened(message: string): string {
+  return message.length <= longestMessage ? message : `${message.slice(0, longestMessage)}...`;
+}
+
+/** A host's output may hold terminal escape codes, and marks that turn the order of what is read: they never reach the person's terminal. */
 export function printable(text: string): string {
-  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is looked for
-  return text.replaceAll("\r\n", "\n").replace(/[\u0000-\u0008\u000b-\u001f\u007f-\u009f]/g, "?");
+  return text.replaceAll("\r\n", "\n").replace(
+    // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what is looked for
+    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028\u2029\u202a-\u202e\u2066-\u2069]/g,
+    "?",
+  );
 }
 
 /** The first line of what was thrown, for messages that tell of a second failure. */

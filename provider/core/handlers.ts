@@ -89,7 +89,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     } catch (error) {
       if (!(error instanceof PartialSuccess)) throw named(error, opened.resource);
       const id = type.id(error.state, hostName(error.state.host));
-      throw new PartialFailure(id, defined(error.state), named(error.cause, opened.resource));
+      const state = harmless(defined(error.state), values);
+      throw new PartialFailure(id, state, named(error.cause, opened.resource));
     }
   };
 
@@ -117,7 +118,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       if (!unknown.has("host"))
         problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host)));
       // Pulumi takes the inputs for the outputs of a preview: what can be known of them already is put there.
-      return { inputs: { ...inputs, ...type.predict(inputs) }, problems };
+      return { inputs: { ...inputs, ...type.predict(inputs, unknown) }, problems };
     },
 
     async diff(oldValues, wanted, unknown) {
@@ -147,13 +148,13 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     async create(values) {
       const wanted = parse(values, type.inputs);
       const state = await attempt(wanted, (opened) => converge(type, opened, wanted, undefined));
-      return { id: type.id(wanted, hostName(wanted.host)), state: defined(state) };
+      return { id: type.id(wanted, hostName(wanted.host)), state: harmless(defined(state), wanted) };
     },
 
     async read(values) {
       const state = parse(values, stateShape);
       const seen = await attempt(state, (opened) => refresh(type, opened, state));
-      return seen === undefined ? undefined : defined(seen);
+      return seen === undefined ? undefined : harmless(defined(seen), state);
     },
 
     async update(oldValues, values) {
@@ -164,7 +165,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
         // What was seen stays; what was declared and no longer is does not.
         return defined({ ...picked(state, type.outputs.shape), ...wanted });
       }
-      return defined(await attempt(wanted, (opened) => converge(type, opened, wanted, state)));
+      const now = await attempt(wanted, (opened) => converge(type, opened, wanted, state));
+      return harmless(defined(now), wanted);
     },
 
     async remove(values) {
@@ -206,6 +208,25 @@ function defined(values: object): Record<string, unknown> {
     Object.entries(values)
       .filter(([, value]) => value !== undefined)
       .map(([key, value]) => [key, isPlainObject(value) ? defined(value) : value]),
+  );
+}
+
+/** The state with what a host told made harmless for the terminal that Pulumi shows it on. `declared`: whose values stay as they are. */
+function harmless(state: Values, declared: object): Record<string, unknown> {
+  return Object.fromEntries(
+    Object.entries(state).map(([key, value]) => [
+      key,
+      isDeepStrictEqual(value, Reflect.get(declared, key)) ? value : printableIn(value),
+    ]),
+  );
+}
+
+function printableIn(value: unknown): unknown {
+  if (typeof value === "string") return printable(value);
+  if (Array.isArray(value)) return value.map(printableIn);
+  if (!isPlainObject(value)) return value;
+  return Object.fromEntries(
+    Object.entries(value).map(([key, inner]) => [printable(key), printableIn(inner)]),
   );
 }
 

@@ -35,7 +35,9 @@ const connectionShape = {
     .string()
     .min(1)
     .optional()
-    .describe("File of the private key on the machine that runs Pulumi; only the path is kept in the state."),
+    .describe(
+      "File of the private key on the machine that runs Pulumi; only the path is kept in the state. Its certificate is taken from `<path>-cert.pub`.",
+    ),
   passphrase: z.string().min(1).optional().describe(`Passphrase of an encrypted private key. ${secretNote}`),
   password: z.string().min(1).optional().describe(`Password to log in with. ${secretNote}`),
   agent: z
@@ -52,7 +54,12 @@ const connectionShape = {
     .union([z.string().min(1), z.array(z.string().min(1)).min(1)])
     .optional()
     .describe("known_hosts files to consult instead of the user's and the system's."),
-  sudo: z.boolean().optional().describe("Run commands by `sudo -n`. Default: true unless the user is root."),
+  sudo: z
+    .boolean()
+    .optional()
+    .describe(
+      "Run commands by `sudo -n`; `npx lvm-nbd sudoers` lists which. Default: true unless the user is root.",
+    ),
 } as const;
 
 const jump = z.union([z.string().min(1), z.strictObject(connectionShape)]);

@@ -9,16 +9,17 @@ export const tagPrefix = "lvm-nbd.";
 
 /** What an owner mark begins with; `ownerInTag` follows. */
 export const ownerTag = `${tagPrefix}owner=`;
-const generationTag = `${tagPrefix}generation=`;
+/** What a generation mark begins with. */
+export const generationTag = `${tagPrefix}generation=`;
 
 /** `organisation/project/stack/resource` of a resource. */
 export function ownerOf(organization: string, project: string, stack: string, name: string): string {
   return [organization, project, stack, name].join("/");
 }
 
-/** The owner mark, an LVM tag. */
+/** The owner mark, an LVM tag. A mark as it was seen stays what it is: from a shortened one no owner can be read. */
 export function ownerMark(owner: string): string {
-  return ownerTag + ownerInTag(owner);
+  return owner.startsWith(ownerTag) ? owner : ownerTag + ownerInTag(owner);
 }
 
 /** An owner as part of a tag. Characters a tag may not hold are written `#XX` (UTF-8 bytes in hex). */
@@ -39,6 +40,11 @@ export function ownerInTag(owner: string): string {
  * plain volume with this mark is one that was cut off there, any other is somebody's own.
  */
 export const makingMark = `${tagPrefix}making`;
+
+/** Marks whatever the backups of a stack make, to whatever host; of one length for whatever names. */
+export function backupsMark(organization: string, project: string, stack: string): string {
+  return `${tagPrefix}backups=${digest(ownerOf(organization, project, stack, ""), 32)}`;
+}
 
 /** The owner mark among a volume's tags; `undefined` for something without any mark. */
 export function markAmong(tags: readonly string[]): string | undefined {

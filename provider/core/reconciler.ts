@@ -93,7 +93,7 @@ async function convergeFrom(
   if (before !== undefined) refuseForeign(type, context, before, wanted, old);
   const told =
     before === undefined
-      ? await type.create(context, wanted)
+      ? await type.create(context, wanted, old)
       : await type.converge(context, wanted, before, old);
   const after = await type.observe(context, wanted);
   if (after === undefined || after.halfMade) {
@@ -171,7 +171,7 @@ export async function remove(type: AnyResourceType, context: Context, state: Com
 
 async function removeOnce(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
   const seen = await type.observe(context, state);
-  if (seen === undefined) return;
+  if (seen === undefined || seen.removed) return;
   if (!isOurs(type, seen, state, state)) {
     context.warn(`what now bears its name is not what was made here ${ownerPhrase(seen)}; it is left alone`);
     return;
@@ -182,7 +182,13 @@ async function removeOnce(type: AnyResourceType, context: Context, state: Common
   }
   await type.remove(context, state, seen);
   const left = await type.observe(context, state);
-  if (left === undefined || !isOurs(type, left, state, state) || type.isSuperseded?.(left, state)) return;
+  if (
+    left === undefined ||
+    left.removed ||
+    !isOurs(type, left, state, state) ||
+    type.isSuperseded?.(left, state)
+  )
+    return;
   throw new LvmNbdError("COMMAND_FAILED", {
     message: "it was removed without an error and is still there",
     host: context.host.name,

@@ -1,5 +1,6 @@
 /** All resource types by name. */
 import { backupImage } from "../resources/backupImage.js";
+import { hostSetup } from "../resources/hostSetup.js";
 import { lvRestore } from "../resources/lvRestore.js";
 import { lvSnapshot } from "../resources/lvSnapshot.js";
 import { mount } from "../resources/mount.js";
@@ -9,6 +10,7 @@ import { volumeCopy } from "../resources/volumeCopy.js";
 import type { AnyResourceType } from "./resource.js";
 
 export const resourceTypes: readonly AnyResourceType[] = [
+  hostSetup,
   lvSnapshot,
   nbdExport,
   nbdAttachment,

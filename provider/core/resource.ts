@@ -20,6 +20,8 @@ export interface CommonObservation {
   readonly mark: string | undefined;
   /** True for what an interrupted create of ours left that is not yet the thing: it counts as not there. */
   readonly halfMade?: boolean;
+  /** True for what only the state tells of any more, and an update can bring back: there is nothing to remove. */
+  readonly removed?: boolean;
   /** What of the resource the mark is on, where it is several things. */
   readonly what?: string | undefined;
   /** False for what `adopt` does not take over. */
@@ -93,7 +95,7 @@ export interface ResourceType<
     unknown: ReadonlySet<string>,
   ): Problem[];
   /** Outputs that follow from the inputs alone, so that a preview knows them; `{}` while those are not known. */
-  predict(inputs: Partial<Inputs>): Readonly<Record<string, unknown>>;
+  predict(inputs: Partial<Inputs>, unknown: ReadonlySet<string>): Readonly<Record<string, unknown>>;
   /** Enough to find the thing again: `HOST/...`. */
   id(inputs: Inputs, hostName: string): string;
   /** Looks, changes nothing. `undefined` means positively absent; what cannot be told is an error. */
@@ -110,8 +112,11 @@ export interface ResourceType<
   collides(state: State, wanted: Partial<Inputs>): boolean;
   /** Refuses, by looking only, what `create` would refuse: asked before an old thing is removed for a new one. */
   suitable?(context: Context, wanted: Inputs): Promise<void>;
-  /** Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. */
-  create(context: Context, wanted: Inputs): Promise<Told<State>>;
+  /**
+   * Makes the absent thing. After an error it must leave nothing half made that a second call would trip over. `old`: the state of an
+   * update that found it gone.
+   */
+  create(context: Context, wanted: Inputs, old?: State): Promise<Told<State>>;
   /** For a refresh, what `observe` is too quick to see. Looks only. */
   inspect?(context: Context, state: State, observed: Observed): Promise<Observed>;
   /**

@@ -5,7 +5,8 @@
 import { randomBytes } from "node:crypto";
 import { digest, ownerInTag, ownerOfMark, tagPrefix } from "./owner.js";
 
-const restoreTag = `${tagPrefix}restore=`;
+/** What a mark of a restore begins with. */
+export const restoreTag = `${tagPrefix}restore=`;
 
 /**
  * `begun`: before LVM was told to merge, or before the first byte of an image was written; `merging`: after that, and for a
@@ -64,7 +65,7 @@ export function restoreTagParts(told: Pick<RestoreMark, "generation" | "life" | 
 /** The tag of a mark. */
 export function restoreTagOf(told: Omit<RestoreMark, "tag">): string {
   const { head, tail } = restoreTagParts(told);
-  const number = told.stage === "begun" ? told.thinId : told.seconds;
+  const number = told.stage === "begun" ? told.thinId : told.stage === "restored" ? told.seconds : 0;
   return `${head}${stages[told.stage]}${told.startedAt}+${number}:${tail}`;
 }
 
@@ -95,6 +96,19 @@ export function isRestoreOf(mark: RestoreMark, owner: string): boolean {
 /** SHA-256 of the image that was restored; `undefined` for a snapshot. */
 export function imageOfRestore({ source }: Pick<RestoreMark, "source">): string | undefined {
   return /^[0-9a-f]{64}$/.test(source) ? source : undefined;
+}
+
+/** The mark of a restore from an image that writes the volume, or has left it half-written, whoever's it is. */
+export function writingAmong(tags: readonly string[]): RestoreMark | undefined {
+  return restoreMarksAmong(tags).find(({ stage }) => stage === "writing");
+}
+
+/** The mark of a restore from an image that may have been writing the volume at that time (seconds since 1970). */
+export function restoreDuring(tags: readonly string[], at: number): RestoreMark | undefined {
+  return restoreMarksAmong(tags).find((mark) => {
+    if (imageOfRestore(mark) === undefined || at < mark.startedAt) return false;
+    return mark.stage === "writing" || (mark.stage === "restored" && at <= mark.startedAt + mark.seconds);
+  });
 }
 
 /** The owner a mark names, for people. */

@@ -5,6 +5,7 @@
 import { ownerMark } from "../core/owner.js";
 import { attachCommand, nbdUri } from "./nbd.js";
 import { execLine, literal, ownSection, renderUnit } from "./systemd.js";
+import { certificatesFolder, type TlsRecord } from "./tls.js";
 import { unitName } from "./unitName.js";
 
 /** All that the unit is made from; it is kept in the unit itself, so that it can be read back. */
@@ -19,6 +20,12 @@ export interface AttachPlan {
   readonly connections: number;
   readonly timeoutSeconds: number;
   readonly blockSize: number;
+  readonly tls?: TlsRecord | undefined;
+}
+
+/** Where the certificates lie; `undefined` without TLS. */
+export function attachCertificates(plan: Pick<AttachPlan, "name" | "tls">): string | undefined {
+  return plan.tls && certificatesFolder(attachUnitName(plan.name), plan.tls);
 }
 
 export function attachUnitName(name: string): string {
@@ -43,10 +50,11 @@ grep -qs " $(cat $d) " /proc/[0-9]*/mountinfo && { echo "$0 is still mounted"; e
 
 /**
  * systemd waits for this even when the client has ended already: then it ends at once, and the next try is soon. The
- * kernel reads the partition table at the first opening: what is mounted after this unit finds its partition there.
+ * kernel reads the partition table at the first opening: what is mounted after this unit finds its partition there. udev has it read
+ * once more for each client that closed the disk before, and partitions are not there meanwhile: it comes to its end first.
  */
 const link = `k=\${0##*/}; i=0; while [ "$(cat /sys/block/$k/size 2>/dev/null || echo 0)" = 0 ]; do
-i=$((i+1)); [ $i -lt 300 ] && [ -e /proc/$2/status ] || exit 1; sleep 0.1; done; : <"$0"
+i=$((i+1)); [ $i -lt 300 ] && [ -e /proc/$2/status ] || exit 1; sleep 0.1; done; udevadm settle -t 3; : <"$0"
 mkdir -p /dev/lvm-nbd && ln -sfn "$0" "$1"`
   .replaceAll("do\n", "do ")
   .replaceAll("\n", "; ");
@@ -67,7 +75,10 @@ export function renderAttachUnit(plan: AttachPlan): string {
   const path = attachPath(plan.name);
   return renderUnit({
     Unit: [
-      ["Description", literal(`lvm-nbd: ${nbdUri(plan)} attached as ${path}`)],
+      [
+        "Description",
+        literal(`lvm-nbd: ${nbdUri({ ...plan, tls: plan.tls !== undefined })} attached as ${path}`),
+      ],
       ["After", "network-online.target"],
       // Network file systems on it are mounted after and unmounted before.
       ["Before", "remote-fs-pre.target"],
@@ -77,7 +88,13 @@ export function renderAttachUnit(plan: AttachPlan): string {
     Service: [
       ["Type", "exec"],
       ["ExecStartPre", execLine(["/bin/sh", "-c", free, plan.device])],
-      ["ExecStart", execLine([...attachCommand(plan), "-nofork", "-nonetlink"])],
+      [
+        "ExecStart",
+        execLine([
+          ...attachCommand({ ...plan, certificates: attachCertificates(plan) }),
+          ...["-nofork", "-nonetlink"],
+        ]),
+      ],
       ["ExecStartPost", `${execLine(["/bin/sh", "-c", link, plan.device, path])} $MAINPID`],
       ["ExecStop", `${execLine(["/bin/sh", "-c", cut, plan.device])} $MAINPID`],
       ["ExecStopPost", execLine(["/bin/rm", "-f", path])],
@@ -94,6 +111,12 @@ export function renderAttachUnit(plan: AttachPlan): string {
     [ownSection]: [
       ["Mark", ownerMark(plan.owner)],
       ["Device", plan.device],
+      ...(plan.tls === undefined
+        ? []
+        : ([
+            ["Certificates", attachCertificates(plan) ?? ""],
+            ["CertificatesDigest", plan.tls.digest],
+          ] as const)),
       ["Plan", JSON.stringify(plan)],
     ],
   });

@@ -2,6 +2,7 @@
  * What lies on a device, by low-level probing: blkid(8) with `-p`, which asks no cache, and partx(8), which reads the
  * partition table without telling the kernel of it.
  */
+import { printable } from "../core/errors.js";
 import { bytesPhrase } from "./copyJob.js";
 
 /** What `blkid -p -o udev` found. All is missing where it recognises nothing. */
@@ -30,14 +31,14 @@ export interface Partition {
 /** Exit codes of `blkid -p`: found, nothing recognised, ambivalent. Others tell nothing. */
 const answers = ["0", "2", "8"];
 
-/** Reads the output of `blkid -p -o udev`. Throws where it failed. */
+/** Reads the output of `blkid -p -o udev`. Throws where it failed. A label is the guest's own: made harmless for terminals. */
 export function parseContent(stdout: string, exitCode: string): Content {
   if (!answers.includes(exitCode))
     throw new Error(`blkid ended with exit code ${exitCode}: ${stdout.slice(0, 200)}`);
   const found = new Map<string, string>();
   for (const line of stdout.split("\n")) {
     const match = /^(ID_[A-Z_]+)=(.*)$/.exec(line);
-    if (match?.[1] !== undefined) found.set(match[1], decoded(match[2] ?? ""));
+    if (match?.[1] !== undefined) found.set(match[1], printable(decoded(match[2] ?? "")));
   }
   return {
     type: found.get("ID_FS_TYPE"),

@@ -7,6 +7,8 @@
  */
 import { createHash } from "node:crypto";
 import { z } from "zod";
+import { imageGuardFunctions } from "./imageFile.js";
+import { type ClientTls, jobUri } from "./tls.js";
 
 /** Where the parts of a copy lie. */
 export interface CopyPaths {
@@ -45,6 +47,7 @@ export function copyPaths(file: string): CopyPaths {
 /** What is copied and how. */
 export interface CopyPlan {
   readonly uri: string;
+  readonly tls?: ClientTls | undefined;
   readonly format: "raw" | "qcow2";
   readonly compress: boolean;
   readonly connections: number;
@@ -54,18 +57,19 @@ export interface CopyPlan {
   readonly verify: boolean;
 }
 
-/** The arguments of `copyJob`. */
-export function copyArguments(paths: CopyPaths, plan: CopyPlan): string[] {
+/** The arguments of `copyJob`. `recordDigest`: SHA-256 of the record whose job it is. */
+export function copyArguments(paths: CopyPaths, plan: CopyPlan, recordDigest: string): string[] {
   return [
     paths.part,
     paths.run,
-    plan.uri,
+    jobUri(plan.uri, plan.tls, paths.run),
     plan.format,
     plan.compress ? "yes" : "no",
     String(plan.connections),
     // nbdkit counts bits.
     plan.bandwidthLimit === undefined ? "" : String(plan.bandwidthLimit * 8),
     plan.verify ? "yes" : "no",
+    recordDigest,
   ];
 }
 
@@ -88,11 +92,12 @@ export function parseRate(value: string | number): number {
 }
 
 /** The programs that a plan needs on the destination host. */
-export function copyPrograms(plan: Pick<CopyPlan, "format" | "bandwidthLimit">): string[] {
+export function copyPrograms(plan: Pick<CopyPlan, "format" | "bandwidthLimit" | "tls">): string[] {
+  const viaNbdkit = plan.bandwidthLimit !== undefined || (plan.tls !== undefined && plan.format === "qcow2");
   return [
     ...["nbdcopy", "nbdinfo", "systemd-run", "flock", "findmnt", "sha256sum"],
     ...(plan.format === "qcow2" ? ["qemu-img", "qemu-nbd"] : []),
-    ...(plan.bandwidthLimit === undefined ? [] : ["nbdkit"]),
+    ...(viaNbdkit ? ["nbdkit"] : []),
   ];
 }
 
@@ -111,42 +116,88 @@ sum_of() {
  * Shell functions. `hash_file FORMAT FILE`: SHA-256 of what the image holds, read from the disk and not from the
  * cache where the file system lets one; how far it is goes to fd 3. It fails with 1 if the file cannot be read, with 2
  * if that cannot be told (a program is missing or was killed). `facts FILE`: what changes when somebody writes the
- * file: inode, size in bytes, time of modification. "-" where there is none.
+ * file: inode, size in bytes, time of modification. "-" where there is none. `plain FILE`: it is a regular file and no link. `digest FILE`: SHA-256
+ * of a small one; "other" of anything else, which may be a pipe that never ends; "-" where there is none. For scripts
+ * with `imageGuardFunctions`.
  */
 export const imageFunctions = `${sumOf}
 facts() { if [ -e "$1" ] || [ -L "$1" ]; then stat -c '%i %s %.9Y' "$1" || exit 1; else echo -; fi; }
-digest() { if [ -e "$1" ]; then sha256sum <"$1" | cut -d' ' -f1; else echo -; fi; }
-hash_file() {
-  [ -r "$2" ] || return 2
+plain() { [ -f "$1" ] && [ ! -L "$1" ]; }
+digest() {
+  if plain "$1"; then timeout 10 sha256sum "$1" | sed 's/^\\\\//' | cut -d' ' -f1
+  elif [ -e "$1" ] || [ -L "$1" ]; then echo other; else echo -; fi
+}
+hash_file() (
+  # Looked at and read is one file: another could be put in its place meanwhile.
+  plain "$2" && exec 5<"$2" && [ -f /proc/self/fd/5 ] || exit 2
+  set -- "$1" /proc/self/fd/5
+  # qemu would open the files that it names, even to write to them.
+  [ "$1" != qcow2 ] || alone "$2" || exit
   if dd if="$2" of=/dev/null iflag=direct bs=4096 count=1 status=none 2>/dev/null; then direct="direct," cache=none
-  else direct='' cache=writeback; sync "$2"; dd of="$2" oflag=nocache conv=notrunc,fdatasync count=0 status=none; fi
+  else direct='' cache=writeback; sync "$2"; dd of="$2" oflag=nocache conv=notrunc,nocreat,fdatasync count=0 status=none; fi
   if [ "$1" = qcow2 ]; then
-    command -v nbdcopy >/dev/null && command -v qemu-nbd >/dev/null || return 2
+    command -v nbdcopy >/dev/null && command -v qemu-nbd >/dev/null || exit 2
     read_back=$({ { nbdcopy --progress=3 -- [ qemu-nbd -r -f qcow2 --cache="$cache" "$2" ] -; echo "rc $?" >&4; } | sha256sum; } 4>&1)
   else
     read_back=$({ { dd if="$2" bs=4M iflag="$direct"fullblock status=progress 2>&3; echo "rc $?" >&4; } | sha256sum; } 4>&1)
   fi
-  sum_of "$read_back" && return 0
+  sum_of "$read_back" && exit 0
   # No code, or one of a signal: it was not the file that failed. Of qcow2 programs between may have.
-  [ "$1" != qcow2 ] || return 2
-  case $read_back in *"rc 1"[0-9][0-9]*) return 2;; *"rc "*) return 1;; *) return 2;; esac
+  [ "$1" != qcow2 ] || exit 2
+  case $read_back in *"rc 1"[0-9][0-9]*) exit 2;; *"rc "*) exit 1;; *) exit 2;; esac
+)
+`;
+
+/**
+ * Shell functions, and those of `imageGuardFunctions`. `endangered FOLDER`: what `exposed` tells of it, unless that is on a network file system, where owners and modes say
+ * little of who can change what. What is above that is root's alone, so that nobody else can turn the folder to such a one. `open_to_all
+ * FOLDER`: its owner and mode, where its mount gives every folder a mode that lets others than root write.
+ */
+export const folderGuardFunctions = `${imageGuardFunctions}
+endangered() {
+  endangered_by=$(exposed "$1")
+  [ -n "$endangered_by" ] || return 0
+  case $(stat -f -c %T "\${endangered_by% (*}" 2>/dev/null) in
+  nfs*|cifs|smb*|*0xfe534d42*|fuse|fuseblk|v9fs|9p|ceph|gluster*|afs|coda|lustre|gpfs|panfs|vboxsf|vmhgfs|prl_fs) ;;
+  *) printf '%s' "$endangered_by";;
+  esac
+}
+open_to_all() {
+  case $(stat -f -c %T "$1" 2>/dev/null) in
+  fuseblk|vboxsf|vmhgfs|prl_fs) ;;
+  cifs|smb*|*0xfe534d42*) case ,$(findmnt -n -o OPTIONS -T "$1"), in *,cifsacl,*|*,modefromsid,*) return 0;; *,dir_mode=*) ;; *) return 0;; esac;;
+  *) return 0;;
+  esac
+  case $(stat -c %A "$1") in ?????-??-?) ;; *) printf '%s' "$1 ($(stat -c '%U, %A' "$1"))";; esac
+}
+`;
+
+/**
+ * Shell function. `own_folder FILE`: whether the folder we are in is of whoever made that file in it, and nobody else can change it;
+ * if not, the file goes. Not "root's": on a network file system what root makes may be somebody's.
+ */
+export const ownFolderFunction = `
+own_folder() {
+  case $(stat -c '%u %A' .) in "$(stat -c %u "$1") "?????-??-?) ;; *) rm -f "$1"; return 1;; esac
 }
 `;
 
 /**
  * Shell functions of a job, beside `sumOf`; its `uri`, `bits`, `connections`, `verify` and `run` are set, `undo` drops what it
- * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND`: runs that with the source's uri in
- * `source`. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
+ * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND [plain]`: runs that with the source's uri in
+ * `source`, for a program that knows no TLS a "plain" one. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
  * then `require_same SUM`: so it is read a second time, and must have this checksum.
  */
 export const jobFunctions = `
 phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
 fail() { undo; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
 with_source() {
-  if [ -z "$bits" ]; then source=$uri; export source; sh -c "$1"
-  else source=; command=$1; export command
-    nbdkit -U - -r --exit-with-parent --filter=rate nbd uri="$uri" rate="$bits" --run 'source=$uri; export source; sh -c "$command"'
-  fi
+  command=$1; export command
+  case $uri in nbds:*) secured="tls-certificates=\${uri#*\\?tls-certificates=}";; *) secured=;; esac
+  if [ -z "$bits" ] && { [ -z "$secured" ] || [ "\${2-}" != plain ]; }; then source=$uri; export source; sh -c "$command"; return; fi
+  source=
+  nbdkit -U - -r --exit-with-parent \${bits:+--filter=rate} nbd uri="\${uri%%\\?*}" $secured \${bits:+rate="$bits"} \\
+    --run 'source=$uri; export source; sh -c "$command"'
 }
 read_source() {
   with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &
@@ -162,15 +213,20 @@ require_same() {
 `;
 
 /**
- * Copies, flushes, reads both ends. It ends with `result` in the folder, or with `failure` below /run and no image:
+ * Copies, flushes, reads the copy back, and the source where that is to be verified. It ends with `result` in the folder, or with `failure` below /run and no image:
  * what a full disk needs most is room.
  */
-export const copyJob = `${imageFunctions}${jobFunctions}
-undo() { rm -f image; }
-cd "$1" || exit 1
-run=$2 uri=$3 format=$4 compress=$5 connections=$6 bits=$7 verify=$8
+export const copyJob = `${imageFunctions}${jobFunctions}${folderGuardFunctions}${ownFolderFunction}
+undo() { :; }
+run=$2 uri=$3 format=$4 compress=$5 connections=$6 bits=$7 verify=$8 record=$9
 umask 077
 export LC_ALL=C uri connections run
+above=\${1%/*}; above=$(endangered "\${above:-/}")
+[ -z "$above" ] || fail "others than root can change $above, and so what is copied to $1"
+# On a network file system who can write there may have put another one in its place, or a link.
+cd -P "$1" && [ "$(digest record.json)" = "$record" ] && rm -f result.new && (set -C; : >result.new) && own_folder result.new ||
+  fail "the folder of the unfinished copy, $1 ($(stat -c '%U, %A' .)), is not the one that was made for it, or others can change it"
+undo() { rm -f image; }
 began=$(date +%s)
 size=$(nbdinfo --size "$uri") || fail "the source does not answer"
 printf '%s\\n' "$size" >"$run/size"
@@ -178,9 +234,9 @@ phase copy
 if [ "$format" = raw ]; then
   with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" image 3>"$run/progress"'
 elif [ "$compress" = yes ]; then
-  with_source 'qemu-img convert -p -c -f raw -O qcow2 "$source" image >"$run/progress"'
+  with_source 'qemu-img convert -p -c -f raw -O qcow2 "$source" image >"$run/progress"' plain
 else
-  with_source 'qemu-img convert -p -f raw -O qcow2 "$source" image >"$run/progress"'
+  with_source 'qemu-img convert -p -f raw -O qcow2 "$source" image >"$run/progress"' plain
 fi || fail "the copy broke off"
 sync image || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
@@ -213,7 +269,10 @@ export type CopyResult = z.infer<typeof copyResult>;
 
 /** How far a job is. */
 export interface CopyProgress {
-  readonly phase: "start" | "check" | "copy" | "verify";
+  /** `wait`: until others have left it room. */
+  readonly phase: "start" | "check" | "wait" | "copy" | "verify";
+  /** Whether the source is read a second time. */
+  readonly readsSource: boolean;
   /** From 0 to 1, of this phase. */
   readonly done: number;
   /** Seconds since 1970 at which the phase began. */
@@ -226,14 +285,15 @@ export function parseProgress(fields: ReadonlyMap<string, string>): CopyProgress
   const [phase, since] = (fields.get("phase") ?? "").trim().split(" ");
   const sizeBytes = Number(fields.get("size") ?? "") || undefined;
   const served = lastShare(fields.get("progress") ?? "");
-  if (phase === "check" || phase === "copy")
-    return { phase, done: served ?? 0, since: Number(since), sizeBytes };
-  if (phase !== "verify") return { phase: "start", done: 0, since: 0, sizeBytes };
+  const readsSource = phase === "verify" && fields.has("progress");
+  const common = { readsSource, since: Number(since), sizeBytes };
+  if (phase === "check" || phase === "copy") return { phase, done: served ?? 0, ...common };
+  if (phase !== "verify") return { ...common, phase: phase === "wait" ? phase : "start", done: 0, since: 0 };
   // Both ends are read at once: the slower one counts. A source that is not read again says nothing.
   const read = fields.get("read") ?? "";
   const bytes = Number([...read.matchAll(/(\d+) bytes?\b/g)].at(-1)?.[1] ?? 0);
   const held = lastShare(read) ?? (sizeBytes === undefined ? 0 : bytes / sizeBytes);
-  return { phase, done: Math.min(held, served ?? held, 1), since: Number(since), sizeBytes };
+  return { phase, done: Math.min(held, served ?? held, 1), ...common };
 }
 
 /** The last `N/100`, as nbdcopy and qemu-img write it. */
@@ -260,11 +320,15 @@ export function secondsPhrase(seconds: number): string {
 }
 
 /** The progress as a person reads it. `now`: seconds since 1970, by the destination's clock. */
-export function progressPhrase({ phase, done, since, sizeBytes }: CopyProgress, now: number): string {
+export function progressPhrase(progress: CopyProgress, now: number): string {
+  const { phase, readsSource, done, since, sizeBytes } = progress;
+  if (phase === "wait")
+    return "waiting for room in the thin pool, which other restores into it may still take";
   if (phase === "start" || sizeBytes === undefined) return "starting the copy";
   const spent = Math.max(1, now - since);
   const bytes = Math.floor(done * sizeBytes);
-  const what = { check: "checking the source", copy: "copying", verify: "reading both ends back" }[phase];
+  const verifying = readsSource ? "reading both ends back" : "reading the copy back";
+  const what = { check: "checking the source", copy: "copying", verify: verifying }[phase];
   const rate = `${what}: ${Math.floor(done * 100)} % of ${bytesPhrase(sizeBytes)}, ${bytesPhrase(bytes / spent)}/s`;
   return done <= 0 ? rate : `${rate}, ${secondsPhrase((spent * (1 - done)) / done)} left`;
 }

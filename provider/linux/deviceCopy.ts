@@ -5,9 +5,11 @@
  * A device holds nothing but the content, so whose copy it is and what the job found lies below `/run`: a job that a reboot
  * ended is begun anew.
  */
+import { hostScript } from "../core/hostCommands.js";
 import { copyName, jobFunctions, sumOf } from "./copyJob.js";
 import { startJobFunction, stopJobFunction } from "./copyScripts.js";
 import { emitFunctions } from "./fields.js";
+import { type ClientTls, jobUri } from "./tls.js";
 import { changedMeanwhile, unitFunctions } from "./unitScript.js";
 
 /** Exit code: somebody has the volume open. */
@@ -29,6 +31,7 @@ export function deviceJob(path: string): DeviceJob {
 /** What is copied onto a device and how. */
 export interface DeviceCopyPlan {
   readonly uri: string;
+  readonly tls?: ClientTls | undefined;
   readonly connections: number;
   /** Bytes a second. */
   readonly bandwidthLimit: number | undefined;
@@ -45,7 +48,7 @@ export function deviceCopyArguments({ run }: DeviceJob, device: string, plan: De
   return [
     run,
     device,
-    plan.uri,
+    jobUri(plan.uri, plan.tls, run),
     String(plan.connections),
     // nbdkit counts bits.
     plan.bandwidthLimit === undefined ? "" : String(plan.bandwidthLimit * 8),
@@ -81,8 +84,8 @@ hash_device() {
 `;
 
 /**
- * Checks the source if its checksum is known, copies, flushes, reads both ends. What its user does right before the first byte
- * is written and after the last one was read is `before_write` and `at_end`, which may `fail`. nbdcopy writes the source's zeros too (by BLKZEROOUT where the device can): a volume
+ * Checks the source if its checksum is known, copies, flushes, reads the copy back, and the source where that is to be
+ * verified. What its user does right before the first byte is written and after the last one was read is `before_write` and `at_end`, which may `fail`. nbdcopy writes the source's zeros too (by BLKZEROOUT where the device can): a volume
  * holds what was there before it, so nothing is known to be zero. It ends with `result` or `failure` below /run.
  */
 export const deviceCopySteps = `${sumOf}${jobFunctions}${hashDevice}
@@ -155,7 +158,10 @@ volume_is() {
  * Starts the job (stdin). Arguments: unit, folder, volume group, name and UUID of the volume, the record, a description of the
  * unit, after how many seconds it is ended, the job's length in bytes.
  */
-export const startDeviceCopyScript = `${unitFunctions}${stopJobFunction}${startJobFunction}${volumeIsFunction}
+export const startDeviceCopyScript = hostScript(
+  "start-volume-copy",
+  "change",
+  `${unitFunctions}${stopJobFunction}${startJobFunction}${volumeIsFunction}
 unit=$1 run=$2 group=$3 name=$4 uuid=$5 record=$6 description=$7 runtime=$8 bytes=$9
 lock
 stop_job "$unit" || exit 1
@@ -163,20 +169,31 @@ volume_is "$group" "$name" "$uuid"
 umask 077
 rm -rf "$run" && mkdir "$run" && receive "$run/job" "$bytes" && printf %s "$record" >"$run/record.json" || { rm -rf "$run"; exit 1; }
 start_job "$unit" "$description" "$runtime" || { stop_job "$unit" && rm -rf "$run"; exit 1; }
-`;
+`,
+);
 
 /** Looks at the job. Arguments: unit, folder. */
-export const observeDeviceCopyScript = `${emitFunctions}
+export const observeDeviceCopyScript = hostScript(
+  "observe-volume-copy",
+  "observe",
+  `${emitFunctions}
 unit=$1 run=$2
 emit active "$(systemctl show -p ActiveState --value "$unit")"
 emit recordDigest "$(if [ -e "$run/record.json" ]; then sha256sum <"$run/record.json" | cut -d' ' -f1; fi)"
 if [ -e "$run/record.json" ]; then emit_file record "$run/record.json"; fi
 if [ -e "$run/result" ]; then emit_file result "$run/result"; fi
 emit end ""
-`;
+`,
+  ["unit", "run"],
+);
 
 /** Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. */
-export const checkDeviceScript = `${sumOf}${hashDevice}
+export const checkDeviceScript = hostScript(
+  "check-volume",
+  "observe",
+  `${sumOf}${hashDevice}
 hash_device "$1" "$2" 3>/dev/null && exit 0
 case $? in 1) exit 70;; *) exit 71;; esac
-`;
+`,
+  ["path", "number"],
+);

@@ -2,6 +2,7 @@
 import { ownerMark } from "../core/owner.js";
 import { isAnyAddress, isLoopback } from "./addresses.js";
 import { folderOf } from "./copyJob.js";
+import { imageGuard } from "./imageFile.js";
 import {
   type NbdServer,
   nbdServerConfig,
@@ -9,6 +10,7 @@ import {
   type Served,
   type ServeOptions,
   serverCommand,
+  uriWithCertificates,
 } from "./nbd.js";
 import {
   type Directive,
@@ -21,6 +23,7 @@ import {
   quotedPath,
   renderUnit,
 } from "./systemd.js";
+import { certificatesFolder, type TlsRecord } from "./tls.js";
 import { unitName } from "./unitName.js";
 
 /** All that the unit is made from; it is kept in the unit itself, so that it can be read back. */
@@ -34,6 +37,8 @@ interface ExportTerms extends FoundOnHost {
   readonly readOnly: boolean;
   readonly clients: readonly string[];
   readonly server: NbdServer;
+  /** Without it everybody on the way reads along. */
+  readonly tls?: TlsRecord | undefined;
 }
 
 /** What the host itself tells. */
@@ -44,12 +49,28 @@ export interface FoundOnHost {
   readonly realPath?: string | undefined;
   /** Where the file system of `file` is mounted, if it is not that of `/`. */
   readonly mountPoint?: string | undefined;
+  /**
+   * Which file `file` was when it was examined: inode and time of birth (seconds since 1970, 0 where the file system knows
+   * none). Not the device's number, which is another one after a boot.
+   */
+  readonly fileId?: string | undefined;
 }
 
-/** As the server is to see it. */
+/** As the server is to see it. systemd hands it the certificates: it runs as a user that cannot read root's files. */
 function serveOptions(plan: ExportPlan): ServeOptions {
-  return "file" in plan ? { ...plan, file: plan.realPath ?? plan.file } : plan;
+  const found = "file" in plan ? { ...plan, file: plan.realPath ?? plan.file } : plan;
+  return plan.tls === undefined
+    ? found
+    : { ...found, certificates: `/run/credentials/${exportUnitName(plan.exportName)}` };
 }
+
+/** Where the certificates lie; `undefined` without TLS. */
+export function exportCertificates(plan: Pick<ExportPlan, "exportName" | "tls">): string | undefined {
+  return plan.tls && certificatesFolder(exportUnitName(plan.exportName), plan.tls);
+}
+
+/** What a server reads of its certificates. */
+const serverCredentials = ["ca-cert.pem", "server-cert.pem", "server-key.pem"];
 
 export function exportUnitName(exportName: string): string {
   return unitName("export", exportName);
@@ -64,11 +85,22 @@ export function exportConfig(plan: ExportPlan): string | undefined {
   return plan.server === "nbd-server" ? nbdServerConfig(serveOptions(plan)) : undefined;
 }
 
-/** Where the host itself reaches the export to look at it. */
-export function probeUri(plan: Pick<ExportPlan, "listenAddress" | "port" | "exportName">): string {
-  const any = isAnyAddress(plan.listenAddress);
-  const server = any ? (plan.listenAddress.includes(":") ? "::1" : "127.0.0.1") : plan.listenAddress;
-  return nbdUri({ server, port: plan.port, exportName: plan.exportName });
+/** The address under which the host itself reaches the export to look at it. */
+export function probeAddress(listenAddress: string): string {
+  if (!isAnyAddress(listenAddress)) return listenAddress;
+  return listenAddress.includes(":") ? "::1" : "127.0.0.1";
+}
+
+type Probed = Pick<ExportPlan, "listenAddress" | "port" | "exportName" | "tls">;
+
+/** The URI with that. */
+export function probeUri({ listenAddress, port, exportName, tls }: Probed): string {
+  return nbdUri({ server: probeAddress(listenAddress), port, exportName, tls: tls !== undefined });
+}
+
+/** By which programs ask the export there. */
+export function askedUri(plan: Probed): string {
+  return uriWithCertificates(probeUri(plan), exportCertificates(plan));
 }
 
 /**
@@ -123,6 +155,9 @@ function deviceSubject({
 const programPaths =
   "/usr -/bin -/sbin -/lib -/lib32 -/lib64 -/etc/ld.so.cache -/run/systemd/journal/dev-log";
 
+/** Where distributions say which ciphers are allowed: GnuTLS of Fedora's and its like does not go without. */
+const tlsPaths = "-/etc/crypto-policies -/etc/gnutls";
+
 /**
  * The image stays root's alone, so the server runs as root: without any capability, and in a file system in which there is
  * nothing else of the host but programs. A root without capabilities owns, and reads, whatever is root's.
@@ -137,6 +172,12 @@ function imageSubject(plan: ExportTerms & { readonly file: string; readonly form
     needs: [["RequiresMountsFor", quotedPath(folderOf(path))], ...(unit ? [["BindsTo", unit] as const] : [])],
     unit,
     rights: [
+      // There it is root in name only, of root's files alone. A low port cannot be bound from there.
+      ...(plan.port < 1024 ? [] : [["PrivateUsers", "yes"] as const]),
+      // Before the server, outside of its root, with the rights to look everywhere. Whoever could change a folder on the way could
+      // have put a link to any file of root's in the image's place.
+      ["ExecStartPre", `+${execLine(["/bin/sh", "-c", imageGuard, path, plan.format])}`],
+      ["RootDirectoryStartOnly", "yes"],
       ["PrivateDevices", "yes"],
       ["DevicePolicy", "closed"],
       // An empty folder, in which only what is bound appears.
@@ -144,6 +185,7 @@ function imageSubject(plan: ExportTerms & { readonly file: string; readonly form
       ["RuntimeDirectory", "%N"],
       ["MountAPIVFS", "yes"],
       ["BindReadOnlyPaths", programPaths],
+      ...(plan.tls === undefined ? [] : [["BindReadOnlyPaths", tlsPaths] as const]),
       ["BindReadOnlyPaths", quotedPath(path)],
       ...(nbdServer ? [["BindReadOnlyPaths", quotedPath(exportConfigPath(plan.exportName))] as const] : []),
     ],
@@ -180,6 +222,7 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["TimeoutStopSec", "10"],
       ["IPAddressDeny", "any"],
       ["IPAddressAllow", allowedAddresses(plan).join(" ")],
+      ...credentials(plan),
       ...subject.rights,
       ["CapabilityBoundingSet", low],
       ["AmbientCapabilities", low],
@@ -214,10 +257,22 @@ export function renderExportUnit(plan: ExportPlan): string {
     [ownSection]: [
       ["Mark", ownerMark(plan.owner)],
       ...subject.own,
-      ["ProbeUri", probeUri(plan)],
+      ["ProbeUri", askedUri(plan)],
+      ...(plan.tls === undefined
+        ? []
+        : ([
+            ["Certificates", exportCertificates(plan) ?? ""],
+            ["CertificatesDigest", plan.tls.digest],
+          ] as const)),
       ["Plan", JSON.stringify(plan)],
     ],
   });
+}
+
+function credentials(plan: ExportPlan): Directive[] {
+  const folder = exportCertificates(plan);
+  if (folder === undefined) return [];
+  return serverCredentials.map((name) => ["LoadCredential", literal(`${name}:${folder}/${name}`)]);
 }
 
 function start(plan: ExportPlan): Directive[] {

@@ -3,10 +3,13 @@
  * hostile, can be taken for another field.
  */
 
+/** Exit code of a script whose file went away while it was read. */
+export const vanished = 74;
+
 /** Shell functions for scripts: `emit NAME VALUE`, `emit_file NAME PATH`, `emit_output NAME COMMAND...`. */
 export const emitFunctions = `
 emit() { printf '%s ' "$1"; printf '%s' "$2" | base64 -w0; echo; }
-emit_file() { printf '%s ' "$1"; base64 -w0 <"$2" || exit 74; echo; }
+emit_file() { printf '%s ' "$1"; base64 -w0 <"$2" || exit ${vanished}; echo; }
 emit_output() {
   emit_name=$1; shift
   emit_text=$("$@" 2>&1); emit_rc=$?

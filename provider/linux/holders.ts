@@ -3,6 +3,7 @@
  * or of its partitions, and processes that have it open. Sources: proc(5), sysfs block documentation.
  */
 import { z } from "zod";
+import { hostScript } from "../core/hostCommands.js";
 
 /** Shell functions. `say KIND WHO`: a line on a holder. `say_process PID`: one on a process, unless it is ending. */
 const sayFunctions = `
@@ -29,7 +30,10 @@ active_exports() {
 `;
 
 /** Prints one line a holder, `KIND<TAB>WHO` with WHO in base64. Arguments: the device, and the unit whose processes may. */
-export const holdersScript = `${sayFunctions}
+export const holdersScript = hostScript(
+  "volume-users",
+  "observe",
+  `${sayFunctions}
 device=$(readlink -f "$1") || exit 1
 [ -b "$device" ] || { echo "$1 is not a block device" >&2; exit 1; }
 kernel=\${device##*/}
@@ -73,13 +77,18 @@ for pid in $opened; do
   say_process "$pid"
 done
 exit 0
-`;
+`,
+  ["path"],
+);
 
 /**
  * Prints, as `holdersScript` does, who serves one of the devices over NBD: servers open a device only while a client is
  * connected, so that nobody may hold it just now. Arguments: devices.
  */
-export const serversScript = `${sayFunctions}${activeExportsFunction}
+export const serversScript = hostScript(
+  "volume-servers",
+  "observe",
+  `${sayFunctions}${activeExportsFunction}
 active_exports | while IFS= read -r file; do
   served=$(readlink -f "$(sed -n '/^\\[X-LvmNbd\\]/,$s/^Device=//p' "$file")")
   for device; do
@@ -87,7 +96,9 @@ active_exports | while IFS= read -r file; do
   done
 done
 exit 0
-`;
+`,
+  ["many:path"],
+);
 
 /**
  * Who uses what is mounted at a path, in lines as of `holdersScript`: processes that have a file of it open or mapped, or

@@ -3,6 +3,7 @@
  * Sources: lvs(8), lvcreate(8), lvconvert(8), lvmsystemid(7); states were recorded on real servers.
  */
 import { z } from "zod";
+import { hostProgram } from "../core/hostCommands.js";
 
 const MiB = 1024 * 1024;
 
@@ -37,22 +38,24 @@ const reportFields = [
 ] as const;
 
 /** Reads all logical volumes of a host. Takes LVM's shared lock: it waits while another command changes. */
-export function lvsCommand(): string[] {
-  return [
+export const lvsCommand = hostProgram(
+  "logical-volumes",
+  "observe",
+  [
     "lvs",
-    "-a",
-    "--reportformat",
-    "json",
-    "--units",
-    "b",
-    "--nosuffix",
-    "--binary",
-    "--config",
-    'report{time_format="%s" mark_hidden_devices=0}',
-    "-o",
-    reportFields.join(","),
-  ];
-}
+    ...["-a", "--reportformat", "json", "--units", "b", "--nosuffix", "--binary"],
+    ...["--config", 'report{time_format="%s" mark_hidden_devices=0}'],
+    ...["-o", reportFields.join(",")],
+  ],
+  [],
+);
+
+/** The programs of LVM that change. */
+export const lvcreate = hostProgram("lvcreate", "change", ["lvcreate"]);
+export const lvchange = hostProgram("lvchange", "change", ["lvchange"]);
+const lvremove = hostProgram("lvremove", "change", ["lvremove"]);
+const lvextend = hostProgram("lvextend", "change", ["lvextend"]);
+const lvrename = hostProgram("lvrename", "change", ["lvrename"]);
 
 /** One logical volume as LVM and the kernel have it. Sizes in bytes. */
 export interface LogicalVolume {
@@ -144,6 +147,19 @@ function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
 }
 
 /**
+ * The volumes that may be the one of that UUID, which was in that group: it itself, if it is there. One elsewhere only where nothing
+ * is left of that group, as after vgrename(8): vgimportclone(8) of a copied disk keeps the UUIDs of volumes, and their tags, and
+ * changes but the group's.
+ */
+export function identified(
+  all: readonly LogicalVolume[],
+  { volumeGroup, uuid }: Pick<LogicalVolume, "volumeGroup" | "uuid">,
+): LogicalVolume[] {
+  const group = all.filter((lv) => lv.volumeGroup === volumeGroup);
+  return (group.length > 0 ? group : all).filter((lv) => lv.uuid === uuid);
+}
+
+/**
  * A pool's role is "private" too, but it is a volume people know. A thin volume is told by the target type: with
  * COW snapshots of its own the volume type is "o", while it is merged "S". Source: lv_attr_dup in lvm2's lv.c.
  */
@@ -224,6 +240,15 @@ export function sizeInBytes(size: Size, originSizeBytes: number | undefined): nu
   return originSizeBytes === undefined
     ? undefined
     : Math.floor((originSizeBytes * size.percentOfOrigin) / 100);
+}
+
+/**
+ * Bytes that a COW store needs to hold `bytes` of its origin: a header, and to each area of chunks a table with 16 bytes for each
+ * of them, the table behind the last area too. Source: dm-snap-persistent.c, and `_cow_max_size` of lvm2's snapshot_manip.c.
+ */
+export function storeNeed(bytes: number, chunkSize: number): number {
+  const chunks = Math.ceil(bytes / chunkSize);
+  return (chunks + Math.floor(chunks / (chunkSize / 16)) + 2) * chunkSize;
 }
 
 const reservedInside = [
@@ -315,11 +340,11 @@ export function createSnapshotCommand(plan: SnapshotPlan): string[] {
   const origin = `${plan.volumeGroup}/${plan.origin}`;
   if (plan.size === undefined) {
     // Without -kn a later activation silently does nothing; without -ay the snapshot has no device.
-    return ["lvcreate", "-s", ...common, "-kn", "-ay", ...tags, origin];
+    return lvcreate("-s", ...common, "-kn", "-ay", ...tags, origin);
   }
   const size =
     "bytes" in plan.size ? ["-L", `${plan.size.bytes}b`] : ["-l", `${plan.size.percentOfOrigin}%ORIGIN`];
-  return ["lvcreate", "-s", ...common, "-c", `${plan.chunkSize}b`, ...size, ...tags, origin];
+  return lvcreate("-s", ...common, "-c", `${plan.chunkSize}b`, ...size, ...tags, origin);
 }
 
 /** Selects one volume by UUID, checked by LVM under its lock: a name that changed hands is not touched. */
@@ -329,28 +354,28 @@ function select(uuid: string): string[] {
 
 /** `lvremove` of exactly the volume with this UUID; without `-f`, so one in use is refused. */
 export function removeCommand(lv: Pick<LogicalVolume, "volumeGroup" | "name" | "uuid">): string[] {
-  return ["lvremove", "-y", ...select(lv.uuid), `${lv.volumeGroup}/${lv.name}`];
+  return lvremove("-y", ...select(lv.uuid), `${lv.volumeGroup}/${lv.name}`);
 }
 
-/** `lvextend` of a COW store. */
+/** `lvextend` of a COW store. Its percentages of the origin, other than lvcreate's, leave no room for the tables. */
 export function extendCommand(lv: Pick<LogicalVolume, "volumeGroup" | "name">, size: Size): string[] {
   const amount = "bytes" in size ? ["-L", `${size.bytes}b`] : ["-l", `${size.percentOfOrigin}%ORIGIN`];
-  return ["lvextend", "-y", ...amount, `${lv.volumeGroup}/${lv.name}`];
+  return lvextend("-y", ...amount, `${lv.volumeGroup}/${lv.name}`);
 }
 
 export function renameCommand(lv: Pick<LogicalVolume, "volumeGroup" | "name">, name: string): string[] {
-  return ["lvrename", "-y", lv.volumeGroup, lv.name, name];
+  return lvrename("-y", lv.volumeGroup, lv.name, name);
 }
 
 export function permissionCommand(
   lv: Pick<LogicalVolume, "volumeGroup" | "name" | "uuid">,
   readOnly: boolean,
 ): string[] {
-  return ["lvchange", "-y", "-p", readOnly ? "r" : "rw", ...select(lv.uuid), `${lv.volumeGroup}/${lv.name}`];
+  return lvchange("-y", "-p", readOnly ? "r" : "rw", ...select(lv.uuid), `${lv.volumeGroup}/${lv.name}`);
 }
 
 export function activateCommand(lv: Pick<LogicalVolume, "volumeGroup" | "name" | "uuid">): string[] {
-  return ["lvchange", "-y", "-ay", "-K", ...select(lv.uuid), `${lv.volumeGroup}/${lv.name}`];
+  return lvchange("-y", "-ay", "-K", ...select(lv.uuid), `${lv.volumeGroup}/${lv.name}`);
 }
 
 export function tagCommand(
@@ -358,14 +383,13 @@ export function tagCommand(
   add: readonly string[],
   remove: readonly string[],
 ): string[] {
-  return [
-    "lvchange",
+  return lvchange(
     "-y",
     ...add.flatMap((tag) => ["--addtag", tag]),
     ...remove.flatMap((tag) => ["--deltag", tag]),
     ...select(lv.uuid),
     `${lv.volumeGroup}/${lv.name}`,
-  ];
+  );
 }
 
 /** What to look at when LVM fails without a reason, as it does where it cannot write its archive to the end. */

@@ -2,23 +2,38 @@
  * Merging a snapshot into its origin: the scripts that begin and end it, and what `lvs` tells of it. Sources:
  * lvconvert(8), lvmthin(7), the kernel's snapshot documentation; states were recorded on real servers.
  */
+import { hostScript } from "../core/hostCommands.js";
 import { bytesPhrase, secondsPhrase } from "./copyJob.js";
-import type { LogicalVolume } from "./lvm.js";
+import { type LogicalVolume, lvchange } from "./lvm.js";
 import { changedMeanwhile } from "./unitScript.js";
+
+/** Held while a merge into that volume of `$group` is begun, and while an image's first byte is about to be written to it. */
+export function mergeLock(name: string): string {
+  return `/run/lvm-nbd-restore.$group.${name}`;
+}
 
 /**
  * Marks the origin, and then begins the merge. For that LVM selects no volume by UUID, but by tag: the snapshot, given by
  * UUID, gets one of its own first, so that a name which changed hands is never merged. Arguments: group; origin and
  * snapshot, name and UUID each; the mark before and after its stage; the snapshot's tag; marks to replace. One of them at
- * a time for an origin. Exit code 77: the snapshot is gone or is being merged already, and nothing was changed.
+ * a time for an origin. Exit code 77: the snapshot is gone or is being merged already, or another one's image is written onto
+ * the origin, and nothing was changed.
  */
-export const beginMergeScript = `
+export const beginMergeScript = hostScript(
+  "begin-merge",
+  "change",
+  `
 group=$1 origin=$2 originUuid=$3 snapshot=$4 uuid=$5 head=$6 tail=$7 only=$8; shift 8
-exec 9>"/run/lvm-nbd-restore.$group.$origin" && flock -w 120 9 || { echo "another restore of the origin is being begun for more than 120 s" >&2; exit 1; }
+exec 9>>"${mergeLock("$origin")}" && flock -w 120 9 || { echo "another restore of the origin is being begun for more than 120 s" >&2; exit 1; }
 attributes() { lvs -a --noheadings -o lv_attr -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-; }
 change() { changed=$1; shift; lvchange -y "$@" -S "lv_uuid=\\"$changed\\"" </dev/null 9>&-; }
 attr=$(attributes) || exit 1
 case $(echo $attr) in ""|S*) exit ${changedMeanwhile};; esac
+tags=$(lvs --noheadings -o lv_tags -S "lv_uuid=\\"$originUuid\\"" "$group" 9>&-) || exit 1
+for tag in $(echo $tags | tr , ' '); do
+  case $tag in "\${head%%=*}="????????????:????????:w*) ;; *) continue;; esac
+  case " $* " in *" $tag "*) ;; *) exit ${changedMeanwhile};; esac
+done
 now=$(date +%s)
 thin=$(lvs -a --noheadings -o thin_id -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-) || exit 1
 thin=$(echo $thin)
@@ -38,7 +53,8 @@ change "$uuid" --deltag "$only" "$group/$snapshot"
 change "$originUuid" --deltag "$begun" $again "$group/$origin"
 [ "$rc" = 0 ] && exit ${changedMeanwhile}
 exit "$rc"
-`;
+`,
+);
 
 /**
  * Tells whether LVM was ever told to merge a snapshot that is gone, where the script above was cut off between that and its
@@ -46,7 +62,10 @@ exit "$rc"
  * archived its metadata with the command (unless that is switched off in lvm.conf, or the power failed just then).
  * Arguments: group, origin's UUID, the snapshot's thin device or 0, the snapshot's tag.
  */
-export const wasMergedScript = `
+export const wasMergedScript = hostScript(
+  "was-merged",
+  "observe",
+  `
 group=$1 originUuid=$2 thin=$3 only=$4
 if [ "$thin" != 0 ]; then
   now=$(lvs -a --noheadings -o thin_id -S "lv_uuid=\\"$originUuid\\"" "$group") || exit 1
@@ -54,31 +73,36 @@ if [ "$thin" != 0 ]; then
 elif grep -Fqs "merge @$only" /etc/lvm/archive/"$group"_*.vg /etc/lvm/backup/"$group"; then
   echo merged
 fi
-`;
+`,
+  ["name", "uuid", "number", "tag"],
+);
 
 /** Marks a restore as ended. Arguments: group, origin's name and UUID, its mark; when it began; the new mark before and after its stage. */
-export const endMergeScript = `
+export const endMergeScript = hostScript(
+  "end-merge",
+  "change",
+  `
 group=$1 origin=$2 originUuid=$3 old=$4 started=$5 head=$6 tail=$7
 seconds=$(($(date +%s)-started))
 [ "$seconds" -ge 0 ] || seconds=0
 lvchange -y --deltag "$old" --addtag "$head"r"$started+$seconds:$tail" -S "lv_uuid=\\"$originUuid\\"" "$group/$origin" </dev/null
-`;
+`,
+);
 
 /** Lets LVM's daemon look after a merge again: one whose poller was killed is never ended. Does nothing else. */
 export function pollCommand(origin: Pick<LogicalVolume, "volumeGroup" | "name">): string[] {
-  return ["lvchange", "-y", "--poll", "y", `${origin.volumeGroup}/${origin.name}`];
+  return lvchange("-y", "--poll", "y", `${origin.volumeGroup}/${origin.name}`);
 }
 
 /** Begins a merge that waited, if neither volume is open; does nothing otherwise. Nothing is deactivated. */
 export function refreshCommand(origin: Pick<LogicalVolume, "volumeGroup" | "name" | "uuid">): string[] {
-  return [
-    "lvchange",
+  return lvchange(
     "-y",
     "--refresh",
     "-S",
     `lv_uuid="${origin.uuid}"`,
     `${origin.volumeGroup}/${origin.name}`,
-  ];
+  );
 }
 
 /**

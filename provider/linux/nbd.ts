@@ -11,29 +11,51 @@ export interface NbdEndpoint {
   readonly server: string;
   readonly port: number;
   readonly exportName: string;
+  /** Only by TLS. */
+  readonly tls?: boolean | undefined;
 }
 
 export const defaultPort = 10809;
 
 /** The NBD URI of an endpoint. */
-export function nbdUri({ server, port, exportName }: NbdEndpoint): string {
+export function nbdUri({ server, port, exportName, tls }: NbdEndpoint): string {
   const authority = isIP(server) === 6 ? `[${server}]` : server;
-  return `nbd://${authority}:${port}/${encodeURIComponent(exportName)}`;
+  return `${tls ? "nbds" : "nbd"}://${authority}:${port}/${encodeURIComponent(exportName)}`;
 }
 
-/** Reads an NBD URI over TCP without TLS. Throws an error that says what would be right. */
+/** True if both lead to the same export, with TLS or without. */
+export function sameEndpoint(one: NbdEndpoint, other: NbdEndpoint): boolean {
+  return withoutTls(nbdUri(one)) === withoutTls(nbdUri(other));
+}
+
+/** What a URI leads to, whether by TLS or not. */
+export function withoutTls(uri: string): string {
+  return uri.replace(/^nbds:/, "nbd:");
+}
+
+/** The URI for a program of libnbd, with the folder of its certificates, if the endpoint has TLS. */
+export function uriWithCertificates(uri: string, folder: string | undefined): string {
+  if (folder === undefined) return uri;
+  return `${uri}?tls-certificates=${encodeURIComponent(folder).replaceAll("%2F", "/")}`;
+}
+
+/** Reads an NBD URI over TCP. Throws an error that says what would be right. */
 export function parseNbdUri(uri: string): NbdEndpoint {
-  const right = `write nbd://SERVER[:${defaultPort}]/EXPORTNAME`;
+  const right = `write nbd://SERVER[:${defaultPort}]/EXPORTNAME, or nbds:// for one with TLS`;
   // Not URL: it would take an export called ".." for a folder.
-  const match = /^nbd:\/\/(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d{1,5}))?\/([^/?#]*)$/.exec(
-    uri,
-  );
-  const [, server, port, name] = match ?? [];
+  const match =
+    /^nbd(s?):\/\/(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d{1,5}))?\/([^/?#]*)$/.exec(uri);
+  const [, secure, server, port, name] = match ?? [];
   if (server === undefined || name === undefined) throw new Error(`"${uri}" cannot be used: ${right}`);
   if (name === "") throw new Error(`"${uri}" names no export: ${right}`);
   const number = port === undefined ? defaultPort : Number(port);
   if (number < 1 || number > 65535) throw new Error(`"${uri}" has no port from 1 to 65535: ${right}`);
-  return { server: server.replace(/^\[(.*)\]$/, "$1"), port: number, exportName: decoded(name, uri) };
+  return {
+    server: server.replace(/^\[(.*)\]$/, "$1"),
+    port: number,
+    exportName: decoded(name, uri),
+    ...(secure === "s" ? { tls: true } : {}),
+  };
 }
 
 function decoded(name: string, uri: string): string {
@@ -58,7 +80,12 @@ export function canServe(server: NbdServer, format: ImageFormat): boolean {
 
 /** What a server process is to serve. */
 export type ServeOptions = Served &
-  Pick<NbdEndpoint, "port" | "exportName"> & { readonly listenAddress: string; readonly readOnly: boolean };
+  Pick<NbdEndpoint, "port" | "exportName"> & {
+    readonly listenAddress: string;
+    readonly readOnly: boolean;
+    /** Folder in which the server finds its certificates: clients without one of the same authority are refused. */
+    readonly certificates?: string | undefined;
+  };
 
 /** The command line of a server; in the foreground, but for nbd-server. nbd-server reads `nbdServerConfig` from `configPath`. */
 export function serverCommand(server: NbdServer, serve: ServeOptions, configPath: string): string[] {
@@ -72,6 +99,9 @@ export function serverCommand(server: NbdServer, serve: ServeOptions, configPath
         serve.listenAddress,
         "-p",
         String(serve.port),
+        ...(serve.certificates === undefined
+          ? []
+          : ["--tls=require", `--tls-certificates=${serve.certificates}`, "--tls-verify-peer"]),
         "--filter=exportname",
         "file",
         `file=${pathOf(serve)}`,
@@ -92,6 +122,7 @@ export function serverCommand(server: NbdServer, serve: ServeOptions, configPath
         "0",
         "-x",
         serve.exportName,
+        ...qemuTls(serve.certificates),
         ...qemuOptions(serve),
         "-b",
         serve.listenAddress,
@@ -108,6 +139,13 @@ function qemuOptions(served: Served): string[] {
   return served.format === "raw" ? ["-f", "raw"] : [];
 }
 
+function qemuTls(certificates: string | undefined): string[] {
+  if (certificates === undefined) return [];
+  const folder = certificates.replaceAll(",", ",,");
+  const credentials = `tls-creds-x509,id=tls0,endpoint=server,verify-peer=yes,dir=${folder}`;
+  return ["--object", credentials, "--tls-creds", "tls0"];
+}
+
 /** Of a qcow2 image no other file that it names is read. */
 function qemuSource(served: Served): string {
   if (!("file" in served) || served.format === "raw") return pathOf(served);
@@ -121,21 +159,41 @@ export function nbdServerConfig(serve: ServeOptions): string {
     "[generic]",
     `listenaddr=${serve.listenAddress}`,
     `port=${serve.port}`,
+    ...nbdServerTls(serve.certificates),
     `[${serve.exportName}]`,
-    `exportname=${pathOf(serve).replaceAll("\\", "\\\\")}`,
+    `exportname=${escaped(pathOf(serve))}`,
     `readonly=${serve.readOnly}`,
     "virtstyle=none",
     "",
   ].join("\n");
 }
 
+/** With an authority of its own nbd-server lets no client in that shows no certificate of it. */
+function nbdServerTls(certificates: string | undefined): string[] {
+  if (certificates === undefined) return [];
+  const folder = escaped(certificates);
+  return [
+    `certfile=${folder}/server-cert.pem`,
+    `keyfile=${folder}/server-key.pem`,
+    `cacertfile=${folder}/ca-cert.pem`,
+    "force_tls=true",
+  ];
+}
+
+/** In a value of the configuration a backslash begins a character. */
+function escaped(value: string): string {
+  return value.replaceAll("\\", "\\\\");
+}
+
 /** How a client connects. */
-export interface AttachOptions extends NbdEndpoint {
+export interface AttachOptions extends Omit<NbdEndpoint, "tls"> {
   readonly device: string;
   readonly readOnly: boolean;
   readonly connections: number;
   readonly timeoutSeconds: number;
   readonly blockSize: number;
+  /** Folder of its certificates. */
+  readonly certificates?: string | undefined;
 }
 
 /** nbd-client by netlink: it hands the connection to the kernel and ends. Always with a timeout. */
@@ -153,5 +211,15 @@ export function attachCommand(attach: AttachOptions): string[] {
     String(attach.blockSize),
     ...(attach.connections > 1 ? ["-C", String(attach.connections)] : []),
     ...(attach.readOnly ? ["-readonly"] : []),
+    ...clientTls(attach),
+  ];
+}
+
+/** Without an authority's certificate nbd-client would take any server. */
+function clientTls({ certificates, server }: Pick<AttachOptions, "certificates" | "server">): string[] {
+  if (certificates === undefined) return [];
+  return [
+    ...["-certfile", `${certificates}/client-cert.pem`, "-keyfile", `${certificates}/client-key.pem`],
+    ...["-cacertfile", `${certificates}/ca-cert.pem`, "-tlshostname", server],
   ];
 }

@@ -76,6 +76,11 @@ export function parseShow(stdout: string): UnitProperties {
   return properties;
 }
 
+/** Whether a drop-in changes this unit. One for all units of a type, as Fedora ships it, is the host's own way. systemd.unit(5). */
+export function hasDropIns({ DropInPaths: paths = "" }: UnitProperties): boolean {
+  return paths.split(" ").some((path) => path !== "" && !/\/(service|mount)\.d\/[^/]+$/.test(path));
+}
+
 /** The section that only we read: systemd ignores sections whose name begins with `X-`. */
 export const ownSection = "X-LvmNbd";
 

@@ -4,13 +4,17 @@
 export const changedMeanwhile = 77;
 
 /**
- * Shell functions for scripts. `lock`: one of them at a time on the host. `own NAME FILE`: a directive of our own
+ * Shell functions for scripts. `no_link PATH`: ends the script if that is a symbolic link. `lock`: one of them at a time on the host. `own NAME FILE`: a directive of our own
  * section. `guard FILE MARK...`: ends the script with `changedMeanwhile` unless there is no such file or it
  * carries one of the marks ("" for none). `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
- * broke has cut it short.
+ * broke has cut it short. `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
 export const unitFunctions = `
-lock() { exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit 1; }; }
+no_link() { [ ! -L "$1" ] || { echo "$1 is a symbolic link, and nothing was written through it: put what it leads to in its place, or remove it" >&2; exit 1; }; }
+lock() {
+  no_link /run/lvm-nbd.lock
+  exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit 1; }
+}
 own() { sed -n '/^\\[X-LvmNbd\\]/,$s/^'"$1"'=//p' "$2"; }
 guard() {
   [ -e "$1" ] || return 0
@@ -21,6 +25,15 @@ guard() {
 receive() {
   cat >"$1" && [ "$(wc -c <"$1")" -eq "$2" ] && sync "$1" && return 0
   rm -f "$1"; echo "what was to be written did not arrive whole" >&2; return 1
+}
+last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
+`;
+
+/** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */
+export const endUnitFunction = `
+end_unit() {
+  if [ -e "$2" ]; then systemctl disable --quiet --now --no-reload "$1"
+  else [ "$(systemctl show -p ActiveState --value "$1")" = inactive ] || systemctl stop "$1"; fi
 }
 `;
 

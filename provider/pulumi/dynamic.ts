@@ -10,6 +10,7 @@ import {
   type BackupImageOutputs,
   backupImage,
 } from "../resources/backupImage.js";
+import { type HostSetupDeclaration, type HostSetupOutputs, hostSetup } from "../resources/hostSetup.js";
 import { type LvRestoreDeclaration, type LvRestoreOutputs, lvRestore } from "../resources/lvRestore.js";
 import { type LvSnapshotDeclaration, type LvSnapshotOutputs, lvSnapshot } from "../resources/lvSnapshot.js";
 import { type MountDeclaration, type MountOutputs, mount } from "../resources/mount.js";
@@ -36,6 +37,8 @@ type Args<Declaration, NameInput extends keyof Declaration = never> = {
   readonly [Key in keyof Omit<Declaration, "owner" | NameInput>]: DeepInput<Declaration[Key]>;
 } & { readonly [Key in NameInput]?: DeepInput<Declaration[Key]> };
 
+/** Arguments of a `HostSetup`; the README's table says what each means. */
+export type HostSetupArgs = Args<HostSetupDeclaration>;
 /** Arguments of an `LvSnapshot`; the README's table says what each means. */
 export type LvSnapshotArgs = Args<LvSnapshotDeclaration, "name">;
 /** Arguments of an `NbdExport`; the README's table says what each means. */
@@ -78,6 +81,24 @@ abstract class LvmNbdResource extends pulumi.dynamic.Resource {
   }
 }
 
+/** Makes a host ready for its roles, and tells what it is. */
+export class HostSetup extends LvmNbdResource {
+  declare readonly packagesInstalled: pulumi.Output<HostSetupOutputs["packagesInstalled"]>;
+  declare readonly distribution: pulumi.Output<HostSetupOutputs["distribution"]>;
+  declare readonly kernel: pulumi.Output<HostSetupOutputs["kernel"]>;
+  declare readonly versions: pulumi.Output<HostSetupOutputs["versions"]>;
+  declare readonly nbdModule: pulumi.Output<HostSetupOutputs["nbdModule"]>;
+  declare readonly nbdsMax: pulumi.Output<HostSetupOutputs["nbdsMax"]>;
+  declare readonly globalFilter: pulumi.Output<HostSetupOutputs["globalFilter"]>;
+  declare readonly cgroupBpf: pulumi.Output<HostSetupOutputs["cgroupBpf"]>;
+  declare readonly problems: pulumi.Output<HostSetupOutputs["problems"]>;
+  declare readonly state: pulumi.Output<HostSetupOutputs["state"]>;
+
+  constructor(name: string, args: HostSetupArgs, options?: pulumi.CustomResourceOptions) {
+    super(hostSetup, name, args, options);
+  }
+}
+
 /** A moment of a logical volume, as a COW or thin snapshot. */
 export class LvSnapshot extends LvmNbdResource {
   declare readonly host: pulumi.Output<HostArgs>;
@@ -104,11 +125,15 @@ export class NbdExport extends LvmNbdResource {
   declare readonly device: pulumi.Output<NbdExportOutputs["device"]>;
   declare readonly file: pulumi.Output<NbdExportOutputs["file"]>;
   declare readonly uri: pulumi.Output<NbdExportOutputs["uri"]>;
+  /** With `tls`: the `tls` of an attachment; a secret. */
+  declare readonly clientTls: pulumi.Output<NbdExportOutputs["clientTls"]>;
+  declare readonly certificatesExpireAt: pulumi.Output<NbdExportOutputs["certificatesExpireAt"]>;
   declare readonly sizeBytes: pulumi.Output<NbdExportOutputs["sizeBytes"]>;
   declare readonly state: pulumi.Output<NbdExportOutputs["state"]>;
 
   constructor(name: string, args: NbdExportArgs, options?: pulumi.CustomResourceOptions) {
-    super(nbdExport, name, args, options);
+    const additionalSecretOutputs = [...(options?.additionalSecretOutputs ?? []), "clientTls"];
+    super(nbdExport, name, { ...args, tls: secretTls(args.tls) }, { ...options, additionalSecretOutputs });
   }
 }
 
@@ -118,10 +143,11 @@ export class NbdAttachment extends LvmNbdResource {
   declare readonly device: pulumi.Output<NbdAttachmentOutputs["device"]>;
   declare readonly path: pulumi.Output<NbdAttachmentOutputs["path"]>;
   declare readonly sizeBytes: pulumi.Output<NbdAttachmentOutputs["sizeBytes"]>;
+  declare readonly certificatesExpireAt: pulumi.Output<NbdAttachmentOutputs["certificatesExpireAt"]>;
   declare readonly state: pulumi.Output<NbdAttachmentOutputs["state"]>;
 
   constructor(name: string, args: NbdAttachmentArgs, options?: pulumi.CustomResourceOptions) {
-    super(nbdAttachment, name, args, options);
+    super(nbdAttachment, name, { ...args, tls: secretTls(args.tls) }, options);
   }
 }
 
@@ -156,7 +182,12 @@ export class VolumeCopy extends LvmNbdResource {
   declare readonly state: pulumi.Output<VolumeCopyOutputs["state"]>;
 
   constructor(name: string, args: VolumeCopyArgs, options?: pulumi.CustomResourceOptions) {
-    super(volumeCopy, name, { ...args, snapshot: reference(args.snapshot) }, options);
+    super(
+      volumeCopy,
+      name,
+      { ...args, snapshot: reference(args.snapshot), tls: secretTls(args.tls) },
+      options,
+    );
   }
 }
 
@@ -167,6 +198,7 @@ export class BackupImage extends LvmNbdResource {
   declare readonly takenAt: pulumi.Output<BackupImageOutputs["takenAt"]>;
   /** Snapshots (`GROUP/NAME`) that could not be taken down when the images were complete; `pulumi up` tries again. */
   declare readonly leftOnSource: pulumi.Output<BackupImageOutputs["leftOnSource"]>;
+  declare readonly unfinished: pulumi.Output<BackupImageOutputs["unfinished"]>;
   declare readonly state: pulumi.Output<BackupImageOutputs["state"]>;
 
   constructor(name: string, args: BackupImageArgs, options?: pulumi.CustomResourceOptions) {
@@ -190,7 +222,7 @@ export class LvRestore extends LvmNbdResource {
   constructor(name: string, args: LvRestoreArgs, options?: pulumi.CustomResourceOptions) {
     const { snapshot } = args;
     const named = snapshot instanceof LvSnapshot ? { name: snapshot.name, uuid: snapshot.uuid } : snapshot;
-    super(lvRestore, name, { ...args, snapshot: named }, options);
+    super(lvRestore, name, { ...args, snapshot: named, image: withSecretTls(args.image) }, options);
   }
 }
 
@@ -211,6 +243,19 @@ function withHostSecrets(value: unknown): pulumi.Output<unknown> {
       ? { ...known, host: withSecrets(known.host) }
       : known,
   );
+}
+
+/** Keys that are given are encrypted in the state; that there are some is no secret. */
+function secretTls(value: unknown): unknown {
+  return value === undefined || typeof value === "boolean" ? value : pulumi.secret(value);
+}
+
+/** A value that has a `tls` of its own. */
+function withSecretTls(value: unknown): unknown {
+  if (value === undefined) return undefined;
+  return pulumi
+    .output(value as object)
+    .apply((known: object) => ("tls" in known ? { ...known, tls: secretTls(known.tls) } : known));
 }
 
 const secretFields = ["privateKey", "passphrase", "password"] as const;

@@ -22,7 +22,11 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
       const later = Object.fromEntries(Object.entries(news).filter(([key]) => unknown.has(key)));
       return {
         inputs: { ...inputs, ...later, [providerKey]: news[providerKey] },
-        failures: problems.map(({ property, reason }) => ({ property, reason: `${property}: ${reason}` })),
+        // Of a property that is named the engine prints the value, secret or not.
+        failures: problems.map(({ property, reason }) => ({
+          property: "",
+          reason: `${property}: ${reason}`,
+        })),
       };
     },
 

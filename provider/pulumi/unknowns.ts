@@ -20,12 +20,14 @@ function holdsUnknown(value: unknown): boolean {
   return typeof value === "object" && value !== null && Object.values(value).some(holdsUnknown);
 }
 
-/** A copy without some properties. */
+/** A copy without some properties, and without what is not given: an output that is `undefined` arrives as null if it is secret. */
 export function withoutProperties(
   bag: Readonly<Record<string, unknown>>,
   properties: ReadonlySet<string>,
 ): Record<string, unknown> {
   return Object.fromEntries(
-    Object.entries(bag).filter(([key, value]) => !properties.has(key) && value !== undefined),
+    Object.entries(bag).filter(
+      ([key, value]) => !properties.has(key) && value !== undefined && value !== null,
+    ),
   );
 }

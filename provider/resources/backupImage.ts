@@ -10,6 +10,7 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
 import { commonInputs, hostInput, refusing, triggersInput } from "../core/inputs.js";
 import { digest, generationMark, ownerMark } from "../core/owner.js";
 import { ownerPhrase } from "../core/reconciler.js";
@@ -22,6 +23,7 @@ import {
   type ResourceType,
 } from "../core/resource.js";
 import { clientProblem } from "../linux/addresses.js";
+import { identityScript, routeCommand } from "../linux/looks.js";
 import { deviceMapperNameProblem } from "../linux/lvm.js";
 import { nbdServers } from "../linux/nbd.js";
 import { hostName } from "../ssh/config.js";
@@ -37,6 +39,7 @@ import {
   isAsMade,
   isDecided,
   isFinalFailure,
+  isGoneOnWith,
   isRotten,
   keepImage,
   mountPointProblems,
@@ -58,13 +61,15 @@ import {
   keptMoment,
   type Moment,
   momentOf,
+  partAsServed,
+  requireServable,
   snapshotNameSample,
   sweep,
   takeDown,
   takeDownPossible,
   takeMoment,
 } from "./moment.js";
-import { nbdExportInputs } from "./nbdExport.js";
+import { clientsElsewhereInput, nbdExportInputs } from "./nbdExport.js";
 import { pathOf } from "./volumes.js";
 
 const { volumeGroup, origin, size, chunkSize, quiesce } = lvSnapshotInputs.shape;
@@ -97,7 +102,21 @@ const inputs = z.strictObject({
         .describe(
           "TCP port of the export. Default: the first free one of ten, from one between 20000 and 29980 that follows from the names.",
         ),
+      clientsEnforcedElsewhere: clientsElsewhereInput.optional(),
       server: z.enum(nbdServers).default("nbdkit").describe("Program that serves."),
+      tls: z
+        .boolean()
+        .optional()
+        .describe(
+          "Whether the moment travels encrypted, by certificates of its own (`tls` of an NbdExport). Default: no.",
+        ),
+      forgetLeft: z
+        .boolean()
+        .optional()
+        .describe(
+          "Whether what earlier backups could not take down (`leftOnSource`) is forgotten: for when its volume group, or the host, " +
+            "is gone for good, which nobody can tell but you.",
+        ),
     })
     .describe("Where the volumes are, how they are brought to rest and how they are served."),
   volumes: z
@@ -154,7 +173,15 @@ const outputs = z.object({
     .array(z.string())
     .default([])
     .describe(
-      "Snapshots (`GROUP/NAME`) that could not be taken down when the images were complete; `pulumi up` tries again.",
+      "Snapshots (`GROUP/NAME`, on an earlier source `GROUP/NAME on HOST`) that could not be taken down when the images were " +
+        "complete; `pulumi up` tries again until they are gone, or `source.forgetLeft` is true.",
+    ),
+  unfinished: z
+    .boolean()
+    .default(false)
+    .describe(
+      "Whether an unfinished copy of ours lies beside an image, as after an update that was cut; `pulumi up` removes it, with what " +
+        "is left of its moment on the source, or goes on with it if that is still declared.",
     ),
   state: z
     .enum(setStates)
@@ -225,7 +252,7 @@ async function destinationOf(context: Context): Promise<string> {
   const result = await succeed(
     context,
     {
-      argv: ["sh", "-c", "uname -n; cat /etc/machine-id 2>/dev/null || :"],
+      argv: script(identityScript),
       kind: "read",
       deadlineSeconds: 30,
     },
@@ -240,7 +267,7 @@ async function clientAddressOf(context: Context, { source }: Inputs): Promise<st
   if (source.clientAddress !== undefined) return source.clientAddress;
   const result = await succeed(
     context,
-    { argv: ["ip", "-o", "route", "get", source.listenAddress], kind: "read", deadlineSeconds: 30 },
+    { argv: routeCommand(source.listenAddress), kind: "read", deadlineSeconds: 30 },
     `source.listenAddress: there is no way from here to ${source.listenAddress}`,
   );
   const address = /\bsrc (\S+)/.exec(result.stdout)?.[1];
@@ -260,6 +287,7 @@ async function backUp(
   wanted: Inputs,
   seen: ReadonlyMap<string, ImageObservation>,
   copyId: string,
+  before: readonly string[],
 ): Promise<Left> {
   const images = new Map(seen);
   // What cannot end well is refused before the VM is frozen for it.
@@ -268,13 +296,15 @@ async function backUp(
   const clientAddress = await clientAddressOf(context, wanted);
   const moment = await momentOf(context, wanted, await destinationOf(context), clientAddress);
   return alone(moment, async () => {
-    let committing = false;
+    let [isBegun, committing] = [false, false];
     try {
-      await sweep(context, moment);
-      let snapshots = await goesOn(moment, wanted, images);
+      const isThere = await sweep(context, moment);
+      let snapshots = isThere ? await goesOn(moment, wanted, images) : undefined;
+      isBegun = snapshots !== undefined;
       if (snapshots === undefined) {
         await giveUp(context, wanted, images, copyId);
         await takeDown(moment);
+        await requireServable(moment);
         snapshots = await takeMoment(moment);
       }
       const verified = await copyAll(context, moment, wanted, images, snapshots, copyId);
@@ -287,18 +317,19 @@ async function backUp(
         else await commitCopy(context, { file }, image, copy);
       }
     } catch (error) {
-      if (!(await mayGoOn(context, wanted, error, committing))) {
+      if (!(await mayGoOn(context, wanted, error, isBegun, committing))) {
         for (const { file } of wanted.volumes) await discardUnfinished(context, { ...wanted, file });
         await takeDownAfter(moment);
       }
       throw error;
     }
+    // That these were there is known.
+    const left = [...new Set([...moment.parts.map(({ snapshot }) => pathOf(snapshot)), ...before])];
     try {
-      return { leftOnSource: await takeDownPossible(moment) };
+      return { leftOnSource: await takeDownPossible(moment, left) };
     } catch (error) {
       if (isLvmNbdError(error, "CANCELLED")) await takeDownAfter(moment);
       if (!isLvmNbdError(error, "HOST_UNREACHABLE")) throw error;
-      const left = moment.parts.map(({ snapshot }) => pathOf(snapshot));
       context.warn(`${left.join(", ")}: left, the next \`pulumi up\` takes it down: ${firstLine(error)}`);
       return { leftOnSource: left };
     }
@@ -381,10 +412,13 @@ async function copyAll(
     const [file, snapshot] = [files[index], snapshots[index]];
     if (file === undefined || snapshot === undefined || isCopyOf(images.get(file), wanted, snapshot))
       continue;
-    const uri = await exportPart(moment, part);
-    const copied = { ...wanted, file, uri, snapshot, ...together };
+    const image = images.get(file) ?? noImage;
+    const copied = { ...wanted, file, snapshot, ...together };
     const identity = { copyId, generation: generationOf(wanted) };
-    verified.set(file, await verifiedCopy(context, copied, images.get(file) ?? noImage, identity));
+    const served = isGoneOnWith(copied, image, identity)
+      ? await partAsServed(moment, part)
+      : await exportPart(moment, part);
+    verified.set(file, await verifiedCopy(context, { ...copied, ...served }, image, identity));
     await endExport(moment, part);
   }
   return verified;
@@ -398,11 +432,12 @@ async function mayGoOn(
   context: Context,
   wanted: Inputs,
   error: unknown,
+  isBegun: boolean,
   committing: boolean,
 ): Promise<boolean> {
   if (isLvmNbdError(error, "LINK_LOST")) return true;
   // While they get their names, verified images are kept.
-  if (committing ? isLvmNbdError(error, "COPY_FAILED") : isFinalFailure(error)) return false;
+  if (committing ? isLvmNbdError(error, "COPY_FAILED") : isFinalFailure(error, isBegun)) return false;
   try {
     const looking = { ...context, signal: AbortSignal.timeout(60_000) };
     const images = [...(await observeFiles(looking, wanted.volumes, undefined)).values()];
@@ -429,9 +464,13 @@ async function takeDownAfter(moment: Moment): Promise<void> {
   }
 }
 
-async function create(context: Context, wanted: Inputs): Promise<Left> {
+async function create(context: Context, wanted: Inputs, old: State | undefined): Promise<Left> {
   requireMaking(context, wanted, []);
-  return backUp(context, wanted, new Map(), randomUUID());
+  if (old !== undefined && generationOf(old) === generationOf(wanted))
+    context.warn(`no image of ${old.takenAt} is there any more: a backup of now is made in their place`);
+  const [here, elsewhere] = await leftBefore(context, wanted, old);
+  const { leftOnSource } = await backUp(context, wanted, new Map(), randomUUID(), here);
+  return { leftOnSource: [...leftOnSource, ...elsewhere] };
 }
 
 /** `there`: files whose images exist. */
@@ -466,20 +505,48 @@ async function converge(
       const image = images.get(file) ?? noImage;
       return image.file !== undefined || isDecided(image);
     });
+  const [here, elsewhere] = await leftBefore(context, wanted, old);
   let left: Left;
   if (isKept(wanted, images, there, old)) {
     for (const { file } of wanted.volumes) {
       const image = images.get(file);
       if (image !== undefined) await keepImage(context, { ...wanted, file }, image, copyId);
     }
-    left = { leftOnSource: await takeDownLeft(context, wanted, old?.leftOnSource) };
+    left = { leftOnSource: await takeDownLeft(context, wanted, here) };
   } else {
     requireMaking(context, wanted, there);
-    left = await backUp(context, wanted, images, copyId);
+    left = await backUp(context, wanted, images, copyId, here);
   }
-  if (old !== undefined)
-    for (const { file } of without(old, wanted)) await removeOwn(context, file, images.get(file), old);
-  return left;
+  if (old !== undefined) {
+    const dropped = without(old, wanted);
+    for (const { file } of dropped) await removeOwn(context, file, images.get(file), old);
+    // A moment of more volumes than now stays while a copy of one of them is there.
+    if (dropped.length > 0) await takeDownLeft(context, wanted, []);
+  }
+  return { leftOnSource: [...left.leftOnSource, ...elsewhere] };
+}
+
+/** What is known to be left: on the source, as `GROUP/NAME`, and on earlier ones, as `GROUP/NAME on HOST`. */
+async function leftBefore(
+  context: Context,
+  { source }: Inputs,
+  old: State | undefined,
+): Promise<[here: string[], elsewhere: string[]]> {
+  if (old === undefined) return [[], []];
+  if (source.forgetLeft) {
+    if (old.leftOnSource.length > 0)
+      context.warn(`${old.leftOnSource.join(", ")}: forgotten, as \`source.forgetLeft\` says`);
+    return [[], []];
+  }
+  const [now, then] = [hostName(source.host), hostName(old.source.host)];
+  const onEach = old.leftOnSource.map((path) => (path.includes(" on ") ? path : `${path} on ${then}`));
+  const on = (host: string) =>
+    onEach.flatMap((path) => (path.endsWith(` on ${host}`) ? path.slice(0, -` on ${host}`.length) : []));
+  if (now === then) return [on(now), onEach.filter((path) => !path.endsWith(` on ${now}`))];
+  // Nothing need be known of it: a run that was cut, of which the state tells nothing, may have left something there.
+  const left = (await takeDownLeft(context, old, on(then))).map((path) => `${path} on ${then}`);
+  const others = onEach.filter((path) => ![now, then].some((host) => path.endsWith(` on ${host}`)));
+  return [on(now), [...others, ...left]];
 }
 
 /** The volumes of one declaration whose images are not of the other. */
@@ -525,28 +592,49 @@ function refuseForeign(
 
 /**
  * Takes down what a broken backup has left; returns what it could not. A source that is gone for good must not keep its
- * images from being managed. `before`: what is known to be left.
+ * images from being managed. `before`: what is known to be left there, as `GROUP/NAME`.
  */
-async function takeDownLeft(
-  context: Context,
-  wanted: Inputs,
-  before: readonly string[] = [],
-): Promise<string[]> {
+async function takeDownLeft(context: Context, wanted: Inputs, before: readonly string[]): Promise<string[]> {
   try {
     const moment = await momentOf(context, wanted, await destinationOf(context), "");
-    return await alone(moment, () => takeDownPossible(moment));
+    return await alone(moment, async () => {
+      const left = await takeDownPossible(moment, before);
+      try {
+        // Of these volumes, but of another set of them, as it was declared before.
+        await sweep(context, moment);
+      } catch (error) {
+        if (isInterruption(error)) throw error;
+        context.warn(
+          `whether other backups left snapshots on ${hostName(wanted.source.host)} cannot be told: ${firstLine(error)}`,
+        );
+      }
+      return left;
+    });
   } catch (error) {
-    if (isLvmNbdError(error, "CANCELLED", "LINK_LOST") || error instanceof ChangedMeanwhile) throw error;
+    if (isInterruption(error)) throw error;
     context.warn(
       `whether a broken backup left a snapshot on ${hostName(wanted.source.host)} cannot be told: ${firstLine(error)}`,
     );
+    if (before.length > 0)
+      context.warn(
+        `${before.join(", ")}: remembered as left there. If the host never comes back, say \`forgetLeft: true\` in \`source\``,
+      );
     return [...before];
   }
 }
 
+function isInterruption(error: unknown): boolean {
+  return isLvmNbdError(error, "CANCELLED", "LINK_LOST") || error instanceof ChangedMeanwhile;
+}
+
 async function remove(context: Context, state: State, { images }: Observed): Promise<void> {
   // The images last: while one is there, an interrupted removal is gone on with.
-  await takeDownLeft(context, state);
+  const [here, elsewhere] = await leftBefore(context, state, state);
+  if (elsewhere.length > 0)
+    context.warn(
+      `${elsewhere.join(", ")}: left by a backup, and with this removal nothing tells of it any more`,
+    );
+  await takeDownLeft(context, state, here);
   for (const { file } of state.volumes) await removeOwn(context, file, images.get(file), state);
 }
 
@@ -588,8 +676,14 @@ function toState(declared: Inputs | State, { images: seen }: Observed): State {
     takenAt: takenAt.sort()[0] ?? "",
     copyId: before?.copyId ?? made?.copyId ?? "",
     leftOnSource: before?.leftOnSource ?? [],
+    unfinished: unfinishedOf(declared, seen).length > 0,
     state: setStates.findLast((state) => states.includes(state)) ?? "complete",
   };
+}
+
+/** The images beside which an unfinished copy of ours lies. */
+function unfinishedOf(declared: Inputs, images: ReadonlyMap<string, ImageObservation>): string[] {
+  return [...images].flatMap(([file, image]) => (isOwnPart(image, declared) ? [file] : []));
 }
 
 /** True if the images are not of one moment. */
@@ -637,6 +731,7 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   const later = ["source", "mountPoint", "format", "compress", "connections", "bandwidthLimit", "verify"];
   for (const property of [...later, "deepCheck", "existing"] as (keyof Inputs)[])
     if (changed(property)) changes.push({ property, effect: "connection" });
+  if (state.unfinished) changes.push({ property: "unfinished", effect: "update" });
   if (state.leftOnSource.length > 0) changes.push({ property: "leftOnSource", effect: "update" });
   return changes;
 }
@@ -742,6 +837,10 @@ export const backupImage: ResourceType<Inputs, State, Observed> = {
         `${file} ${what}. It is left as it is, since a backup of now would not be what it was: remove the resource, or change \`triggers\` to put one of now in its place`,
       ];
     });
-    return now.state === "mixed" ? [mixed, ...ofImages] : ofImages;
+    const unfinished = unfinishedOf(state, seen.images).map(
+      (file) =>
+        `an unfinished copy to ${file} was left, as by an update that was cut: \`pulumi up\` ends that`,
+    );
+    return [...(now.state === "mixed" ? [mixed] : []), ...ofImages, ...unfinished];
   },
 };

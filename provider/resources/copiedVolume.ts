@@ -7,8 +7,9 @@
  */
 import { randomUUID } from "node:crypto";
 import { z } from "zod";
-import { parseOutput, refusal, script, succeed } from "../core/command.js";
+import { parseOutput, refusal, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
 import { refusing } from "../core/inputs.js";
 import { generationMark, markAmong, ownerMark } from "../core/owner.js";
 import { ChangedMeanwhile, type CommonObservation, type Context, type Problem } from "../core/resource.js";
@@ -27,14 +28,17 @@ import {
   nameVolumeScript,
   outdatedTags,
   ownPrefixes,
+  ownTags,
   parseRoom,
   partOf,
   preflightVolumeScript,
+  readOnlyTag,
   removeVolumeScript,
   renameVolumeScript,
   runTagAmong,
   runTagOf,
   type VolumeName,
+  volumeWritable,
 } from "../linux/copiedVolume.js";
 import { bytesPhrase, type CopyResult, parseRate } from "../linux/copyJob.js";
 import { type DeviceCopyPlan, deviceCopyPrograms, deviceJob } from "../linux/deviceCopy.js";
@@ -47,6 +51,7 @@ import {
   tagCommand,
   volumeGroupNameProblem,
 } from "../linux/lvm.js";
+import { withoutTls } from "../linux/nbd.js";
 import { missingPrograms } from "../linux/programs.js";
 import { type CopyIdentity, runCopy } from "./copyRun.js";
 import { type CopySource, certifySize, explained, refused, sourceSize } from "./copySource.js";
@@ -61,6 +66,7 @@ import {
   startDeviceCopy,
 } from "./deviceCopy.js";
 import type { copyOutputs } from "./image.js";
+import { asking } from "./tls.js";
 import {
   changeVolume,
   listed,
@@ -138,7 +144,7 @@ export async function observeVolume(
   const all = await volumes(context);
   const find = ({ volumeGroup, name }: VolumeName) => named(all, volumeGroup, name);
   const [lv, part, other] = [find(volume), find(partOf(volume)), find(asideOf(volume))];
-  const aside = other !== undefined && isAsTagged(other) ? other : undefined;
+  const aside = other !== undefined && isAsTagged(other, all) ? other : undefined;
   // What lies there and is no unfinished copy says nothing of the copy; `makePart` refuses it.
   const isBegun = part !== undefined && runTagAmong(part.tags) !== undefined;
   if (lv === undefined && aside === undefined && !isBegun) {
@@ -148,14 +154,17 @@ export async function observeVolume(
   refuseSuspended(context, [lv, part, aside]);
   if (lv?.health.includes("partial")) throw diskMissing(context, lv);
   // Another resource of this name has the same mark: without our tags it is no copy. Nor is one that took our tags along.
-  const facts = lv !== undefined && isAsTagged(lv) ? factsAmong(lv.tags) : undefined;
-  const marked = lv === undefined ? (isBegun ? part : aside) : facts && lv;
+  const facts = lv !== undefined && isAsTagged(lv, all) ? factsAmong(lv.tags) : undefined;
+  // What is verified is bound to have the name; until then the earlier copy stands for it.
+  const nameless = part !== undefined && isAsTagged(part, all) ? part : aside;
+  const copy = lv === undefined ? nameless : facts && lv;
+  const marked = lv === undefined ? (copy ?? part) : copy;
   return {
     mark: marked && copyIdAmong(marked.tags) === undefined ? undefined : markAmong(marked?.tags ?? []),
-    halfMade: lv === undefined,
+    halfMade: lv === undefined && copy === undefined,
     adoptable: false,
     ...{ lv, facts, part, aside, all },
-    copyId: facts && lv && copyIdAmong(lv.tags),
+    copyId: copy && copyIdAmong(copy.tags),
     job: part && (await observeDeviceJob(context, deviceJob(devicePath(volume)))),
     content: "unread",
   };
@@ -171,19 +180,26 @@ function diskMissing(context: Context, lv: LogicalVolume): LvmNbdError {
 }
 
 /** True for a copy that somebody made writable: it is a disk of its own by now. */
-export function isHandedOver({ lv, facts }: VolumeObservation): boolean {
+export function isHandedOver(seen: VolumeObservation): boolean {
+  return isWritable(seen) && seen.facts?.readOnly === 1;
+}
+
+function isWritable({ lv, facts }: VolumeObservation): boolean {
   return lv !== undefined && facts !== undefined && !lv.readOnly;
 }
 
 /** What was written to a copy since is nobody's to give up. */
-function refuseHandedOver(context: Context, volume: VolumeName, seen: VolumeObservation): void {
-  if (!isHandedOver(seen)) return;
+function refuseWritable(context: Context, volume: VolumeName, seen: VolumeObservation): void {
+  if (isWritable(seen)) throw madeWritable(context, volume);
+}
+
+function madeWritable(context: Context, volume: VolumeName): LvmNbdError {
   const path = pathOf(volume);
-  throw refusal(
+  return refusal(
     context,
     "VOLUME_IN_USE",
     `${path} was made writable since it was copied: what was written to it would be lost`,
-    `Nothing was touched. If it is a disk of its own now, take the resource out of the state (\`pulumi state delete URN\`) and out of the program: the volume stays. If it is not, \`lvchange -p r ${path}\`, and run again.`,
+    `Nothing was touched. If it is a disk of its own now, take the resource out of the program: the volume stays, without its tags. If it is not, \`lvchange -p r ${path}\`, and run again.`,
   );
 }
 
@@ -214,6 +230,11 @@ export function isVolumeAsMade({ lv, facts }: VolumeObservation): boolean {
   return lv !== undefined && lv.sizeBytes === facts?.volumeBytes;
 }
 
+/** Of a copy that has lost its name to a cut the one that it has; `undefined` for one that has its own. */
+export function otherName({ lv, part, aside }: VolumeObservation): string | undefined {
+  return lv === undefined ? (aside ?? part)?.name : undefined;
+}
+
 /** For which declaration the copy was made. */
 export function isOfGeneration({ lv }: VolumeObservation, generation: string): boolean {
   return lv?.tags.includes(generation) === true;
@@ -231,7 +252,7 @@ export async function bringVolume(
   }: { readonly isRight: boolean; readonly copyId: string | undefined; readonly generation: string },
 ): Promise<void> {
   refuseOthers(context, wanted, seen);
-  refuseHandedOver(context, wanted.volume, seen);
+  refuseWritable(context, wanted.volume, seen);
   if (!isRight) return copyToVolume(context, wanted, seen, { copyId: copyId ?? randomUUID(), generation });
   const begun = ownRun(wanted.owner, seen);
   if (begun !== undefined) await discard(context, wanted.volume, begun);
@@ -253,10 +274,14 @@ function missingTags({ tags }: LogicalVolume, right: readonly string[]): string[
   return right.filter((tag) => !tags.includes(tag));
 }
 
-/** True for what a copy has made beside its volume, if it was this resource, or the one whose copy is there. */
-function isOurs(owner: string, { mark }: VolumeObservation, { tags }: LogicalVolume): boolean {
+/**
+ * True for what a copy has made beside its volume, if it was this resource, or the one whose copy is there. Renamed since, the
+ * resource has another mark, but the same id.
+ */
+function isOurs(owner: string, { mark, copyId }: VolumeObservation, { tags }: LogicalVolume): boolean {
   const own = markAmong(tags);
-  return own !== undefined && (own === ownerMark(owner) || own === mark);
+  if (own === undefined) return false;
+  return own === ownerMark(owner) || own === mark || (copyId !== undefined && copyIdAmong(tags) === copyId);
 }
 
 /** The tag of the job on an unfinished copy of ours. */
@@ -265,11 +290,38 @@ function ownRun(owner: string, seen: VolumeObservation): string | undefined {
   return part !== undefined && isOurs(owner, seen, part) ? runTagAmong(part.tags) : undefined;
 }
 
-/** Removes the earlier copy, if it is ours and the new one has its name. */
-async function removeAside(context: Context, owner: string, seen: VolumeObservation): Promise<void> {
+/**
+ * Removes the earlier copy, if it is ours and the new one has its name. One that was made writable is left alone. Returns what
+ * is there then.
+ */
+async function removeAside(
+  context: Context,
+  owner: string,
+  seen: VolumeObservation,
+): Promise<VolumeObservation> {
   const { lv, aside, all } = seen;
-  if (lv === undefined || aside === undefined || !isOurs(owner, seen, aside)) return;
-  await removeClosed(context, aside, all);
+  if (lv === undefined || aside === undefined || !isOurs(owner, seen, aside)) return seen;
+  if (aside.readOnly) {
+    await removeClosed(context, aside, all);
+    return { ...seen, aside: undefined, all: all.filter((one) => one !== aside) };
+  }
+  context.warn(
+    `${pathOf(aside)}, the earlier copy, was made writable and is left alone: give the disk that it is now another name (\`lvrename\`), or, if it is none, \`lvchange -p r ${pathOf(aside)}\` and run again`,
+  );
+  return seen;
+}
+
+/** An earlier copy could not be put aside where something lies. */
+function refuseAside(context: Context, volume: VolumeName, { lv, all }: VolumeObservation): void {
+  const aside = asideOf(volume);
+  if (lv === undefined || named(all, aside.volumeGroup, aside.name) === undefined) return;
+  throw new LvmNbdError("FOREIGN_RESOURCE", {
+    message: `volume: ${pathOf(aside)} exists, and is no earlier copy that could be removed; ${volume.name} would have that name while it is replaced`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "volume",
+    advice: `Give it another name (\`lvrename ${aside.volumeGroup} ${aside.name} NAME\`), or remove it by hand, and run again.`,
+  });
 }
 
 /** Removes a volume of ours that nobody uses. */
@@ -282,7 +334,23 @@ async function removeClosed(
   await requireUnused(context, lv, all);
   context.progress(`removing the copy ${path}`);
   const argv = script(removeVolumeScript, lv.volumeGroup, lv.name, lv.uuid);
-  await changeVolumeByScript(context, lv.volumeGroup, `${path} could not be removed`, argv, [lv]);
+  await giveUp(context, lv, `${path} could not be removed`, argv, [lv]);
+}
+
+/** Runs a script that gives up a copy. One that was made writable since it was seen is looked at again. */
+async function giveUp(
+  context: Context,
+  lv: LogicalVolume,
+  what: string,
+  argv: string[],
+  closed: readonly LogicalVolume[],
+): Promise<void> {
+  try {
+    await changeVolumeByScript(context, lv.volumeGroup, what, argv, closed);
+  } catch (error) {
+    if (!isLvmNbdError(error) || error.details.exitCode !== volumeWritable) throw error;
+    throw new ChangedMeanwhile(madeWritable(context, lv));
+  }
 }
 
 /** Raises VOLUME_IN_USE if somebody has the volume open or serves it, or if something would go with it. */
@@ -325,7 +393,7 @@ export async function copyToVolume(
 ): Promise<void> {
   const { volume, uri, snapshot, verify } = wanted;
   const [path, job] = [devicePath(volume), deviceJob(devicePath(volume))];
-  const verifiedPart = found.part !== undefined && isAsTagged(found.part) ? found.part : undefined;
+  const verifiedPart = found.part !== undefined && isAsTagged(found.part, found.all) ? found.part : undefined;
   const verifiedFacts = verifiedPart && factsAmong(verifiedPart.tags);
   if (
     verifiedPart?.tags.includes(identity.generation) &&
@@ -333,12 +401,18 @@ export async function copyToVolume(
     (verifiedFacts.verified || !verify)
   ) {
     context.progress(`the copy ${verifiedPart.name} is verified already: giving it its name`);
-    await giveName(context, wanted, found, verifiedPart, identityTags(wanted, identity, verifiedFacts));
+    const seen = await removeAside(context, wanted.owner, found);
+    refuseAside(context, volume, seen);
+    await giveName(context, wanted, seen, verifiedPart, identityTags(wanted, identity, verifiedFacts));
     return;
   }
-  const seen = await withName(context, wanted, found, verifiedPart);
+  const renamed = await withName(context, wanted, found, verifiedPart);
+  refuseWritable(context, volume, renamed);
+  const isRight = isVolumeAsMade(renamed) && (renamed.facts?.verified === true || !verify);
+  if (found.lv === undefined && isRight && isOfGeneration(renamed, identity.generation)) return;
+  const seen = await removeAside(context, wanted.owner, renamed);
   // Also of a known snapshot another `uri` is another source: that it serves the snapshot is the program's word alone.
-  const generation = generationMark([identity.generation, uri, snapshot?.uuid ?? ""]);
+  const generation = generationMark([identity.generation, withoutTls(uri), snapshot?.uuid ?? ""]);
   let { part } = seen;
   const facts = part && factsAmong(part.tags);
   const { running, record, recordDigest, result } = seen.job ?? {};
@@ -361,6 +435,8 @@ export async function copyToVolume(
     going: part && recordDigest,
     following: followingOf(job),
     prepare: async () => {
+      // Found only when the copy is complete, this would have cost hours.
+      refuseAside(context, volume, seen);
       if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
       const told: DeviceCopyRecord = { generation, verify };
@@ -423,22 +499,22 @@ function identityTags(
   return [ownerMark(owner), generation, ...copyTags(copyId, facts)];
 }
 
-function planOf({ uri, connections, bandwidthLimit, verify }: VolumeWanted): DeviceCopyPlan {
+function planOf({ uri, tls, connections, bandwidthLimit, verify }: VolumeWanted): DeviceCopyPlan {
   const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
   // What an earlier volume left there is nobody's to read.
-  return { uri, connections, verify, bandwidthLimit: limit, rest: "zero" };
+  return { uri, tls, connections, verify, bandwidthLimit: limit, rest: "zero" };
 }
 
 function factsOf(
-  { uuid, sizeBytes: volumeBytes }: LogicalVolume,
+  { uuid, volumeGroup, sizeBytes: volumeBytes }: LogicalVolume,
   { sha256, sizeBytes, verified, startedAt, endedAt }: CopyResult,
   snapshotUuid = "",
   takenAt = 0,
 ): CopyFacts {
   const seconds = endedAt - startedAt;
   return {
-    ...{ uuid, volumeBytes, sha256, sizeBytes, verified, seconds },
-    ...{ completedAt: endedAt, snapshotUuid, takenAt },
+    ...{ uuid, volumeGroup, volumeBytes, sha256, sizeBytes, verified, seconds },
+    ...{ completedAt: endedAt, snapshotUuid, takenAt, readOnly: 0 },
   };
 }
 
@@ -450,8 +526,9 @@ async function preflight(
 ): Promise<[sizeBytes: number, extents: number]> {
   const { uri, volume } = wanted;
   const programs = deviceCopyPrograms(planOf(wanted));
-  const argv = script(preflightVolumeScript, volume.volumeGroup, uri, ...programs);
-  const command = { argv, kind: "read", deadlineSeconds: 60 } as const;
+  const asked = asking(uri, wanted.tls);
+  const looking = asked.command(preflightVolumeScript, volume.volumeGroup, asked.uri, ...programs);
+  const command = { ...looking, kind: "read", deadlineSeconds: 60 } as const;
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
   const missing = missingPrograms(fields);
@@ -528,7 +605,7 @@ async function makePart(
   );
 }
 
-/** Calls the unfinished copy verified by `right`, its tags, gives it its name, and removes the earlier one that had it. */
+/** Makes the unfinished copy read-only, calls it verified by `right`, its tags, gives it its name, and removes the earlier one that had it. */
 async function giveName(
   context: Context,
   wanted: VolumeWanted,
@@ -539,18 +616,18 @@ async function giveName(
   const { volume, owner } = wanted;
   const { lv } = seen;
   const { unit, run } = deviceJob(devicePath(volume));
+  const all = [...right, readOnlyTag];
   const tags = [
-    ...missingTags(part, right).flatMap((tag) => ["--addtag", tag]),
-    ...outdatedTags(part.tags, right).flatMap((tag) => ["--deltag", tag]),
+    ...missingTags(part, all).flatMap((tag) => ["--addtag", tag]),
+    ...outdatedTags(part.tags, all).flatMap((tag) => ["--deltag", tag]),
   ];
   const { volumeGroup, name } = volume;
   const what = `the verified copy ${part.name} could not get its name ${volumeGroup}/${name}`;
-  // A name that is still taken would be in the way.
-  await removeAside(context, owner, seen);
   if (lv !== undefined) await requireUnused(context, lv, seen.all);
   const names = [volumeGroup, name, lv?.uuid ?? "-", asideOf(volume).name, part.name, part.uuid];
   const argv = script(nameVolumeScript, unit, run, ...names, ...tags);
-  await changeVolumeByScript(context, volumeGroup, what, argv, lv === undefined ? [part] : [lv, part]);
+  if (lv === undefined) await changeVolumeByScript(context, volumeGroup, what, argv, [part]);
+  else await giveUp(context, lv, what, argv, [lv, part]);
   if (lv !== undefined || seen.aside === undefined) return;
   const now = await observeVolume(context, volume);
   if (now !== undefined) await removeAside(context, owner, now);
@@ -565,20 +642,36 @@ async function discard(context: Context, volume: VolumeName, runTag: string): Pr
   await changeVolumeByScript(context, volumeGroup, what, argv, []);
 }
 
-/** Removes the volume, and what is unfinished of ours. */
+/** Leaves a volume that was made writable to whoever uses it: it is no copy any more. */
+async function release(context: Context, lv: LogicalVolume): Promise<void> {
+  const path = pathOf(lv);
+  context.warn(
+    `${path} was made writable since it was copied: it is taken for a disk of its own and NOT removed, only its tags are. If it is none, \`lvremove ${path}\``,
+  );
+  await changeVolume(
+    context,
+    lv.volumeGroup,
+    tagCommand(lv, [], ownTags(lv.tags)),
+    `the tags of ${path} could not be removed`,
+  );
+}
+
+/** Removes the volume, and what is unfinished of ours. What was made writable stays. */
 export async function removeVolume(
   context: Context,
   { volume, owner }: { readonly volume: VolumeName; readonly owner: string },
   seen: VolumeObservation,
 ): Promise<void> {
-  refuseHandedOver(context, volume, seen);
   const { lv, aside, all } = seen;
-  if (lv !== undefined) await requireUnused(context, lv, all);
+  if (lv?.readOnly === true) await requireUnused(context, lv, all);
   // What another resource has begun there is left alone.
   const runTag = ownRun(owner, seen);
   if (runTag !== undefined) await discard(context, volume, runTag);
-  if (aside !== undefined && isOurs(owner, seen, aside)) await removeClosed(context, aside, all);
-  if (lv !== undefined) await removeClosed(context, lv, all);
+  const earlier = aside !== undefined && isOurs(owner, seen, aside) ? [aside] : [];
+  for (const one of [...earlier, ...(lv === undefined ? [] : [lv])]) {
+    if (one.readOnly) await removeClosed(context, one, all);
+    else await release(context, one);
+  }
 }
 
 /** What is added to the state of a copied volume. */

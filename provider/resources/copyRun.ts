@@ -32,6 +32,8 @@ export interface CopyRun<T> {
   readonly target: string;
   /** What a cut run leaves on the host, for messages. */
   readonly unfinished: string;
+  /** What that does; `undefined`: it lies there until the next `pulumi up` removes it. */
+  readonly whenLeft?: string | undefined;
   /** What to do when its disk is full; `undefined`: what the code advises. */
   readonly whenFull: string | undefined;
   /** Digest of the record of a job that runs or has ended; `undefined`: none is of use. */
@@ -46,8 +48,8 @@ export interface CopyRun<T> {
   certify(result: CopyResult, recordDigest: string): Promise<T>;
   /** Ends the job of the record and removes what it made. */
   discard(context: Context, recordDigest: string): Promise<void>;
-  /** The failure as a person can use it. */
-  explain(error: LvmNbdError, progress: CopyProgress | undefined): Promise<LvmNbdError>;
+  /** The failure as a person can use it. `isDiscarded`: false where the host could not be told to. */
+  explain(error: LvmNbdError, progress: CopyProgress | undefined, isDiscarded: boolean): Promise<LvmNbdError>;
 }
 
 /**
@@ -60,7 +62,9 @@ export const copyFailures: readonly ErrorCode[] = [
 ];
 
 /** What a copy onto a volume of somebody else's can meet beside them. */
-const volumeFailures: readonly ErrorCode[] = ["IMAGE_CORRUPT", "VOLUME_IN_USE"];
+const volumeFailures: readonly ErrorCode[] = [
+  ...(["IMAGE_CORRUPT", "RESTORE_OVERFLOWS", "SNAPSHOT_MERGING", "VOLUME_IN_USE"] as const),
+];
 
 /** Makes the copy, or goes on with one of ours that runs or has ended. What has failed for good is removed. */
 export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> {
@@ -79,21 +83,32 @@ export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> 
   } catch (error) {
     if (recordDigest === undefined || !isLvmNbdError(error, ...copyFailures, ...volumeFailures)) throw error;
     const failed = recordDigest;
-    await discardAfter(context, run.unfinished, (to) => run.discard(to, failed));
-    throw await run.explain(error, progress);
+    const isDiscarded = await discardAfter(
+      context,
+      run.unfinished,
+      (to) => run.discard(to, failed),
+      run.whenLeft,
+    );
+    throw await run.explain(error, progress, isDiscarded);
   }
 }
 
-/** After a failure or a cancel, whose signal is aborted already. `unfinished`: what is removed, for messages. */
+/**
+ * After a failure or a cancel, whose signal is aborted already. `unfinished`: what is removed, for messages. False: it could not
+ * be, and that was told.
+ */
 export async function discardAfter(
   context: Context,
   unfinished: string,
   discard: (context: Context) => Promise<void>,
-): Promise<void> {
+  whenLeft = "is left on the host, the next `pulumi up` removes it",
+): Promise<boolean> {
   try {
     await discard({ ...context, signal: AbortSignal.timeout(90_000) });
+    return true;
   } catch (error) {
-    context.warn(`${unfinished} is left on the host, the next \`pulumi up\` removes it: ${firstLine(error)}`);
+    context.warn(`${unfinished} ${whenLeft}: ${firstLine(error)}`);
+    return false;
   }
 }
 
@@ -140,8 +155,11 @@ async function follow(
       continue;
     }
     const show = parseShow(fields.get("show") ?? "");
-    if (["inactive", "failed"].includes(show.ActiveState ?? ""))
+    if (["inactive", "failed"].includes(show.ActiveState ?? "")) {
+      // How far it came, where nothing has removed what tells of it.
+      if (fields.has("phase")) report(parseProgress(fields));
       return jobEnd(context, run, command, fields, recordDigest);
+    }
     const progress = parseProgress(fields);
     report(progress);
     context.progress(progressPhrase(progress, Number(fields.get("now"))));
@@ -159,7 +177,10 @@ async function follow(
 }
 
 /** With which words a job tells of which failure. */
-const reasons = { mismatch: "COPY_MISMATCH", corrupt: "IMAGE_CORRUPT", open: "VOLUME_IN_USE" } as const;
+const reasons = {
+  ...({ mismatch: "COPY_MISMATCH", corrupt: "IMAGE_CORRUPT", full: "NO_SPACE" } as const),
+  ...({ open: "VOLUME_IN_USE", merging: "SNAPSHOT_MERGING", overflows: "RESTORE_OVERFLOWS" } as const),
+};
 
 function jobEnd(
   context: Context,

@@ -5,12 +5,15 @@
 import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Context } from "../core/resource.js";
 import { bytesPhrase, type CopyProgress } from "../linux/copyJob.js";
-import type { LogicalVolume } from "../linux/lvm.js";
+import { clockCommand } from "../linux/looks.js";
+import { identified, type LogicalVolume } from "../linux/lvm.js";
+import type { ClientTls } from "../linux/tls.js";
 import { certify, type SnapshotReference, volumes } from "./volumes.js";
 
 /** What is copied. */
 export interface CopySource {
   readonly uri: string;
+  readonly tls?: ClientTls | undefined;
   readonly snapshot?: SnapshotReference | undefined;
 }
 
@@ -100,7 +103,7 @@ export async function explained(
   return new LvmNbdError("SNAPSHOT_OVERFLOWED", { ...overflow.details, advice });
 }
 
-const clock = { argv: ["date", "+%s"], kind: "read", deadlineSeconds: 60 } as const;
+const clock = { argv: clockCommand(), kind: "read", deadlineSeconds: 60 } as const;
 
 async function sizeAdvice(
   context: Context,
@@ -110,7 +113,7 @@ async function sizeAdvice(
   const again = "Give the snapshot a larger `size` and run `pulumi up --refresh`, which takes it anew";
   const never = '`"100%ORIGIN"` cannot overflow';
   const host = await context.open(snapshot.host);
-  const lv = (await volumes({ ...context, host })).find(({ uuid }) => uuid === snapshot.uuid);
+  const [lv] = identified(await volumes({ ...context, host }), snapshot);
   const now = Number((await host.run(clock, context.signal)).stdout);
   const [store, origin] = [lv?.sizeBytes, lv?.originSizeBytes];
   const lived = now - (lv?.createdAt ?? Number.NaN);

@@ -3,8 +3,9 @@
  * what becomes of it is its user's.
  */
 import { z } from "zod";
-import { failure, parseOutput, refusal, script, succeed } from "../core/command.js";
+import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import type { LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import { type CopyResult, copyResult } from "../linux/copyJob.js";
@@ -21,9 +22,9 @@ import {
 } from "../linux/deviceCopy.js";
 import { parseFields } from "../linux/fields.js";
 import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
-import { quoteAll } from "../ssh/quoting.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
+import { jobText } from "./tls.js";
 import { changeSeconds, holdersOf, listed, pathOf } from "./volumes.js";
 
 /** What a copy onto a device is for. In the folder of its job. */
@@ -55,8 +56,8 @@ export async function observeDeviceJob(context: Context, job: DeviceJob): Promis
 }
 
 /** Prints how the job is, for `CopyRun`. */
-export function followingOf({ unit, run }: DeviceJob): string[] {
-  return script(followCopyScript, "-", run, "-", unit, run);
+export function followingOf({ unit, run }: DeviceJob, following = followCopyScript): string[] {
+  return script(following, "-", run, "-", unit, run);
 }
 
 /**
@@ -83,12 +84,14 @@ export async function startDeviceCopy(
       ...[record, description, runtime],
     ),
     [volume],
-    // The arguments travel in the file: systemd would expand what is in them.
-    `set -- ${quoteAll(deviceCopyArguments(job, path, plan))}\n${deviceCopyJob}`,
+    jobText(job.run, plan.tls, deviceCopyArguments(job, path, plan), deviceCopyJob),
   );
 }
 
-/** Runs a script that changes volumes of the group, in its turn there. Raises VOLUME_IN_USE if one of `closed` is open. */
+/**
+ * Runs a script that changes volumes of the group, in its turn there. Raises VOLUME_IN_USE if one of `closed` is open; `otherwise`:
+ * what else the script calls so.
+ */
 export async function changeVolumeByScript(
   context: Context,
   volumeGroup: string,
@@ -96,6 +99,7 @@ export async function changeVolumeByScript(
   argv: string[],
   closed: readonly LogicalVolume[],
   stdin?: string,
+  otherwise = " or has snapshots",
 ): Promise<void> {
   let open = false;
   const explain = (command: RemoteCommand, result: CommandResult) => {
@@ -110,12 +114,12 @@ export async function changeVolumeByScript(
   } catch (error) {
     if (!open) throw error;
     const holders = await Promise.all(closed.map((volume) => holdersOf(context, volume)));
-    throw inUse(context, what, holders.flat());
+    throw inUse(context, what, holders.flat(), otherwise);
   }
 }
 
-function inUse(context: Context, what: string, holders: readonly string[]): LvmNbdError {
-  const how = holders.length === 0 ? " or has snapshots" : `: ${holders.join(", ")}`;
+function inUse(context: Context, what: string, holders: readonly string[], otherwise = ""): LvmNbdError {
+  const how = holders.length === 0 ? otherwise : `: ${holders.join(", ")}`;
   return refusal(context, "VOLUME_IN_USE", `${what}: it is open${how}`);
 }
 
@@ -127,7 +131,9 @@ export async function requireClosed(
 ): Promise<void> {
   const path = pathOf(volume);
   // Thin ones too: of a volume that is not thin, as the external origin of theirs, they would go with it.
-  const snapshots = all.filter(({ originUuid }) => originUuid === volume.uuid);
+  const snapshots = all.filter(
+    ({ originUuid, volumeGroup }) => originUuid === volume.uuid && volumeGroup === volume.volumeGroup,
+  );
   if (snapshots.length > 0) {
     const names = listed(snapshots.map(({ name }) => name));
     const what = `${path} is the origin of ${names}, which would be removed with it`;

@@ -7,10 +7,11 @@
  */
 import { randomUUID } from "node:crypto";
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { failure, parseOutput, succeed } from "../core/command.js";
 import { type ErrorCode, firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { type HostScript, script } from "../core/hostCommands.js";
 import { readableBy, refusing } from "../core/inputs.js";
-import { generationMark, ownerMark } from "../core/owner.js";
+import { digest, generationMark, ownerMark } from "../core/owner.js";
 import type { Context, Problem } from "../core/resource.js";
 import {
   type CopyPaths,
@@ -29,21 +30,23 @@ import {
   claimCopyScript,
   commitCopyScript,
   discardCopyScript,
+  exposedWords,
   fileInUse,
   followCopyScript,
   heldImageScript,
   imageChanged,
+  inOtherHands,
   observeCopyScript,
   preflightCopyScript,
   removeCopyScript,
   startCopyScript,
+  turnedWords,
 } from "../linux/copyScripts.js";
 import { parseFields } from "../linux/fields.js";
 import { fileProblem, imageFormats } from "../linux/imageFile.js";
 import type { LogicalVolume } from "../linux/lvm.js";
 import { missingPrograms } from "../linux/programs.js";
 import { hostName } from "../ssh/config.js";
-import { quoteAll } from "../ssh/quoting.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import {
   type CopyIdentity,
@@ -62,13 +65,18 @@ import {
   type SizeAnswer,
   sourceSize,
 } from "./copySource.js";
+import { asking, jobText } from "./tls.js";
 
 /** Declared properties of an image: where it is and how it is copied. */
 export const imageInputs = {
   file: z
     .string()
     .superRefine(refusing(fileProblem))
-    .describe("Absolute path of the image on the host. Its folder must exist."),
+    .describe(
+      "Absolute path of the image on the host. Its folder must exist, and it and every folder above must be root's and writable for no " +
+        "group and no others. On a network file system that is not asked, unless its mount lets others than root write to every folder " +
+        "(`dir_mode`, `umask`): who can write there can replace images, which only `deepCheck` may tell.",
+    ),
   mountPoint: z
     .string()
     .superRefine(refusing(mountPointProblem))
@@ -224,16 +232,20 @@ export interface ImageObservation {
 const quick = { deadlineSeconds: 60, kind: "read" } as const;
 
 function planOf(wanted: CopyWanted): CopyPlan {
-  const { uri, format, compress, connections, verify, bandwidthLimit } = wanted;
+  const { uri, tls, format, compress, connections, verify, bandwidthLimit } = wanted;
   return {
-    ...{ uri, format, compress, connections, verify },
+    ...{ uri, tls, format, compress, connections, verify },
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
   };
 }
 
 /** A script of copyScripts.ts, with what it needs beside the paths. */
-function scriptOn(paths: CopyPaths, text: string, ...args: string[]): string[] {
-  return script(text, paths.file, paths.part, paths.manifest, paths.unit, paths.run, ...args);
+function scriptOn(paths: CopyPaths, text: HostScript, ...args: string[]): string[] {
+  return script(text, ...pathArguments(paths), ...args);
+}
+
+function pathArguments({ file, part, manifest, unit, run }: CopyPaths): string[] {
+  return [file, part, manifest, unit, run];
 }
 
 /** Looks at the image and at what an unfinished copy has left. `filesystem`: where the image was when it was last seen. */
@@ -242,7 +254,7 @@ export async function observeImage(
   { file, filesystem }: { readonly file: string; readonly filesystem?: string | undefined },
 ): Promise<ImageObservation | undefined> {
   const command: RemoteCommand = { ...quick, argv: scriptOn(copyPaths(file), observeCopyScript) };
-  const result = await succeed(context, command, `${file} could not be looked at`);
+  const result = await looked(context, command, `${file} could not be looked at`);
   const { parent, ...seen } = parseOutput(context, command, result, (stdout) =>
     readObservation(parseFields(stdout)),
   );
@@ -348,10 +360,8 @@ export async function inspectImage(
     kind: "read",
     deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),
   };
-  const result = await context.host.run(command, context.signal);
+  const result = await looked(context, command, `${file} could not be checked`, [70]);
   if (result.exitCode === 70) return { ...seen, content: "bad" };
-  if (result.exitCode !== 0)
-    throw failure(context, command, result, `${file} could not be checked`, "COMMAND_FAILED");
   return { ...seen, content: result.stdout.trim() === sha256 ? "good" : "bad" };
 }
 
@@ -363,10 +373,40 @@ function imageInUse(context: Context, what: string, { stdout }: CommandResult): 
   });
 }
 
+/** Somebody who is not root can have it lead where he likes, or exchange it. `why`: which path. */
+function inTheirHands(context: Context, what: string, why: string): LvmNbdError {
+  return new LvmNbdError("FILE_UNSUITABLE", {
+    message: `file: ${what}: ${why}`,
+    host: context.host.name,
+    resource: context.resource,
+    property: "file",
+    advice:
+      "Nothing was written or removed there. The folder of an image and every folder above it must be root's, and writable for no group and " +
+      "no others (`chown root`, `chmod go-w`; of a file system without owners by its mount options, e.g. `uid=0,dir_mode=0700` or " +
+      "`umask=077`). Do that, or keep images in a folder where it is so, e.g. /var/backups, and run again. An image that is to be removed " +
+      "needs that too, or is removed by hand.",
+  });
+}
+
+/** Runs one of the looking scripts. `answers`: exit codes beside 0 that are no failure. */
+async function looked(
+  context: Context,
+  command: RemoteCommand,
+  what: string,
+  answers: readonly number[] = [],
+): Promise<CommandResult> {
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0 || answers.includes(result.exitCode)) return result;
+  if (result.exitCode === inOtherHands)
+    throw inTheirHands(context, what, result.stdout.trim().split("\n").at(-1) ?? "");
+  throw failure(context, command, result, what, "COMMAND_FAILED");
+}
+
 /** Runs one of the changing scripts. */
 async function change(context: Context, what: string, argv: string[], stdin?: string): Promise<void> {
   const explain = (command: RemoteCommand, result: CommandResult) => {
     if (result.exitCode === fileInUse) return imageInUse(context, what, result);
+    if (result.exitCode === inOtherHands) return inTheirHands(context, what, result.stdout.trim());
     if (result.exitCode !== imageChanged) return undefined;
     return failure(context, command, result, "somebody wrote the image after it was verified", "COPY_FAILED");
   };
@@ -385,10 +425,13 @@ async function requireHost(
 ): Promise<SizeAnswer> {
   const paths = copyPaths(wanted.file);
   const folder = folderOf(wanted.file);
+  const asked = asking(uri, uri === "" ? undefined : wanted.tls);
   const command: RemoteCommand = {
     ...quick,
-    argv: scriptOn(
-      ...[paths, preflightCopyScript, uri, wanted.mountPoint ?? ""],
+    ...asked.command(
+      preflightCopyScript,
+      ...pathArguments(paths),
+      ...[asked.uri, wanted.mountPoint ?? ""],
       ...copyPrograms(planOf({ ...wanted, uri })),
     ),
   };
@@ -398,6 +441,11 @@ async function requireHost(
   if (missing !== undefined) throw refused(context, "PROGRAM_MISSING", "host", missing);
   if (wanted.mountPoint !== undefined && !fields.has("mounted"))
     throw refused(context, "NOT_MOUNTED", "mountPoint", `nothing is mounted at ${wanted.mountPoint}`);
+  const exposed = fields.get("exposed") ?? "";
+  if (exposed !== "")
+    throw inTheirHands(context, `${wanted.file} is not written`, `${exposed} ${exposedWords}`);
+  const turned = fields.get("astray") ?? "";
+  if (turned !== "") throw inTheirHands(context, `${wanted.file} is not written`, `${turned} ${turnedWords}`);
   if (!fields.has("parent"))
     throw refused(context, "DIRECTORY_NOT_FOUND", "file", `there is no folder ${folder}`);
   if (!fields.has("writable"))
@@ -432,12 +480,12 @@ function foreign(context: Context, message: string, advice: string): LvmNbdError
 /** What cannot be served as declared: then nothing of a copy is of use either. */
 const notServed: readonly ErrorCode[] = [
   ...(["ADDRESS_NOT_LOCAL", "CLIENTS_NOT_ENFORCED", "EXPORT_NOT_SERVING", "EXPORT_UNREACHABLE"] as const),
-  ...(["FOREIGN_RESOURCE", "PORT_IN_USE", "PROGRAM_MISSING"] as const),
+  ...(["FOREIGN_RESOURCE", "PORT_IN_USE", "PROGRAM_MISSING", "TLS_NOT_ENFORCED", "TLS_UNSUPPORTED"] as const),
 ];
 
-/** True for a failure after which nothing will go on with the copy. */
-export function isFinalFailure(error: unknown): boolean {
-  return isLvmNbdError(error, ...copyFailures, ...notServed);
+/** True for a failure after which nothing will go on with the copy; `isBegun`: of a moment of which copies were begun before. */
+export function isFinalFailure(error: unknown, isBegun: boolean): boolean {
+  return isLvmNbdError(error, ...copyFailures, ...(isBegun ? [] : notServed));
 }
 
 /** A copy that is complete and verified, and does not have its name yet. */
@@ -457,6 +505,25 @@ export async function copyImage(
   await commitCopy(context, wanted, seen, await verifiedCopy(context, wanted, seen, identity));
 }
 
+function partGeneration(
+  { snapshot, format, compress }: Omit<CopyWanted, "uri">,
+  { generation }: CopyIdentity,
+): string {
+  return generationMark([generation, snapshot?.uuid ?? "", format, compress]);
+}
+
+/** True if the unfinished copy is what is wanted, and on its way or complete. */
+export function isGoneOnWith(
+  wanted: Omit<CopyWanted, "uri">,
+  { part, running }: ImageObservation,
+  identity: CopyIdentity,
+): boolean {
+  // Of a source without identity, what a job read some time ago may be another moment.
+  const goesOn = running || (part?.result !== undefined && wanted.snapshot !== undefined);
+  const isAsDeclared = part?.record?.generation === partGeneration(wanted, identity);
+  return goesOn && isAsDeclared && (part.record.verify || !wanted.verify);
+}
+
 /** Makes the copy up to its name, or goes on with one of ours. What has failed for good is removed. */
 export async function verifiedCopy(
   context: Context,
@@ -465,18 +532,13 @@ export async function verifiedCopy(
   identity: CopyIdentity,
 ): Promise<VerifiedCopy> {
   const paths = copyPaths(wanted.file);
-  const { snapshot: reference, format, compress } = wanted;
-  const generation = generationMark([identity.generation, reference?.uuid ?? "", format, compress]);
   let { part } = seen;
   if (part?.record !== undefined && isDecided(seen) && seen.manifest?.generation === identity.generation)
     return {
       ...{ recordDigest: part.recordDigest, imageFacts: part.imageFacts },
       manifest: { ...seen.manifest, mark: ownerMark(wanted.owner), copyId: identity.copyId },
     };
-  // Of a source without identity, what a job read some time ago may be another moment.
-  const goesOn = seen.running || (part?.result !== undefined && wanted.snapshot !== undefined);
-  const asDeclared = part?.record?.generation === generation && (part.record.verify || !wanted.verify);
-  if (part !== undefined && !(goesOn && asDeclared)) {
+  if (part !== undefined && !isGoneOnWith(wanted, seen, identity)) {
     context.progress(`removing an unfinished copy to ${wanted.file}`);
     await discard(context, paths, part.recordDigest);
     part = undefined;
@@ -491,6 +553,7 @@ export async function verifiedCopy(
     prepare: async () => {
       sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
       const { owner, verify } = wanted;
+      const generation = partGeneration(wanted, identity);
       return `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
     },
     start: (record) => start(context, paths, wanted, seen, record, sizeBytes),
@@ -587,8 +650,7 @@ async function start(
       ...[paths, startCopyScript, seen.facts, seen.manifestDigest, record, description],
       String(longestSeconds(sizeBytes, plan.bandwidthLimit)),
     ),
-    // The arguments travel in the file: systemd would expand what is in them.
-    `set -- ${quoteAll(copyArguments(paths, plan))}\n${copyJob}`,
+    jobText(paths.run, plan.tls, copyArguments(paths, plan, digest(record, 64)), copyJob),
   );
 }
 

@@ -3,9 +3,10 @@
  * to be the declared one, and the volume is read back. Its job keeps the mark; see linux/imageRestore.ts.
  */
 import { randomUUID } from "node:crypto";
-import { parseOutput, refusal, script, succeed } from "../core/command.js";
-import { type ErrorDetails, isLvmNbdError, LvmNbdError } from "../core/errors.js";
-import { ownerInTag } from "../core/owner.js";
+import { parseOutput, refusal, succeed } from "../core/command.js";
+import { type ErrorDetails, errorCodes, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
+import { markAmong, ownerInTag } from "../core/owner.js";
 import { ChangedMeanwhile, type Context } from "../core/resource.js";
 import {
   imageOfRestore,
@@ -16,15 +17,18 @@ import {
   restoreMarksAmong,
   restoreTagOf,
   restoreTagParts,
+  writingAmong,
 } from "../core/restoreMark.js";
-import { bytesPhrase, parseRate } from "../linux/copyJob.js";
-import { type DeviceCopyPlan, deviceCopyPrograms } from "../linux/deviceCopy.js";
+import { bytesPhrase, type CopyProgress, parseRate } from "../linux/copyJob.js";
+import { type DeviceCopyPlan, type DeviceJob, deviceCopyPrograms } from "../linux/deviceCopy.js";
 import { parseFields } from "../linux/fields.js";
 import {
   endImageRestoreScript,
   filledSnapshots,
+  followImageRestoreScript,
   imageRestoreArguments,
   imageRestoreJob,
+  parseChunkSizes,
   poolNeed,
   preflightRestoreScript,
   type RestoreMarks,
@@ -34,18 +38,33 @@ import {
 import type { LogicalVolume } from "../linux/lvm.js";
 import { leftBytes as usedBytes } from "../linux/merge.js";
 import { missingPrograms } from "../linux/programs.js";
-import { quoteAll } from "../ssh/quoting.js";
+import type { ClientTls } from "../linux/tls.js";
 import { longestSeconds, runCopy } from "./copyRun.js";
 import { refused, sourceSize } from "./copySource.js";
 import { changeVolumeByScript, type DeviceCopyRecord, followingOf, observeDeviceJob } from "./deviceCopy.js";
-import { holdersOf, named, pathOf, refuseOpen, refuseSuspended, requireOrigin, volumes } from "./volumes.js";
+import { asking, jobText } from "./tls.js";
+import {
+  holdersOf,
+  listed,
+  named,
+  pathOf,
+  refuseOpen,
+  refuseSuspended,
+  requireOrigin,
+  volumeOf,
+  volumes,
+} from "./volumes.js";
 
 /** What is written onto which volume, for whom. */
 export interface ImageWanted {
   readonly owner: string;
   readonly volumeGroup: string;
   readonly origin: string;
-  readonly image: { readonly uri: string; readonly sha256: string };
+  readonly image: {
+    readonly uri: string;
+    readonly sha256: string;
+    readonly tls?: ClientTls | undefined;
+  };
   /** UUID of the volume. */
   readonly overwrite: string;
   readonly connections?: number | undefined;
@@ -64,7 +83,7 @@ export async function runningRestore(
   context: Context,
   origin: LogicalVolume,
 ): Promise<RunningRestore | undefined> {
-  const { running, record, recordDigest } = await observeDeviceJob(context, restoreJob(origin.uuid));
+  const { running, record, recordDigest } = await observeDeviceJob(context, restoreJob(origin));
   return running && record !== undefined ? { begun: record.generation, recordDigest } : undefined;
 }
 
@@ -78,6 +97,20 @@ export function halfWritten(origin: LogicalVolume): string {
   return `${pathOf(origin)} is HALF-WRITTEN: it holds neither what it held before nor the image`;
 }
 
+function stopping({ unit }: DeviceJob): string {
+  return `\`systemctl stop ${unit}\` on the host ends it`;
+}
+
+/** The failure beside a restore that was begun earlier and writes the volume on by itself. */
+export function goingOn(origin: LogicalVolume, error: LvmNbdError): LvmNbdError {
+  const path = pathOf(origin);
+  return new LvmNbdError(error.code, {
+    ...error.details,
+    message: `${error.details.message}; an earlier restore of ${path} from an image goes on and OVERWRITES it`,
+    advice: `${adviceOf(error)} ${stopping(restoreJob(origin))}, and leaves ${path} half-written.`,
+  });
+}
+
 /** Ends the job of that record, which writes the volume, and removes marks from it. */
 export function endImageRestore(
   context: Context,
@@ -86,14 +119,14 @@ export function endImageRestore(
   marks: readonly string[],
 ): Promise<void> {
   const { volumeGroup, name, uuid } = origin;
-  const { unit, run } = restoreJob(uuid);
+  const { unit, run } = restoreJob(origin);
   const argv = script(endImageRestoreScript, unit, run, volumeGroup, name, uuid, recordDigest, ...marks);
   const what = `the restore of ${pathOf(origin)} could not be ended`;
   return changeVolumeByScript(context, volumeGroup, what, argv, []);
 }
 
 /** Raises IDENTITY_MISMATCH unless the volume is the one that may be overwritten. */
-export function requireOverwrite(
+function requireOverwrite(
   context: Context,
   { overwrite }: Pick<ImageWanted, "overwrite">,
   origin: LogicalVolume,
@@ -107,10 +140,53 @@ export function requireOverwrite(
   );
 }
 
+/** Raises what is wrong with a declaration, whoever writes the volume now. */
+export async function requireRestorable(
+  context: Context,
+  wanted: ImageWanted,
+  origin: LogicalVolume,
+): Promise<void> {
+  requireOverwrite(context, wanted, origin);
+  const { sizeBytes } = await preflight(context, wanted);
+  requireSize(context, origin, sizeBytes);
+}
+
+/** The failure of what was to bring a volume in order that an earlier restore has left half-written. */
+export async function sayingHalfWritten(
+  context: Context,
+  origin: LogicalVolume,
+  error: LvmNbdError,
+): Promise<LvmNbdError> {
+  if (error.details.message.includes("HALF-WRITTEN")) return error;
+  const told = (how: string) =>
+    new LvmNbdError(error.code, {
+      ...error.details,
+      message: `${error.details.message}; ${how}`,
+      advice: `Use nothing of ${pathOf(origin)} until it is restored. ${adviceOf(error)}`,
+    });
+  try {
+    const all = await volumes({ ...context, signal: AbortSignal.timeout(60_000) });
+    const now = all.find(
+      ({ volumeGroup, uuid }) => volumeGroup === origin.volumeGroup && uuid === origin.uuid,
+    );
+    return now === undefined || writingAmong(now.tags) === undefined ? error : told(halfWritten(now));
+  } catch (failure) {
+    if (!isLvmNbdError(failure)) throw failure;
+    return told(`whether ${pathOf(origin)} is half-written could not be found out`);
+  }
+}
+
+/** What to do, also where something was touched. */
+function adviceOf({ code, details }: LvmNbdError): string {
+  return (details.advice ?? errorCodes[code]).replace("Nothing was touched. ", "");
+}
+
 /** What is to be written where. */
 interface Target {
   readonly origin: LogicalVolume;
   readonly sizeBytes: number;
+  /** Of its thin pool. */
+  readonly needBytes: number;
   readonly marks: RestoreMarks;
 }
 
@@ -124,7 +200,7 @@ export async function restoreImage(
   life: string,
   going?: RunningRestore & { readonly origin: LogicalVolume },
 ): Promise<void> {
-  const job = restoreJob(wanted.overwrite);
+  const job = restoreJob(going?.origin ?? { volumeGroup: wanted.volumeGroup, uuid: wanted.overwrite });
   const path = `${wanted.volumeGroup}/${wanted.origin}`;
   let target: Target | undefined;
   const ended = async (to: Context, recordDigest: string, mark?: string) => {
@@ -135,9 +211,10 @@ export async function restoreImage(
   await runCopy(context, {
     target: path,
     unfinished: `the unfinished restore of ${path}`,
+    whenLeft: `could not be ended: unless it has ended it goes on by itself and may OVERWRITE ${path}; ${stopping(job)}`,
     whenFull: "Extend the thin pool (`lvextend`), or remove what is not needed of it.",
     going: going?.recordDigest,
-    following: followingOf(job),
+    following: followingOf(job, followImageRestoreScript),
     prepare: async () => {
       target = await prepared(context, wanted, life);
       const record: DeviceCopyRecord = { generation: target.marks.begun, verify: true };
@@ -153,18 +230,19 @@ export async function restoreImage(
     certify: (_result, recordDigest) => ended(context, recordDigest),
     // Where nothing was written it still has that mark.
     discard: (to, recordDigest) => ended(to, recordDigest, going?.begun ?? target?.marks.begun),
-    explain: (error) => explained(context, wanted, life, error),
+    explain: (error, progress, isDiscarded) =>
+      explained(context, wanted, life, error, progress, isDiscarded ? "" : `${stopping(job)}.`),
   });
 }
 
 async function start(
   context: Context,
   wanted: ImageWanted,
-  { origin, sizeBytes, marks }: Target,
+  { origin, sizeBytes, needBytes, marks }: Target,
   record: string,
 ): Promise<void> {
   const { volumeGroup, name, uuid } = origin;
-  const [job, plan] = [restoreJob(uuid), planOf(wanted)];
+  const [job, plan] = [restoreJob(origin), planOf(wanted)];
   const argv = script(
     ...[startImageRestoreScript, job.unit, job.run, volumeGroup, name, uuid, record],
     `lvm-nbd: restore of ${pathOf(origin)} from ${plan.uri}`,
@@ -172,15 +250,26 @@ async function start(
     marks.begun,
     ...restoreMarksAmong(origin.tags).map(({ tag }) => tag),
   );
-  // The arguments travel in the file: systemd would expand what is in them.
-  const text = `set -- ${quoteAll(imageRestoreArguments(job, origin, plan, marks))}\n${imageRestoreJob}`;
+  const text = jobText(
+    job.run,
+    plan.tls,
+    imageRestoreArguments(job, origin, plan, marks, needBytes),
+    imageRestoreJob,
+  );
   const what = `the restore of ${pathOf(origin)} could not be started`;
-  await changeVolumeByScript(context, volumeGroup, what, argv, [origin], text);
+  // It may have snapshots.
+  await changeVolumeByScript(context, volumeGroup, what, argv, [origin], text, "");
 }
 
 function planOf({ image, connections, bandwidthLimit }: ImageWanted): DeviceCopyPlan {
   return {
-    ...{ uri: image.uri, expected: image.sha256, connections: connections ?? 4, rest: "keep" },
+    ...{
+      uri: image.uri,
+      tls: image.tls,
+      expected: image.sha256,
+      connections: connections ?? 4,
+      rest: "keep",
+    },
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
     // The volume is held to the declared checksum instead.
     verify: false,
@@ -213,9 +302,15 @@ async function prepared(context: Context, wanted: ImageWanted, life: string): Pr
     [origin],
     "Nothing was touched. Shut the VM down, unmount the volume, remove its export, and run again.",
   );
-  const { sizeBytes, startedAt } = await preflight(context, wanted);
+  const { sizeBytes, startedAt, chunkSizes } = await preflight(context, wanted);
   requireSize(context, origin, sizeBytes);
-  requireRoom(context, all, origin, sizeBytes);
+  const needBytes = requireRoom(
+    context,
+    all.filter(({ volumeGroup }) => volumeGroup === group),
+    origin,
+    sizeBytes,
+    chunkSizes,
+  );
   const told = {
     ...{ generation: restoreGeneration(wanted.triggers), life, source: wanted.image.sha256 },
     ...{ owner: ownerInTag(wanted.owner), startedAt, seconds: 0, thinId: 0 },
@@ -224,6 +319,7 @@ async function prepared(context: Context, wanted: ImageWanted, life: string): Pr
   return {
     origin,
     sizeBytes,
+    needBytes,
     marks: {
       begun: restoreTagOf({ ...told, stage: "begun" }),
       writing,
@@ -235,12 +331,21 @@ async function prepared(context: Context, wanted: ImageWanted, life: string): Pr
   };
 }
 
+/**
+ * A thin volume with an origin may as well be a VM's own disk, a clone of a template. LVM also calls the slow part of a cached volume
+ * its origin.
+ */
+function isSnapshot({ kind, originUuid, readOnly, tags }: LogicalVolume): boolean {
+  if (kind !== "thin") return kind === "cow";
+  return originUuid !== undefined && (readOnly || markAmong(tags) !== undefined);
+}
+
 function refuseUnsuitable(context: Context, origin: LogicalVolume): void {
   const path = pathOf(origin);
   const unsuitable = (what: string, advice: string) => {
     throw refusal(context, "ORIGIN_UNSUITABLE", `origin: ${path} ${what}`, `Nothing was touched. ${advice}`);
   };
-  if (origin.kind === "cow" || origin.originUuid !== undefined)
+  if (isSnapshot(origin))
     unsuitable(`is a snapshot, of "${origin.origin}"`, "Name the volume that is to hold the image.");
   if (origin.kind === "pool")
     unsuitable("is a thin pool, not a volume", "Name the volume that is to hold the image.");
@@ -287,7 +392,8 @@ function refuseDone(
   throw new ChangedMeanwhile(refusal(context, "VOLUME_IN_USE", what));
 }
 
-function refuseOthers(context: Context, origin: LogicalVolume, other: RestoreMark | undefined): void {
+/** Raises VOLUME_IN_USE for a mark of another restore from an image. */
+export function refuseOthers(context: Context, origin: LogicalVolume, other: RestoreMark | undefined): void {
   if (other === undefined) return;
   throw refusal(
     context,
@@ -300,16 +406,27 @@ function refuseOthers(context: Context, origin: LogicalVolume, other: RestoreMar
 async function preflight(
   context: Context,
   wanted: ImageWanted,
-): Promise<{ readonly sizeBytes: number; readonly startedAt: number }> {
-  const { uri } = wanted.image;
-  const argv = script(preflightRestoreScript, uri, ...deviceCopyPrograms(planOf(wanted)));
-  const command = { argv, kind: "read", deadlineSeconds: 60 } as const;
+): Promise<{
+  readonly sizeBytes: number;
+  readonly startedAt: number;
+  readonly chunkSizes: ReadonlyMap<string, number>;
+}> {
+  const { volumeGroup, overwrite, image } = wanted;
+  const { uri, tls } = image;
+  const asked = asking(uri, tls);
+  const programs = deviceCopyPrograms(planOf(wanted));
+  const looking = asked.command(preflightRestoreScript, volumeGroup, overwrite, asked.uri, ...programs);
+  const command = { ...looking, kind: "read", deadlineSeconds: 60 } as const;
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
   const missing = missingPrograms(fields);
   if (missing !== undefined) throw refused(context, "PROGRAM_MISSING", "host", missing);
   const answer = { exitCode: fields.get("size.rc"), text: fields.get("size") ?? "" };
-  return { sizeBytes: await sourceSize(context, { uri }, answer), startedAt: Number(fields.get("now")) };
+  return {
+    sizeBytes: await sourceSize(context, { uri }, answer),
+    startedAt: Number(fields.get("now")),
+    chunkSizes: parseChunkSizes(fields.get("chunks") ?? ""),
+  };
 }
 
 function requireSize(context: Context, origin: LogicalVolume, sizeBytes: number): void {
@@ -326,14 +443,15 @@ function requireSize(context: Context, origin: LogicalVolume, sizeBytes: number)
   if (sizeBytes < origin.sizeBytes) context.warn(`${both}: the bytes behind the image stay as they are`);
 }
 
-/** What is written takes room in the stores of COW snapshots, and in a thin pool. */
+/** What is written takes room in the stores of COW snapshots, and in a thin pool. Returns how many bytes of that. */
 function requireRoom(
   context: Context,
   all: readonly LogicalVolume[],
   origin: LogicalVolume,
   sizeBytes: number,
-): void {
-  const filled = filledSnapshots(all, origin, sizeBytes);
+  chunkSizes: ReadonlyMap<string, number>,
+): number {
+  const filled = filledSnapshots(all, origin, sizeBytes, chunkSizes);
   const phrase = (some: typeof filled) =>
     some.map((lv) => `"${lv.name}" (${bytesPhrase(lv.freeBytes)} free)`).join(", ");
   const writes = `the restore writes ${bytesPhrase(sizeBytes)} to ${pathOf(origin)}`;
@@ -343,32 +461,39 @@ function requireRoom(
       context,
       "RESTORE_OVERFLOWS",
       `${writes}, which may overflow snapshots of it: ${phrase(overflowing)}`,
-      `Nothing was touched. Extend them (\`lvextend -l 100%ORIGIN ${origin.volumeGroup}/NAME\`), or remove them, and run again.`,
+      `Nothing was touched. Extend them (\`lvextend -l 101%ORIGIN ${origin.volumeGroup}/NAME\`), or remove them, and run again.`,
     );
   }
   if (filled.length > 0) context.warn(`${writes}, which fills the snapshots of it: ${phrase(filled)}`);
-  if (origin.kind !== "thin") return;
+  if (origin.kind !== "thin") return 0;
   const pool = named(all, origin.volumeGroup, origin.pool ?? "");
-  const [need, free] = [poolNeed(all, origin, sizeBytes), pool ? pool.sizeBytes - usedBytes(pool) : 0];
+  const need = poolNeed(all, origin, sizeBytes);
+  const free = pool ? pool.sizeBytes - usedBytes(pool) : 0;
   const isReady = pool?.health === "" && (pool.metadataPercent ?? 0) < 100;
-  if (isReady && free >= need) return;
+  if (isReady && free >= need.bytes) return need.bytes;
   const state = isReady
-    ? `has ${bytesPhrase(free)} free, the restore may need ${bytesPhrase(need)}`
+    ? `has ${bytesPhrase(free)} free, the restore may need ${bytesPhrase(need.bytes)}`
     : `takes no changes: ${pool?.health || "its metadata is full"}`;
+  const untold =
+    need.untold.length === 0
+      ? ""
+      : ` Or activate ${listed(need.untold)} (\`lvchange -ay\`): while they are inactive, nobody can tell what they share with ${pathOf(origin)}.`;
   throw refusal(
     context,
     "NO_SPACE",
     `the thin pool ${origin.pool} ${state}`,
-    `Nothing was touched. Extend it (\`lvextend\`, \`lvextend --poolmetadatasize\`), or remove what is not needed of it, and run again.`,
+    `Nothing was touched. Extend it (\`lvextend\`, \`lvextend --poolmetadatasize\`), or remove what is not needed of it, and run again.${isReady ? untold : ""}`,
   );
 }
 
-/** The failure, with what it means for the volume. */
+/** The failure, with what it means for the volume. `stop`: how to end a job that could not be. */
 async function explained(
   context: Context,
   wanted: ImageWanted,
   life: string,
   error: LvmNbdError,
+  progress: CopyProgress | undefined,
+  stop: string,
 ): Promise<LvmNbdError> {
   // A cancelled one has its signal aborted.
   const looking = { ...context, signal: AbortSignal.timeout(60_000) };
@@ -381,7 +506,7 @@ async function explained(
   const reason = error.details.advice ?? (cancelled ? "" : "Put right what the message names.");
   const advising = (...sentences: string[]) => sentences.filter((one) => one !== "").join(" ");
   try {
-    const origin = (await volumes(looking)).find(({ uuid }) => uuid === wanted.overwrite);
+    const origin = await volumeOf(looking, await volumes(looking), wanted.volumeGroup, wanted.overwrite);
     if (origin === undefined) throw refusal(looking, "ORIGIN_NOT_FOUND", `${path} is not there any more`);
     const marks = restoreMarksAmong(origin.tags).filter(
       (mark) => mark.life === life || isRestoreOf(mark, wanted.owner),
@@ -390,23 +515,32 @@ async function explained(
     const holders = isOpen ? await holdersOf(looking, origin) : [];
     const message = [error.details.message, ...holders].join(", ");
     if (marks.some(({ stage }) => stage === "writing"))
-      return told({ message: `${message}; ${halfWritten(origin)}`, advice: advising(never, reason, again) });
+      return told({
+        message: `${message}; ${halfWritten(origin)}`,
+        advice: advising(never, stop, reason, again),
+      });
     const isDone = marks.some(
       (mark) => mark.stage === "restored" && mark.generation === restoreGeneration(wanted.triggers),
     );
     if (isDone)
       return told({ message: `${message}; ${path} holds the image all the same`, advice: "Run again." });
+    if (progress?.phase === "copy" || progress?.phase === "verify")
+      throw refusal(looking, "IDENTITY_MISMATCH", `the mark of the restore was removed from ${path}`);
     // The advice of its code says more.
-    const begins = advising(reason, "The next `pulumi up` begins anew.");
+    const begins = advising(stop, reason, "The next `pulumi up` begins anew.");
+    if (stop !== "") {
+      const how = `nothing was written to ${path} yet, but the restore could not be ended and may go on`;
+      return told({ message: `${message}; ${how}`, advice: begins });
+    }
     return told({
       message: `${message}; nothing was written to ${path}`,
-      advice: error.code === "IMAGE_CORRUPT" ? undefined : begins,
+      advice: isLvmNbdError(error, "IMAGE_CORRUPT", "RESTORE_OVERFLOWS") ? undefined : begins,
     });
   } catch (failure) {
     if (!isLvmNbdError(failure)) throw failure;
     return told({
       message: `${error.details.message}; whether ${path} was written to could not be found out`,
-      advice: advising(never, reason, again),
+      advice: advising(never, stop, reason, again),
     });
   }
 }

@@ -7,9 +7,10 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, refusal, script, succeed } from "../core/command.js";
+import { failure, refusal, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { lookPatiently, pause } from "../core/following.js";
+import { script } from "../core/hostCommands.js";
 import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
 import { markAmong, ownerInTag, ownerOfMark, ownerTag, tagPrefix } from "../core/owner.js";
 import {
@@ -32,7 +33,14 @@ import {
 } from "../core/restoreMark.js";
 import { serially } from "../core/serial.js";
 import { bytesPhrase } from "../linux/copyJob.js";
-import { type LogicalVolume, lvmFailure, tagCommand, volumeGroupNameProblem } from "../linux/lvm.js";
+import { clockCommand } from "../linux/looks.js";
+import {
+  identified,
+  type LogicalVolume,
+  lvmFailure,
+  tagCommand,
+  volumeGroupNameProblem,
+} from "../linux/lvm.js";
 import {
   beginMergeScript,
   endMergeScript,
@@ -51,14 +59,18 @@ import type { RemoteCommand } from "../ssh/types.js";
 import { imageInputs } from "./image.js";
 import {
   endImageRestore,
+  goingOn,
   halfWritten,
   type ImageWanted,
   isMarkOf,
   type RunningRestore,
-  requireOverwrite,
+  refuseOthers,
+  requireRestorable,
   restoreImage,
   runningRestore,
+  sayingHalfWritten,
 } from "./imageRestore.js";
+import { sourceTlsInput, tlsProblems } from "./tls.js";
 import {
   changeSeconds,
   changeVolume,
@@ -68,11 +80,15 @@ import {
   named,
   observeSeconds,
   pathOf,
+  refuseHalfWritten,
   refuseOpen,
+  refuseOtherGroup,
   refuseSuspended,
   requireGroup,
   requireOrigin,
+  volumeOf,
   volumes,
+  writtenBy,
 } from "./volumes.js";
 
 const name = z
@@ -113,6 +129,7 @@ const inputs = z.strictObject({
         .string()
         .regex(/^[0-9a-f]{64}$/, "is no SHA-256: 64 lower-case hexadecimal digits, the copy's `sha256`")
         .describe("SHA-256 of what the image holds, as a VolumeCopy's or BackupImage's output tells it."),
+      tls: sourceTlsInput,
     })
     .optional()
     .describe(
@@ -143,11 +160,13 @@ const inputs = z.strictObject({
 
 const outputs = z.object({
   state: z
-    .enum(["restored", "merging", "scheduled", "restoring"])
+    .enum(["restored", "merging", "scheduled", "restoring", "unmarked"])
     .describe(
       "`restored`; `merging` (under way: the origin shows the restored content already); `scheduled` (begins when the origin is next " +
         "activated: until then it has its present content, and what is written to it will be lost); " +
-        "`restoring` (from an image: use nothing of the origin, it may be half-written).",
+        "`restoring` (from an image: use nothing of the origin, it may be half-written); " +
+        "`unmarked` (restored, but somebody removed the mark from the origin: `pulumi up` puts it back and writes nothing; or another " +
+        "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these).",
     ),
   snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
   restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored; empty for an image."),
@@ -176,16 +195,21 @@ export type LvRestoreOutputs = State;
 interface Observed {
   readonly mark: string | undefined;
   readonly halfMade: boolean;
+  readonly removed: boolean;
   readonly restore: RestoreMark;
   readonly origin: LogicalVolume;
   /** `undefined` when it is gone, and of an image. */
   readonly snapshot: LogicalVolume | undefined;
+  /** Of another one's restore that writes an image onto the origin, or has left it half-written. */
+  readonly others: RestoreMark | undefined;
+  /** Of this resource's restores that have ended: a merge's snapshot is gone then, also where nobody has marked that. */
+  readonly ended: readonly RestoreMark[];
   /** The job that writes an image. */
   readonly job: RunningRestore | undefined;
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
-   * writing the image.
+   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had.
    */
   readonly phase: State["state"] | "pending" | "uncertain" | "halfWritten";
 }
@@ -197,29 +221,99 @@ async function observe(
 ): Promise<Observed | undefined> {
   const all = await volumes(context);
   const [originUuid, life] = "restoreId" in wanted ? [wanted.originUuid, wanted.restoreId] : [];
-  const origin = all.find((lv) => lv.uuid === originUuid) ?? named(all, wanted.volumeGroup, wanted.origin);
+  const origin =
+    (await volumeOf(context, all, wanted.volumeGroup, originUuid)) ??
+    named(all, wanted.volumeGroup, wanted.origin);
   if (origin === undefined) {
     await requireGroup(context, wanted.volumeGroup, all);
     return undefined;
   }
-  const marks = restoreMarksAmong(origin.tags).filter(
-    (mark) => mark.life === life || isRestoreOf(mark, wanted.owner),
-  );
+  const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);
+  const marked = restoreMarksAmong(origin.tags);
+  const marks = marked.filter(isOurs);
   const isBegun = marks.some(isUnfinishedImage);
   const job = isBegun && !jobHasEnded ? await runningRestore(context, origin) : undefined;
   // Between the two looks it may have ended, and changed its mark.
   if (isBegun && !jobHasEnded && job === undefined) return observe(context, wanted, true);
-  const restore = markThatCounts(marks, life, job);
+  const sourceOf = ({ source }: RestoreMark) =>
+    identified(all, { volumeGroup: origin.volumeGroup, uuid: source })[0];
+  const ended = marks.filter(
+    (mark) => mark.stage === "restored" || (mark.stage === "merging" && sourceOf(mark) === undefined),
+  );
+  const lost = "restoreId" in wanted ? lostMark(wanted, { origin, ended, job }, marks) : undefined;
+  const restore = lost ?? markThatCounts(marks, life, job);
   if (restore === undefined) return undefined;
-  const snapshot = all.find((lv) => lv.uuid === restore.source);
+  const snapshot = sourceOf(restore);
   refuseSuspended(context, [origin, snapshot]);
   const told = { restore, origin, snapshot, job: isMarkOf(job, restore) ? job : undefined };
-  const phase = phaseOf(told);
+  const phase = lost === undefined ? phaseOf(told) : "unmarked";
   return {
     mark: ownerTag + restore.owner,
-    halfMade: phase === "pending" || phase === "uncertain",
-    ...{ ...told, phase },
+    halfMade: wasCut(phase) && !tellsOfEnd(wanted, origin),
+    removed: lost !== undefined && marks.length === 0,
+    others: marked.find((mark) => mark.stage === "writing" && !isOurs(mark)),
+    ...{ ...told, ended, phase },
   };
+}
+
+function wasCut(phase: Observed["phase"]): boolean {
+  return phase === "pending" || phase === "uncertain";
+}
+
+function hasEnded(told: Inputs | State): told is State {
+  return "state" in told && (told.state === "restored" || told.state === "unmarked");
+}
+
+/** Whether the state tells of a restore of this very volume that has ended. */
+function tellsOfEnd(told: Inputs | State, { uuid }: LogicalVolume): told is State {
+  return hasEnded(told) && told.originUuid === uuid;
+}
+
+/**
+ * The mark that a restored origin should have and has not: somebody removed tags, or brought back older metadata of LVM's
+ * (vgcfgrestore(8)). What was written to the volume since is not given up for that.
+ */
+function lostMark(
+  state: State,
+  { origin, ended, job }: Pick<Observed, "origin" | "ended" | "job">,
+  marks: readonly RestoreMark[],
+): RestoreMark | undefined {
+  if (!tellsOfEnd(state, origin)) return undefined;
+  const told: Omit<RestoreMark, "tag"> = {
+    ...{ generation: restoreGeneration(state.triggers), life: state.restoreId },
+    stage: "restored",
+    ...{ startedAt: Date.parse(state.startedAt) / 1000, seconds: state.seconds, thinId: 0 },
+    ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
+  };
+  // One that nobody goes on with has written nothing; an earlier stage of this very restore is older than the state.
+  const isOlder = (mark: RestoreMark) =>
+    !isMarkOf(job, mark) &&
+    (isOfEarlier(mark, told, ended) ||
+      (isUnfinishedImage(mark) &&
+        (mark.stage === "begun" ||
+          restoreTagOf({ ...told, owner: mark.owner, stage: mark.stage }) === mark.tag)));
+  return marks.every(isOlder) ? { ...told, tag: restoreTagOf(told) } : undefined;
+}
+
+/** Of an earlier restore of the same resource. One that began to merge then and has not ended may be merging now. */
+function isOfEarlier(
+  mark: RestoreMark,
+  { startedAt }: Pick<RestoreMark, "startedAt">,
+  ended: readonly RestoreMark[],
+): boolean {
+  const isOver = isUnfinishedImage(mark) || ended.some(({ tag }) => tag === mark.tag);
+  return mark.startedAt < startedAt && isOver;
+}
+
+/** Marks on the origin of this resource's restores from images that did not come to their end, and of those before this one. */
+function outdatedTags(
+  { origin, restore, ended }: Pick<Observed, "origin" | "restore" | "ended">,
+  { owner }: Pick<Inputs, "owner">,
+): string[] {
+  return restoreMarksAmong(origin.tags)
+    .filter((mark) => isUnfinishedImage(mark) || isOfEarlier(mark, restore, ended))
+    .filter((mark) => mark.life === restore.life || isRestoreOf(mark, owner))
+    .map(({ tag }) => tag);
 }
 
 function isUnfinishedImage(mark: RestoreMark): boolean {
@@ -266,16 +360,17 @@ interface Pair {
 }
 
 /** Finds the two, and everything for which they must not or cannot be merged, before anything is touched. */
-async function suitable(context: Context, wanted: FromSnapshot): Promise<Pair> {
+async function suitable(context: Context, wanted: FromSnapshot, life: string | undefined): Promise<Pair> {
   const all = await volumes(context);
   const origin = await requireOrigin(context, wanted, all);
   const group = all.filter((lv) => lv.volumeGroup === wanted.volumeGroup && lv.kind !== "internal");
   const snapshot = requireSnapshot(context, wanted, group, origin);
   refuseSuspended(context, [origin, snapshot]);
   refuseMerging(context, wanted, { origin, snapshot });
-  refuseUnmergeable(context, all, { origin, snapshot });
-  refuseOverflows(context, all, { origin, snapshot });
-  warnOfOthers(context, wanted, all, { origin, snapshot });
+  await refuseWritten(context, origin, (mark) => mark.life === life || isRestoreOf(mark, wanted.owner));
+  refuseUnmergeable(context, group, { origin, snapshot });
+  refuseOverflows(context, group, { origin, snapshot });
+  warnOfOthers(context, wanted, group, { origin, snapshot });
   return { origin, snapshot };
 }
 
@@ -330,6 +425,27 @@ function refuseMerging(context: Context, wanted: Inputs, { origin, snapshot }: P
     snapshot.merging && by === undefined
       ? "Wait until that has ended: it does what is declared here. Or set `adopt: true` to follow it."
       : "Run again when that has ended.",
+  );
+}
+
+/** Another one's image may be written onto the origin, or about to be. */
+async function refuseWritten(
+  context: Context,
+  origin: LogicalVolume,
+  isOurs: (mark: RestoreMark) => boolean,
+): Promise<void> {
+  const others = restoreMarksAmong(origin.tags).filter((mark) => isUnfinishedImage(mark) && !isOurs(mark));
+  refuseHalfWritten(
+    context,
+    origin,
+    others.find(({ stage }) => stage === "writing"),
+  );
+  if (others.length === 0) return;
+  const job = await runningRestore(context, origin);
+  refuseOthers(
+    context,
+    origin,
+    others.find((mark) => isMarkOf(job, mark)),
   );
 }
 
@@ -438,16 +554,37 @@ function withImage(wanted: Inputs): ImageWanted {
 
 /** Restores. `seen`: what its own mark takes the place of; `old`: the state, if there is one. */
 async function restore(context: Context, wanted: Inputs, seen?: Observed, old?: State): Promise<void> {
-  if (fromSnapshot(wanted)) {
-    await endJob(context, seen);
-    return merge(context, wanted, seen?.restore);
+  const begin = () => {
+    if (fromSnapshot(wanted)) return merge(context, wanted, seen?.restore);
+    const life = old === undefined ? newLife() : (seen?.restore.life ?? newLife());
+    return restoreImage(context, withImage(wanted), life);
+  };
+  if (seen?.job === undefined && seen?.phase !== "halfWritten") return begin();
+  const { origin, restore: earlier, job } = seen;
+  // While nothing is written there is nothing to lose by ending it.
+  if (job !== undefined && earlier.stage === "writing") {
+    try {
+      await possible({ ...context, warn: () => undefined }, wanted, seen);
+    } catch (error) {
+      throw isLvmNbdError(error) ? goingOn(origin, error) : error;
+    }
   }
-  const image = withImage(wanted);
-  if (seen?.job !== undefined) {
-    requireOverwrite(context, image, seen.origin);
-    await endJob(context, seen);
+  await endJob(context, seen);
+  try {
+    await begin();
+  } catch (error) {
+    throw isLvmNbdError(error) ? await sayingHalfWritten(context, origin, error) : error;
   }
-  return restoreImage(context, image, old === undefined ? newLife() : (seen?.restore.life ?? newLife()));
+}
+
+/** Raises what can be known to be wrong with the declaration while an earlier job writes the volume. */
+async function possible(
+  context: Context,
+  wanted: Inputs,
+  { origin, restore: earlier }: Observed,
+): Promise<void> {
+  if (fromSnapshot(wanted)) await suitable(context, wanted, earlier.life);
+  else await requireRestorable(context, withImage(wanted), origin);
 }
 
 /** Ends a job that writes another image than is declared now, or for earlier triggers. */
@@ -463,7 +600,7 @@ async function merge(
   wanted: FromSnapshot,
   earlier: RestoreMark | undefined,
 ): Promise<void> {
-  const pair = await suitable(context, wanted);
+  const pair = await suitable(context, wanted, earlier?.life);
   const { origin, snapshot } = pair;
   const told = {
     generation: restoreGeneration(wanted.triggers),
@@ -525,7 +662,7 @@ function onlyTag(life: string): string {
 }
 
 async function hostSeconds(context: Context): Promise<number> {
-  const command: RemoteCommand = { argv: ["date", "+%s"], kind: "read", deadlineSeconds: 30 };
+  const command: RemoteCommand = { argv: clockCommand(), kind: "read", deadlineSeconds: 30 };
   return Number((await succeed(context, command, "the host's clock could not be read")).stdout);
 }
 
@@ -661,13 +798,29 @@ function isStale({ restore }: Observed, { triggers }: Inputs): boolean {
   return restore.generation !== restoreGeneration(triggers);
 }
 
+/**
+ * What is in force for the wanted triggers: a restore for them that has ended, also where the host's clock, which had gone back,
+ * has it begin before the one that the state tells of.
+ */
+function inForce(context: Context, seen: Observed, { triggers }: Inputs): Observed {
+  if (seen.phase !== "restored" && seen.phase !== "unmarked") return seen;
+  const done = seen.ended.find(({ generation }) => generation === restoreGeneration(triggers));
+  if (done === undefined || seen.restore.generation === done.generation) return seen;
+  context.warn(
+    `${pathOf(seen.origin)} was restored for these \`triggers\` already, by the host's clock at ${time(done.startedAt)}: it is not restored again. Change \`triggers\` to restore once more`,
+  );
+  return { ...seen, restore: done, snapshot: undefined, phase: "restored" };
+}
+
 async function converge(
   context: Context,
   wanted: Inputs,
-  seen: Observed,
+  found: Observed,
   old: State | undefined,
 ): Promise<void> {
+  const seen = inForce(context, found, wanted);
   const { origin, phase } = seen;
+  refuseUnasked(context, wanted, seen, old);
   if (isStale(seen, wanted)) {
     if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen, old);
     throw refusal(
@@ -686,6 +839,7 @@ async function converge(
     if (ended?.phase === "restored") await takeOver(context, wanted, ended, old);
     return;
   }
+  if (phase === "unmarked") context.progress(`putting the mark of the restore back on ${pathOf(origin)}`);
   const { source } = seen.restore;
   if (old === undefined && source !== (wanted.snapshot?.uuid ?? wanted.image?.sha256)) {
     const what = imageOfRestore(seen.restore) === undefined ? "snapshot" : "image";
@@ -701,13 +855,21 @@ async function converge(
 async function takeOver(
   context: Context,
   { owner }: Inputs,
-  { restore: found, origin }: Observed,
+  seen: Observed,
   old: State | undefined,
 ): Promise<void> {
+  const { restore: found, origin, phase, ended } = seen;
   const life = old === undefined ? newLife() : found.life;
   const stage = found.stage === "begun" ? "merging" : found.stage;
   const right = restoreTagOf({ ...found, life, stage, owner: ownerInTag(owner) });
-  if (right !== found.tag) await mark(context, origin, right, [found.tag]);
+  if (phase === "unmarked") await mark(context, origin, right, outdatedTags(seen, old ?? { owner }));
+  else {
+    // Beside one that is in force there may be others that ended.
+    const tags = new Set([found, ...(phase === "restored" ? ended : [])].map(({ tag }) => tag));
+    if (right === found.tag && tags.size === 1) return;
+    tags.delete(right);
+    await mark(context, origin, right, [...tags]);
+  }
 }
 
 async function wasMerged(context: Context, { restore, origin }: Observed): Promise<boolean> {
@@ -720,14 +882,48 @@ async function wasMerged(context: Context, { restore, origin }: Observed): Promi
   return (await succeed(context, command, what)).stdout.trim() === "merged";
 }
 
-function uncertain(context: Context, { restore, origin }: Observed): LvmNbdError {
+function uncertain(context: Context, { restore, origin }: Observed, again = ""): LvmNbdError {
   const { tag } = restore;
   const done = restoreTagOf({ ...restore, stage: "restored" });
   return refusal(
     context,
     "RESTORE_UNCERTAIN",
     `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`,
-    `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange --deltag '${tag}' --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again.`,
+    `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange --deltag '${tag}' --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again${again}.`,
+  );
+}
+
+/**
+ * Raises RESTORE_UNCERTAIN where the state tells of a restore for the wanted triggers that has ended, and the origin of another one:
+ * which of both came last the host's clock does not tell for sure, and nobody has asked for one more. Also where another one
+ * was cut off as it began; without such a state only where it may have been merged.
+ */
+function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: State | undefined): void {
+  const { restore, origin, phase } = seen;
+  const stale = isStale(seen, wanted);
+  if (old === undefined && stale && phase === "uncertain")
+    throw uncertain(context, seen, ": since other `triggers` are declared now, that restores it once more");
+  if (old === undefined || !hasEnded(old)) return;
+  if (restoreGeneration(old.triggers) !== restoreGeneration(wanted.triggers)) return;
+  const path = pathOf(origin);
+  const remove = `\`lvchange --deltag '${restore.tag}' ${path}\``;
+  const told = `by Pulumi's state ${path} was restored for these \`triggers\` at ${old.startedAt}`;
+  if (phase === "pending" && tellsOfEnd(old, origin)) {
+    throw refusal(
+      context,
+      "RESTORE_UNCERTAIN",
+      `${told}, and by its mark another restore was begun at ${time(restore.startedAt)} and cut off before it wrote anything`,
+      `Nothing was touched. To leave the volume as it is: ${remove}, then run again. To restore it, change \`triggers\`.`,
+    );
+  }
+  if (!stale) return;
+  if (phase === "uncertain") throw uncertain(context, seen);
+  if (phase !== "restored") return;
+  throw refusal(
+    context,
+    "RESTORE_UNCERTAIN",
+    `${told}, by its mark for others at ${time(restore.startedAt)}: which of both it holds cannot be told`,
+    `Nothing was touched. Look at the content of ${path}. If it is what it should be: ${remove}, then run again. If not, change \`triggers\`: that restores it.`,
   );
 }
 
@@ -737,6 +933,8 @@ function time(seconds: number): string {
 
 function toState(declared: Inputs | State, seen: Observed): State {
   const { restore, origin, snapshot, phase } = seen;
+  if (wasCut(phase) && tellsOfEnd(declared, origin))
+    return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state: "unmarked" };
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
   const unfinished = image === undefined ? "merging" : "restoring";
@@ -744,7 +942,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
     ...declared,
     volumeGroup: origin.volumeGroup,
     origin: origin.name,
-    state: phase === "restored" || phase === "scheduled" ? phase : unfinished,
+    state: phase === "restored" || phase === "scheduled" || phase === "unmarked" ? phase : unfinished,
     snapshotRemoved: image === undefined && snapshot === undefined,
     restoredSnapshot: image === undefined ? restore.source : "",
     restoredImage: image ?? "",
@@ -794,6 +992,7 @@ function validate(
       if (wanted[property] !== undefined)
         problems.push({ property, reason: "is for an `image`: a `snapshot` is merged without it" });
   if (image === undefined) return problems;
+  problems.push(...tlsProblems(image.uri, image.tls, unknown, "image.tls"));
   if (isMissing("overwrite"))
     problems.push({
       property: "overwrite",
@@ -834,15 +1033,15 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   converge,
   isStale,
   isSuperseded: ({ restore }, state) => restore.life !== state.restoreId,
-  async remove(context, { owner }, { restore, origin, phase, job }) {
+  async remove(context, { owner, volumeGroup }, seen) {
+    const { restore, origin, phase, job } = seen;
+    refuseOtherGroup(context, origin, volumeGroup);
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
     if (restore.stage === "writing")
       context.warn(`${halfWritten(origin)}, and nobody goes on with it any more`);
-    const unfinished = restoreMarksAmong(origin.tags).filter(
-      (one) => isUnfinishedImage(one) && (one.life === restore.life || isRestoreOf(one, owner)),
-    );
-    const tags = [...new Set([restore, ...unfinished].map(({ tag }) => tag))];
+    const own = phase === "unmarked" ? [] : [restore.tag];
+    const tags = [...new Set([...own, ...outdatedTags(seen, { owner })])];
     if (job === undefined) return mark(context, origin, undefined, tags);
     await endImageRestore(context, origin, job.recordDigest, tags);
   },
@@ -851,7 +1050,20 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
     const lines: string[] = [];
     if (pathOf(seen.origin) !== `${state.volumeGroup}/${state.origin}`)
       lines.push(`its origin is now ${pathOf(seen.origin)}`);
-    if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
+    if (seen.phase === "unmarked")
+      lines.push(
+        `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back and writes nothing`,
+      );
+    else if (wasCut(seen.phase)) {
+      const left =
+        seen.phase === "pending"
+          ? "before it wrote anything"
+          : "and its snapshot is gone since: whether it was merged is not known";
+      lines.push(
+        `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and cut off ${left}; \`pulumi up\` restores for other \`triggers\`, and is an error for these`,
+      );
+    } else if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
+    if (seen.others !== undefined) lines.push(writtenBy(seen.origin, seen.others).join(". "));
     if (seen.phase === "halfWritten")
       lines.push(
         `${halfWritten(seen.origin)}, and nobody goes on with it. Use nothing of it; \`pulumi up\` does`,

@@ -3,8 +3,9 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, script } from "../core/command.js";
+import { failure, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
+import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
 import {
   digest,
@@ -23,6 +24,7 @@ import {
   type Problem,
   type ResourceType,
 } from "../core/resource.js";
+import { restoreDuring, restoreTag, writingAmong } from "../core/restoreMark.js";
 import { serially } from "../core/serial.js";
 import {
   activateCommand,
@@ -37,7 +39,9 @@ import {
   permissionCommand,
   removeCommand,
   renameCommand,
+  type Size,
   sizeInBytes,
+  storeNeed,
   tagCommand,
   tagProblem,
   volumeGroupNameProblem,
@@ -52,8 +56,13 @@ import {
   changing,
   holdersOf,
   listed,
+  named,
+  pathOf,
+  refuseHalfWritten,
+  refuseOtherGroup,
   refuseSuspended,
   requireGroup,
+  volumeOf,
   volumes,
 } from "./volumes.js";
 
@@ -125,8 +134,11 @@ const outputs = z.object({
   createdAt: z.string().describe("When the snapshot was taken (ISO 8601, by the host's clock)."),
   usedPercent: z.number().describe("Fill level of the COW store, or of the thin snapshot; informational."),
   state: z
-    .enum(["valid", "overflowed", "merging", "inactive", "poolFull"])
-    .describe("`valid`; `overflowed` (store ran full, content lost); `merging`; `inactive`; `poolFull`."),
+    .enum(["valid", "overflowed", "merging", "unfinished", "inactive", "poolFull"])
+    .describe(
+      "`valid`; `overflowed` (store ran full, content lost); `merging`; `unfinished` (cut off before it was known to be good: the next " +
+        "`pulumi up` takes it anew); `inactive`; `poolFull`.",
+    ),
 });
 
 type Inputs = z.infer<typeof lvSnapshotInputs>;
@@ -144,6 +156,8 @@ interface Observed {
   readonly poolFull: boolean;
   /** lvcreate makes a plain volume first, and leaves that when it is killed or cut by a reboot. */
   readonly halfMade: boolean;
+  /** What was taken may be half of an image, or of a VM that ran again, and it was cut off before that was looked at. */
+  readonly unfinished: boolean;
   /** COW snapshots of this (thin) snapshot itself: lvremove would take them along. */
   readonly dependents: readonly string[];
 }
@@ -175,8 +189,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const all = await volumes(context);
   const uuid = "uuid" in wanted ? wanted.uuid : undefined;
   const lv =
-    all.find((candidate) => candidate.uuid === uuid) ??
-    all.find((candidate) => candidate.volumeGroup === wanted.volumeGroup && candidate.name === wanted.name);
+    (await volumeOf(context, all, wanted.volumeGroup, uuid)) ?? named(all, wanted.volumeGroup, wanted.name);
   if (lv === undefined) {
     await requireGroup(context, wanted.volumeGroup, all);
     return undefined;
@@ -194,11 +207,14 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
       advice: `Nothing was touched. Make it a snapshot again with \`lvconvert -s ${wanted.volumeGroup}/${wanted.origin} ${lv.volumeGroup}/${lv.name}\`, or remove it, and run again.`,
     });
   }
+  const origin = inGroup(lv.origin);
+  const perhapsHalf = origin !== undefined && restoreDuring(origin.tags, lv.createdAt) !== undefined;
+  const isMaking = mark === ownerMark(wanted.owner) && lv.tags.includes(makingMark);
   return {
     mark,
-    halfMade: lv.kind === "other" && mark === ownerMark(wanted.owner) && lv.tags.includes(makingMark),
-    lv,
-    origin: inGroup(lv.origin),
+    halfMade: isMaking && lv.kind === "other",
+    unfinished: isMaking && lv.kind !== "other" && (perhapsHalf || wanted.quiesce !== undefined),
+    ...{ lv, origin },
     dependents: all
       .filter(
         (other) => other.kind === "cow" && other.volumeGroup === lv.volumeGroup && other.origin === lv.name,
@@ -208,9 +224,10 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   };
 }
 
-function stateOf({ lv, poolFull }: Observed): State["state"] {
+function stateOf({ lv, poolFull, unfinished }: Observed): State["state"] {
   if (lv.kind === "cow" && lv.invalid) return "overflowed";
   if (lv.merging) return "merging";
+  if (unfinished) return "unfinished";
   if (!lv.active) return "inactive";
   return poolFull ? "poolFull" : "valid";
 }
@@ -256,6 +273,7 @@ async function suitableOrigin(context: Context, wanted: Inputs): Promise<Logical
       `origin: a snapshot is being merged into "${origin.name}"; wait until that has ended`,
     );
   }
+  refuseHalfWritten(context, origin, writingAmong(origin.tags));
   if (wanted.size === undefined && origin.kind !== "thin") {
     throw refuse(
       "ORIGIN_UNSUITABLE",
@@ -266,48 +284,101 @@ async function suitableOrigin(context: Context, wanted: Inputs): Promise<Logical
 }
 
 /**
- * `each COMMAND GROUP NAME LVCREATE...`: the command for each snapshot. `say_made`: that what lvcreate made is a
- * snapshot by now.
+ * `each COMMAND GROUP NAME LVCREATE ORIGIN...`: the command for each snapshot. `whole`: whether what was taken cannot be half
+ * of an image; a restore marks its volume before it writes. `say_made`: that what lvcreate made is a snapshot by now.
+ * `take_back`: removes it.
  */
 const eachFunction = `
 each() {
   each_do=$1; shift
-  while [ $# -gt 0 ]; do "$each_do" "$1" "$2" "$3" || return; shift 3; done
+  while [ $# -gt 0 ]; do "$each_do" "$1" "$2" "$3" "$4" || return; shift 4; done
+}
+whole() {
+  origin_tags=$(lvs --noheadings -o lv_tags "$1/$4") || return
+  case ",$(echo $origin_tags)" in *,${restoreTag}????????????:????????:w*) return ${changedMeanwhile};; esac
 }
 say_made() { lvchange -y --deltag ${makingMark} "$1/$2" </dev/null; }
+take_back() { lvremove -y -S 'lv_tags={"${makingMark}"}' "$1" </dev/null >&2; }
 `;
 
-/** Arguments, for each snapshot: its group, its name, the command that takes it. */
-const takeScript = `${eachFunction}
-take() { sh -c "$3" </dev/null && say_made "$1" "$2"; }
+/** Arguments, for each snapshot: its group, its name, the command that takes it, its origin. */
+const takeScript = hostScript(
+  "take-snapshots",
+  "change",
+  `${eachFunction}
+take() {
+  sh -c "$3" </dev/null || return
+  whole "$@" || { rc=$?; [ "$rc" != ${changedMeanwhile} ] || take_back "$1/$2"; return "$rc"; }
+  say_made "$1" "$2"
+}
 each take "$@"
+`,
+);
+
+/**
+ * Ends with the script's thaw. Where the script is killed first, as by a KILL while lvcreate ignores TERM, or has not come to
+ * its thaw in time, it thaws in its place, once the freeze, which has the file locked and outlives a killed script, has ended.
+ * Arguments: seconds, the file that is there until the thaw, the script's pid, seconds for freeze and thaw, the thaw. While it thaws
+ * the file is `FILE.late`, and `FILE.failed` where that fails: then the script thaws, and without one it is tried again.
+ */
+const watchScript = `
+tenths=$(($1*10))
+while [ "$tenths" -gt 0 ] && [ -e "$2" ] && kill -s 0 -- "$3" 2>/dev/null; do tenths=$((tenths-2)); sleep 0.2; done
+mv "$2" "$2.late" 2>/dev/null || exit 0
+flock -w $(($4+10)) 7 7<"$2.late"
+for pause in 1 5 30 0; do
+  if timeout -k 5 "$4" sh -c "$5" 8>&- 9>&-; then rm -f "$2.late"; exit 0; fi
+  if kill -s 0 -- "$3" 2>/dev/null; then break; fi
+  sleep "$pause"
+done
+mv -f "$2.late" "$2.failed"
 `;
 
 /**
- * Freezes, takes each snapshot, thaws. The thaw is a trap of the script on the host, so it is run whatever happens to
- * the commands, to the link or to Pulumi. One of them at a time for an origin, and for a freeze: a script whose link was
+ * Freezes, takes each snapshot, thaws. The thaw is a trap of the script on the host, and a watch stands by in a session of its
+ * own, so it is run whatever happens to the commands, to the link or to Pulumi. One of them at a time for an origin, and for a freeze: a script whose link was
  * lost goes on, and a second freeze beside it would thaw beneath its snapshot. LVM's lock is waited for before the freeze
  * and never for more than two seconds during it. Exit code 90: freeze failed; 91: thaw failed; 92: it failed and no
- * snapshot was taken; 77: one of the snapshots is there already.
+ * snapshot was taken, or none can be used; 93: the watch thawed before all were taken, and none is kept; 77: one of the snapshots is there already.
  */
-const quiesceScript = `${eachFunction}
-freeze=$1 thaw=$2 limit=$3 origin_lock=$4 freeze_lock=$5; shift 5
+const quiesceScript = hostScript(
+  "take-snapshots-quiesced",
+  "change",
+  `${eachFunction}
+freeze=$1 thaw=$2 limit=$3 origin_lock=$4 freeze_lock=$5 longest=$6 watch=$7; shift 7
 trap '' PIPE
-thawed=yes thaw_rc=0
+thawed=yes thaw_rc=0 late=no
 thaw() {
   [ "$thawed" = no ] || return 0
   thawed=yes
+  if [ ! -e "$frozen" ]; then
+    late=yes tenths=$(((limit+5)*10))
+    while [ "$tenths" -gt 0 ] && [ -e "$frozen.late" ]; do tenths=$((tenths-2)); sleep 0.2; done
+    [ -e "$frozen.late" ] || [ -e "$frozen.failed" ] || return 0
+  fi
   timeout -k 5 "$limit" sh -c "$thaw" </dev/null >&2 8>&- 9>&- || thaw_rc=$?
+  rm -f "$frozen" "$frozen.late" "$frozen.failed"
 }
-trap 'thaw' EXIT
+# It keeps the locks, so that nobody freezes what it is about to thaw.
+stand_by() {
+  frozen=$freeze_lock.$$.$tries
+  rm -f "$frozen" && exec 7>"$frozen" && flock 7 && setsid -f sh -c "$watch" watch "$longest" "$frozen" "$$" "$limit" "$thaw" </dev/null >/dev/null 2>&1 7>&-
+}
+# With the locks kept. What is not known to be whole, and of a VM that stood still, nobody can use.
+leave() {
+  thaw
+  for one in $begun; do ! lvs "$one" >/dev/null 2>&1 8>&- 9>&- || take_back "$one" 8>&- 9>&-; done
+}
+begun=''
+trap 'leave' EXIT
 trap 'exit 143' HUP INT TERM
-exec 9>"$origin_lock" && flock -w 120 9 && exec 8>"$freeze_lock" && flock -w 120 8 ||
+exec 9>>"$origin_lock" && flock -w 120 9 && exec 8>>"$freeze_lock" && flock -w 120 8 ||
   { echo "another snapshot of the origin is being taken for more than 120 s" >&2; exit 1; }
 refuse_there() { if lvs "$1/$2" >/dev/null 2>&1 8>&- 9>&-; then exit ${changedMeanwhile}; fi; }
 await_lock() { vgs "$1" >/dev/null 8>&- 9>&-; }
 # Whoever only looks has the lock for a moment: that is worth a second or two of standing still.
 take() {
-  short=0
+  short=0 begun="$begun $1/$2"
   while :; do
     said_now=$(sh -c "$3" 2>&1 </dev/null 8>&- 9>&-)
     rc=$?
@@ -318,33 +389,48 @@ take() {
   done
   said="$said$said_now
 "
+  # Somebody else's.
+  case $said_now in *"already exists in volume group"*) begun=\${begun% *};; esac
   [ "$rc" = 0 ] || return "$rc"
   taken="$taken $1/$2"
 }
 # What was taken before another one that could not be is of a moment that is given up.
-take_back() {
-  for one in $taken; do
-    lvremove -y -S 'lv_tags={"${makingMark}"}' "$one" </dev/null 8>&- 9>&- >&2 || exit 1
-  done
-}
+take_all_back() { for one in $taken; do take_back "$one" 8>&- 9>&- || exit 1; done; }
 each refuse_there "$@"
 tries=0
 while :; do
-  each await_lock "$@" || exit 1
-  thawed=no said='' taken=''
-  timeout -k 5 "$limit" sh -c "$freeze" </dev/null >&2 8>&- 9>&- || exit 90
+  each await_lock "$@" && stand_by || exit 1
+  thawed=no said='' taken='' begun=''
+  # What the freeze leaves running does not keep the lock: its end is that of timeout.
+  timeout -k 5 "$limit" sh -c "exec 7>&-
+$freeze" </dev/null >&2 8>&- 9>&- || exit 90
+  exec 7>&-
   each take "$@"
   thaw
   printf '%s' "$said" >&2
   tries=$((tries+1))
-  [ "$locked" = yes ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
-  take_back
+  [ "$locked$late" = yesno ] && [ "$tries" -lt ${quiesceTries} ] && [ "$thaw_rc" = 0 ] || break
+  take_all_back
 done
+[ "$rc$late" != 0yes ] || { take_all_back; rc=93; }
+# With the locks kept: until it is said, another run takes it for half made, and takes it anew.
+[ "$rc" != 0 ] || each whole "$@" 8>&- 9>&- || { rc=$?; [ "$rc" != ${changedMeanwhile} ] || take_all_back; }
+[ "$rc" != 0 ] || each say_made "$@" 8>&- 9>&- || rc=$?
+[ "$rc" != 0 ] || begun=''
 [ "$thaw_rc" = 0 ] || { [ "$rc" = 0 ] && exit 91; exit 92; }
-[ "$rc" = 0 ] || exit "$rc"
-exec 8>&- 9>&-
-each say_made "$@"
-`;
+exit "$rc"
+`,
+);
+
+/** Waits until no quiescing script is at work on the origin. Arguments: its lock, seconds. */
+const awaitScript = hostScript(
+  "await-snapshots-quiesced",
+  "change",
+  `
+exec 9>>"$1" && flock -w "$2" 9 ||
+  { echo "a snapshot of the origin is being taken for more than $2 s" >&2; exit 1; }
+`,
+);
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
   await suitableOrigin(context, wanted);
@@ -381,6 +467,21 @@ export async function takeTogether(
   if (result.exitCode !== 0) throw takeFailure(context, wanted, quiesce, command, result);
 }
 
+/** Seconds from the start of a freeze to when it is thawed also if no snapshot is there. */
+function longestFrozen(timeoutSeconds: number): number {
+  return timeoutSeconds + 5 + changeSeconds;
+}
+
+/** What a quiescing script has locked as long as it, or its watch, runs. */
+function originLock({ volumeGroup, origin }: Pick<Inputs, "volumeGroup" | "origin">): string {
+  return `/run/lvm-nbd-quiesce.${volumeGroup}.${origin}`;
+}
+
+/** Seconds from when lvcreate runs to the end of the thaw and of what follows that. */
+function afterTaking({ timeoutSeconds }: NonNullable<Inputs["quiesce"]>): number {
+  return changeSeconds + 2 * (timeoutSeconds + 10);
+}
+
 function takeCommand(wanted: readonly Inputs[], first: Inputs, quiesce: Inputs["quiesce"]): RemoteCommand {
   const unlocked = quiesce === undefined ? [] : ["--config", "global{wait_for_locks=0}"];
   const snapshots = wanted.flatMap((one) => {
@@ -391,19 +492,30 @@ function takeCommand(wanted: readonly Inputs[], first: Inputs, quiesce: Inputs["
       chunkSize: chunkSizeBytes(one.chunkSize) ?? 64 * KiB,
       tags: [...marks(one), makingMark, ...one.tags],
     });
-    return [volumeGroup, name, quoteAll([...argv, ...unlocked])];
+    return [volumeGroup, name, quoteAll([...argv, ...unlocked]), origin];
   });
   const most = wanted.length * changeSeconds;
   if (quiesce === undefined)
     return { ...changing, deadlineSeconds: most, argv: script(takeScript, ...snapshots) };
   const { freeze, thaw, timeoutSeconds } = quiesce;
-  const lock = `/run/lvm-nbd-quiesce.${first.volumeGroup}.${first.origin}`;
   const freezeLock = `/run/lvm-nbd-freeze.${digest(freeze, 16)}`;
   return {
     kind: "change",
-    argv: script(quiesceScript, freeze, thaw, String(timeoutSeconds), lock, freezeLock, ...snapshots),
+    argv: script(
+      quiesceScript,
+      ...[
+        freeze,
+        thaw,
+        String(timeoutSeconds),
+        originLock(first),
+        freezeLock,
+        String(longestFrozen(timeoutSeconds)),
+      ],
+      watchScript,
+      ...snapshots,
+    ),
     deadlineSeconds: 2 * changeSeconds + most + quiesceTries * 2 * timeoutSeconds,
-    graceSeconds: changeSeconds + 2 * (timeoutSeconds + 10),
+    graceSeconds: afterTaking(quiesce) + changeSeconds,
   };
 }
 
@@ -422,6 +534,11 @@ function takeFailure(
     if (exitCode === 91) return quiesceFailure(`thaw failed: ${quiesce.thaw}`, "THAW_FAILED");
     if (exitCode === 92)
       return quiesceFailure(`no snapshot was taken, and thaw failed: ${quiesce.thaw}`, "THAW_FAILED");
+    if (exitCode === 93)
+      return quiesceFailure(
+        `freezing and taking took longer than ${longestFrozen(quiesce.timeoutSeconds)} s, so the VM was thawed before`,
+        "QUIESCE_FAILED",
+      );
   }
   const error = failure(
     context,
@@ -440,12 +557,20 @@ function isStale({ lv }: Observed, wanted: Inputs): boolean {
 }
 
 /** Takes the snapshot anew where an interrupted run left one of an earlier declaration; else mends it in place. */
-async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
+async function converge(
+  context: Context,
+  wanted: Inputs,
+  seen: Observed,
+  old: State | undefined,
+): Promise<void> {
   let { lv } = seen;
-  if (seen.halfMade) {
+  if (seen.halfMade || seen.unfinished) {
+    if (wanted.quiesce !== undefined) await awaitScriptOf(context, wanted, wanted.quiesce, seen, old);
+    // It may be whole all the same, and all that is left of what a restore has begun to write over.
+    await suitableOrigin(context, wanted);
     context.progress(`${lv.name} was left half made by an interrupted run: taking it anew`);
     await removeVolume(context, seen);
-    await create(context, wanted);
+    await take(context, wanted);
     return;
   }
   const own = seen.mark === ownerMark(wanted.owner);
@@ -495,6 +620,9 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     await take(context, wanted);
     return;
   }
+  // Of one of ours it was seen before it was taken.
+  if (!own && old === undefined && seen.origin !== undefined)
+    refuseHalfWritten(context, seen.origin, writingAmong(seen.origin.tags));
   if (lv.name !== wanted.name) {
     context.progress(`renaming ${lv.name} to ${wanted.name}`);
     await changeVolume(
@@ -526,26 +654,62 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   }
   if (!lv.active && lv.kind === "thin")
     await changeVolume(context, lv.volumeGroup, activateCommand(lv), `${lv.name} could not be activated`);
-  if (wanted.size !== undefined && isSmaller(lv, wanted.size)) {
+  const size = missingSize(lv, wanted);
+  if (size !== undefined) {
     context.progress(`growing ${lv.name} to ${wanted.size}`);
-    await changeVolume(
-      context,
-      lv.volumeGroup,
-      extendCommand(lv, parseSize(wanted.size)),
-      `${lv.name} could not be grown`,
-    );
+    await changeVolume(context, lv.volumeGroup, extendCommand(lv, size), `${lv.name} could not be grown`);
   }
+}
+
+/**
+ * A script whose link was lost goes on, and may be about to say that its snapshot is made. Raises ChangedMeanwhile where it is not as it
+ * was seen any more once no script runs.
+ */
+async function awaitScriptOf(
+  context: Context,
+  wanted: Inputs,
+  quiesce: NonNullable<Inputs["quiesce"]>,
+  seen: Observed,
+  old: State | undefined,
+): Promise<void> {
+  const seconds = afterTaking(quiesce);
+  await succeed(
+    context,
+    {
+      argv: script(awaitScript, originLock(wanted), String(seconds)),
+      ...({ kind: "change", deadlineSeconds: seconds + 30 } as const),
+    },
+    `whether ${pathOf(seen.lv)} is still being taken could not be found out`,
+  );
+  const now = await observe(context, old ?? wanted);
+  if (now?.lv.uuid === seen.lv.uuid && now.halfMade === seen.halfMade && now.unfinished === seen.unfinished)
+    return;
+  throw new ChangedMeanwhile(
+    refusal(
+      context,
+      "IDENTITY_MISMATCH",
+      `${pathOf(seen.lv)} is changed again and again while it is looked at`,
+    ),
+  );
 }
 
 function originGonePhrase(origin: string): string {
   return `its origin ${origin} was removed or replaced; it still holds the old one's data and is left as it is: change \`triggers\` to give that up and take a snapshot of now`;
 }
 
-/** True if the store is smaller than declared by at least one extent and can still grow. */
-function isSmaller(lv: LogicalVolume, declared: string | number): boolean {
-  const bytes = sizeInBytes(parseSize(declared), lv.originSizeBytes);
-  if (bytes === undefined || lv.kind !== "cow") return false;
-  return lv.sizeBytes < Math.min(bytes, largestUsefulStore(lv)) - lv.extentSizeBytes + 1;
+/**
+ * The size to which a store grows that is smaller than declared by at least one extent, and can still grow. One for all of the
+ * origin has room for the tables too: it cannot overflow.
+ */
+function missingSize(lv: LogicalVolume, { size: declared, chunkSize }: Inputs): Size | undefined {
+  if (declared === undefined || lv.kind !== "cow" || lv.originSizeBytes === undefined) return undefined;
+  const size = parseSize(declared);
+  if ("percentOfOrigin" in size && size.percentOfOrigin >= 100) {
+    const bytes = storeNeed(lv.originSizeBytes, chunkSizeBytes(chunkSize) ?? 64 * KiB);
+    return lv.sizeBytes < bytes ? { bytes } : undefined;
+  }
+  const bytes = sizeInBytes(size, lv.originSizeBytes) ?? 0;
+  return lv.sizeBytes < Math.min(bytes, largestUsefulStore(lv)) - lv.extentSizeBytes + 1 ? size : undefined;
 }
 
 /** LVM clamps a COW store to what a complete copy of the origin and its exception table need; a lower bound of that. */
@@ -594,10 +758,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const { lv, origin } = seen;
   const before = "uuid" in declared ? declared : undefined;
   const shrunk =
-    before !== undefined &&
-    declared.size !== undefined &&
-    lv.sizeBytes < before.sizeBytes &&
-    isSmaller(lv, declared.size);
+    before !== undefined && lv.sizeBytes < before.sizeBytes && missingSize(lv, declared) !== undefined;
   return {
     ...declared,
     volumeGroup: lv.volumeGroup,
@@ -663,7 +824,7 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
     changes.push({ property: "quiesce", effect: "connection" });
   if (state.state === "overflowed") replace("state");
   // A COW snapshot is inactive with its origin: activating it would activate the VM's volume, maybe on a second host.
-  if (state.state === "inactive" && thin) update("state");
+  if (state.state === "unfinished" || (state.state === "inactive" && thin)) update("state");
   return changes;
 }
 
@@ -771,7 +932,10 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   create,
   converge,
   isStale,
-  remove: (context, _state, seen) => removeVolume(context, seen),
+  async remove(context, { volumeGroup }, seen) {
+    refuseOtherGroup(context, seen.lv, volumeGroup);
+    await removeVolume(context, seen);
+  },
   drift(state, seen) {
     const now = toState(state, seen);
     const lines: string[] = [];

@@ -4,8 +4,9 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, refusal, script, succeed } from "../core/command.js";
+import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, type LvmNbdError } from "../core/errors.js";
+import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, plainName, refusing } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, ResourceType } from "../core/resource.js";
@@ -24,13 +25,14 @@ import { unitMark } from "../linux/exportUnit.js";
 import { emitFunctions, parseFields } from "../linux/fields.js";
 import { alwaysOptions, kernelTypes, mountableTypes, readOnlyMount } from "../linux/fileSystems.js";
 import { findPattern, parseHolders, usersScript } from "../linux/holders.js";
+import { imageGuardFunctions } from "../linux/imageFile.js";
 import { escapedMountPoint, fstabSources, type MountEntry, parseMountinfo } from "../linux/mountinfo.js";
 import { type MountPlan, mountedDevice, mountUnitName, renderMountUnit } from "../linux/mountUnit.js";
 import { missingFunction, missingPrograms } from "../linux/programs.js";
-import { parseShow, type UnitProperties } from "../linux/systemd.js";
+import { hasDropIns, parseShow, type UnitProperties } from "../linux/systemd.js";
 import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
+import { enable, lookAtUnit, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
 
 const stablePath = "/dev/lvm-nbd/";
 
@@ -55,7 +57,10 @@ const inputs = z.strictObject({
   path: z
     .string()
     .superRefine(refusing(pathProblem))
-    .describe("Where to mount it: an empty folder, or one that is made (and removed again at the end)."),
+    .describe(
+      "Where to mount it: an empty folder, or one that is made (and removed again at the end). Every folder above it must be root's, " +
+        "and writable for nobody else.",
+    ),
 });
 
 function pathProblem(path: string): string | undefined {
@@ -116,9 +121,13 @@ interface Observed {
 /** A read through a dead link ends with the attachment's `timeoutSeconds`, 600 at most. */
 const readSeconds = 660;
 
-const observeScript = `${emitFunctions}${unitFunctions}
+const observeScript = hostScript(
+  "observe-mount",
+  "observe",
+  `${emitFunctions}${unitFunctions}
 unit=$1 file=/etc/systemd/system/$1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
+if [ -L "$file" ]; then emit linked yes; fi
 end=$(( $(date +%s) + 4 ))
 while :; do
   show=$(systemctl show -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths "$unit") || exit 1
@@ -142,7 +151,9 @@ if [ -e "$file" ]; then
   fi
 fi
 emit end ""
-`;
+`,
+  ["unit"],
+);
 
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = mountUnitName(wanted.path);
@@ -151,7 +162,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     kind: "read",
     deadlineSeconds: readSeconds,
   };
-  const result = await succeed(context, command, `the unit ${unit} could not be looked at`);
+  const result = await lookAtUnit(context, command, unit);
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout), wanted));
 }
 
@@ -170,9 +181,10 @@ function readObservation(fields: ReadonlyMap<string, string>, wanted: Inputs | S
     plan,
     edited:
       plan === undefined ||
+      fields.has("linked") ||
       renderMountUnit(plan) !== text ||
       show.NeedDaemonReload === "yes" ||
-      (show.DropInPaths ?? "") !== "",
+      hasDropIns(show),
     fileGone,
     show,
     wanted: !fields.has("unwanted"),
@@ -226,7 +238,10 @@ function isSameFileSystem(content: Content | undefined, { fileSystem }: MountPla
   return content?.type === fileSystem.type && content.uuid === fileSystem.uuid;
 }
 
-const preflightScript = `${emitFunctions}${unitFunctions}${missingFunction}${partitionsFunction}
+const preflightScript = hostScript(
+  "preflight-mount",
+  "observe",
+  `${emitFunctions}${unitFunctions}${missingFunction}${partitionsFunction}${imageGuardFunctions}
 unit=$1 path=$2 device=$3 attachment=$4 partition=$5 types=$6
 cd /etc/systemd/system || exit 1
 emit_missing blkid partx systemctl
@@ -239,6 +254,10 @@ while [ ! -e "$there" ] && [ ! -L "$there" ]; do made=$there there=\${there%/*};
 emit there "$there"
 emit made "$made"
 emit real "$(readlink -f "$there")"
+# Whoever can change what is above could turn it to /etc, say, in the moment of the mount.
+above=$there
+[ -n "$made" ] || above=\${path%/*}
+emit exposed "$(exposed "\${above:-/}")"
 if [ -d "$there" ]; then emit folder ""; fi
 if [ -z "$made" ] && [ -d "$path" ]; then emit files "$(ls -A "$path" | head -n 3)"; fi
 emit release "$(uname -r)"
@@ -268,7 +287,9 @@ if [ -e "$attachment" ]; then
   fi
 fi
 emit end ""
-`;
+`,
+  ["unit", "path", "path", "unit?", "number?", "words"],
+);
 
 /**
  * Finds out before anything is changed what would make the mount fail. `ours`: the mount point has this resource's unit,
@@ -379,6 +400,9 @@ function refuseMountPoint(
   // systemd refuses such mount points.
   if (real !== there) throw refuse(`${there} is a symbolic link: give ${real}${path.slice(there.length)}`);
   if (!fields.has("folder")) throw refuse(`${there} is not a folder`);
+  const exposed = required(fields, "exposed");
+  if (exposed !== "")
+    throw refuse(`${exposed} can be changed by others than root, who could turn the mount to another folder`);
   const files = (fields.get("files") ?? "").split("\n").filter((file) => file !== "");
   if (files.length > 0) throw refuse(`${path} is not empty: it holds ${files.join(", ")}`);
 }
@@ -537,7 +561,10 @@ unmount() {
  * Writes the unit (stdin) and mounts. Exit code 70: it could not be mounted. 75: something else is mounted there (named
  * on stdout). 76 and 78: as of `unmount`.
  */
-const applyScript = `${unitFunctions}${mountFunctions}
+const applyScript = hostScript(
+  "apply-mount",
+  "change",
+  `${unitFunctions}${mountFunctions}
 unit=$1 path=$2 pattern=$3 escaped=$4 users=$5 device=$6 current=$7 mark=$8 seen=$9; shift 9
 bytes=$1 file=/etc/systemd/system/$unit
 lock
@@ -549,15 +576,16 @@ receive "$file.new" "$bytes" || exit 1
 from=$(mounted)
 if [ -n "$from" ] && [ "$from" = "$current" ]; then unmount "$from"; from=$(mounted); fi
 if [ -n "$from" ] && [ "$from" != "$device" ]; then printf '%s\\n' "$from"; exit 75; fi
-mv -f "$file.new" "$file" && rm -rf "$file.d" && mkdir -p "$path" || exit 1
-fail() { echo "$1" >&2; journalctl -q -n 10 -o cat --no-pager -u "$unit" >&2; exit 70; }
+mv -fT "$file.new" "$file" && rm -rf "$file.d" && mkdir -p "$path" || exit 1
+fail() { echo "$1" >&2; last_words "$unit" 10; exit 70; }
 # enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" || fail "the unit could not be enabled"
 # Of what is mounted systemd knows the device, and would wait for its unit, which does not come up.
 [ -n "$from" ] || systemctl start "$unit" || fail "the unit did not start"
 [ "$(mounted)" = "$device" ] || fail "what is mounted: $(mounted)"
 exit 0
-`;
+`,
+);
 
 /** What the scripts need to know of a path; see `mountFunctions`. */
 function pathArguments(path: string): string[] {
@@ -674,7 +702,10 @@ async function converge(context: Context, wanted: Inputs, seen: Observed, old?: 
  * Removes the unit, and what it mounted. What somebody else mounted there since is left; exit code 75 if that hides this
  * resource's own. The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run.
  */
-const takeDownScript = `${unitFunctions}${mountFunctions}
+const takeDownScript = hostScript(
+  "take-down-mount",
+  "change",
+  `${unitFunctions}${mountFunctions}
 unit=$1 path=$2 pattern=$3 escaped=$4 users=$5 device=$6 made=$7 seen=$8
 file=/etc/systemd/system/$unit
 lock
@@ -692,7 +723,8 @@ fi
 rm -rf "$file.d" && rm -f "$file.new" "$file" && systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
-`;
+`,
+);
 
 /** `device`: what this resource mounted. `made`: the topmost folder it made. `mark`: what the unit's file carries, "" for none. */
 async function takeDown(

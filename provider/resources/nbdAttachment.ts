@@ -1,15 +1,18 @@
 /**
  * NbdAttachment: an export as a block device of a host, kept there by a systemd unit.
  */
+import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { failure, parseOutput, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
+import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, plainName, readableBy, refusing } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import {
   type AttachPlan,
+  attachCertificates,
   attachPath,
   attachUnitName,
   modulesLoad,
@@ -20,13 +23,25 @@ import {
 import { unitMark } from "../linux/exportUnit.js";
 import { emitFunctions, parseFields } from "../linux/fields.js";
 import { holdersScript, parseHolders } from "../linux/holders.js";
-import { defaultPort, nbdUri, parseNbdUri } from "../linux/nbd.js";
+import { defaultPort, type NbdEndpoint, nbdUri, parseNbdUri, sameEndpoint } from "../linux/nbd.js";
 import { missingFunction, missingPrograms } from "../linux/programs.js";
-import { parseShow, type UnitProperties } from "../linux/systemd.js";
+import { hasDropIns, parseShow, type UnitProperties } from "../linux/systemd.js";
+import {
+  canHaveCertificates,
+  certificatesDigest,
+  certificatesFolders,
+  certificatesFunctions,
+  clientFiles,
+  expiryOf,
+  expiryPhrase,
+  expiryTime,
+  type SeenCertificates,
+} from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
-import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScript.js";
+import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
-import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
+import { asking, clientTlsInput, tlsProblems, tlsRecordShape } from "./tls.js";
+import { enable, lookAtUnit, readPlan, unitDrift, withCertificates, writtenMeanwhile } from "./unit.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -78,17 +93,27 @@ const inputs = z.strictObject({
     .refine((value) => [512, 1024, 2048, 4096].includes(value), "must be 512, 1024, 2048 or 4096")
     .default(512)
     .describe("Logical block size of the device in bytes."),
+  tls: clientTlsInput
+    .optional()
+    .describe(
+      "Certificates (PEM) for an export with TLS, e.g. its output `clientTls`: only the server that shows one of `caCertificate` for " +
+        "its address is talked to. Encrypted in the state; a file of root's alone on the host.",
+    ),
 });
 
 const outputs = z.object({
   device: z.string().describe("The device in use, e.g. `/dev/nbd0`."),
   path: z.string().describe("Stable path, `/dev/lvm-nbd/NAME`."),
   sizeBytes: z.number().describe("Size of the device in bytes."),
+  certificatesExpireAt: z
+    .string()
+    .optional()
+    .describe("With `tls`: when the first of the certificates expires (ISO 8601)."),
   state: z
     .enum(["attached", "detached", "dead", "replaced", "disabled", "edited"])
     .describe(
       "`attached` (proven by a read); `detached`; `dead` (reads fail); `replaced` (something else is behind the device); " +
-        "`disabled` (would not come back after a reboot); `edited` (its unit was changed by hand).",
+        "`disabled` (would not come back after a reboot); `edited` (its unit or its certificates were changed by hand).",
     ),
 });
 
@@ -116,12 +141,18 @@ interface Observed {
   readonly readOnly: boolean;
   readonly readable: boolean;
   readonly linked: boolean;
+  /** `undefined` without TLS, and where they are not what the unit was made with. */
+  readonly certificates: SeenCertificates | undefined;
 }
 
-const observeScript = `${emitFunctions}${unitFunctions}
+const observeScript = hostScript(
+  "observe-attachment",
+  "observe",
+  `${emitFunctions}${unitFunctions}${certificatesFunctions}
 unit=$1 path=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
+if [ -L "$file" ]; then emit linked yes; fi
 end=$(( $(date +%s) + 4 ))
 while :; do
   show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
@@ -133,6 +164,14 @@ link=$(readlink "$path")
 device=
 if [ -e "$file" ]; then device=$(own Device "$file"); fi
 [ -n "$device" ] || device=$link
+if [ -e "$file" ]; then
+  folder=$(own Certificates "$file")
+  if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
+    emit_file ca "$folder/ca-cert.pem"
+    emit_file certificate "$folder/client-cert.pem"
+    emit now "$(date +%s)"
+  fi
+fi
 emit link "$link"
 emit device "$device"
 sys=/sys/block/\${device##*/}
@@ -145,7 +184,9 @@ if [ -n "$device" ] && [ -d "$sys" ]; then
   fi
 fi
 emit end ""
-`;
+`,
+  ["unit", "path"],
+);
 
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = attachUnitName(wanted.name);
@@ -155,7 +196,7 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     // A read through a dead link cannot be stopped before the kernel's own timeout has passed.
     deadlineSeconds: 60 + wanted.timeoutSeconds,
   };
-  const result = await succeed(context, command, `the unit ${unit} could not be looked at`);
+  const result = await lookAtUnit(context, command, unit);
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
 }
 
@@ -167,14 +208,16 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
   const running = !["inactive", "failed"].includes(show.ActiveState ?? "");
   if (text === undefined && !running) return undefined;
   const plan = text === undefined ? undefined : readPlan(text, planShape);
+  const [authority, certificate] = [fields.get("ca"), fields.get("certificate")];
   return {
     mark: text === undefined ? undefined : unitMark(text),
     plan,
     edited:
       plan === undefined ||
+      fields.has("linked") ||
       renderAttachUnit(plan) !== text ||
       show.NeedDaemonReload === "yes" ||
-      (show.DropInPaths ?? "") !== "",
+      hasDropIns(show),
     fileGone: text === undefined,
     show,
     device: planShape.shape.device.safeParse(fields.get("device")).data,
@@ -184,6 +227,10 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
     readOnly: fields.get("ro") === "1",
     readable: fields.get("read.rc") === "0",
     linked: fields.get("link") === fields.get("device"),
+    certificates:
+      authority && certificate
+        ? { expiresAt: expiryOf(authority, certificate), now: Number(fields.get("now")) }
+        : undefined,
   };
 }
 
@@ -198,11 +245,15 @@ const planShape = z.strictObject({
   connections: z.number(),
   timeoutSeconds: z.number(),
   blockSize: z.number(),
+  tls: tlsRecordShape.optional(),
 });
 
-function endpoint(wanted: Pick<Inputs, "uri" | "server" | "port" | "exportName">) {
+function endpoint(
+  wanted: Partial<Pick<Inputs, "uri" | "server" | "port" | "exportName" | "tls">>,
+): NbdEndpoint {
   if (wanted.uri !== undefined) return parseNbdUri(wanted.uri);
   return {
+    ...(wanted.tls === undefined ? {} : { tls: true }),
     server: wanted.server ?? "",
     port: wanted.port ?? defaultPort,
     exportName: wanted.exportName ?? "",
@@ -211,7 +262,16 @@ function endpoint(wanted: Pick<Inputs, "uri" | "server" | "port" | "exportName">
 
 function planOf(wanted: Inputs, device: string): AttachPlan {
   const { owner, name, readOnly, connections, timeoutSeconds, blockSize } = wanted;
-  return { owner, name, ...endpoint(wanted), device, readOnly, connections, timeoutSeconds, blockSize };
+  const { server, port, exportName } = endpoint(wanted);
+  const tls = wanted.tls && { tls: { digest: certificatesDigest(clientFiles(wanted.tls)) } };
+  return {
+    ...{ owner, name, server, port, exportName, device },
+    ...{ readOnly, connections, timeoutSeconds, blockSize, ...tls },
+  };
+}
+
+function endpointOf({ server, port, exportName, tls }: AttachPlan): NbdEndpoint {
+  return { server, port, exportName, tls: tls !== undefined };
 }
 
 function stateOf(seen: Observed): State["state"] {
@@ -220,12 +280,16 @@ function stateOf(seen: Observed): State["state"] {
   if (seen.pid !== seen.show.MainPID) return "replaced";
   // Our own link with another permission stays ours: it is only cut when nobody holds it.
   if (seen.edited || seen.readOnly !== seen.plan?.readOnly) return "edited";
+  if (seen.plan.tls !== undefined && seen.certificates === undefined) return "edited";
   if (!seen.readable) return "dead";
   if (!seen.linked) return "edited";
   return seen.show.UnitFileState === "enabled" ? "attached" : "disabled";
 }
 
-const preflightScript = `${emitFunctions}${missingFunction}
+const preflightScript = hostScript(
+  "preflight-attachment",
+  "observe",
+  `${emitFunctions}${missingFunction}
 uri=$1
 emit_missing nbd-client nbdinfo systemctl flock udevadm
 if [ -d /sys/module/nbd ]; then emit module.rc 0; else emit_output module modprobe -n nbd; fi
@@ -235,12 +299,21 @@ if command -v nbdinfo >/dev/null; then
   if [ "$emit_rc" = 0 ]; then emit_output readOnly timeout 20 nbdinfo --is read-only "$uri"; fi
 fi
 emit end ""
-`;
+`,
+  ["uri"],
+);
+
+canHaveCertificates(preflightScript);
 
 /** Finds out before anything is changed what would make the attachment fail. Returns the export's size in bytes. */
 async function preflight(context: Context, wanted: Inputs): Promise<number> {
   const uri = nbdUri(endpoint(wanted));
-  const command: RemoteCommand = { argv: script(preflightScript, uri), kind: "read", deadlineSeconds: 90 };
+  const asked = asking(uri, wanted.tls);
+  const command: RemoteCommand = {
+    ...asked.command(preflightScript, asked.uri),
+    kind: "read",
+    deadlineSeconds: 90,
+  };
   const result = await succeed(context, command, "the host could not be looked at");
   const fields = parseOutput(context, command, result, parseFields);
   const where = { host: context.host.name, resource: context.resource };
@@ -272,7 +345,10 @@ async function preflight(context: Context, wanted: Inputs): Promise<number> {
 }
 
 /** Before the module is loaded there are none: it makes 16, unless somebody has configured more. */
-const candidatesScript = `
+const candidatesScript = hostScript(
+  "free-devices",
+  "observe",
+  `
 if [ ! -d /sys/module/nbd ]; then seq 0 15; exit; fi
 for sys in /sys/block/nbd*; do
   [ -e "$sys" ] || continue
@@ -282,20 +358,26 @@ for sys in /sys/block/nbd*; do
   grep -qsx "Device=/dev/nbd$n" /etc/systemd/system/lvm-nbd-attach-*.service && continue
   echo "$n"
 done | sort -n
-`;
+`,
+  [],
+);
 
 /**
  * Exit code 75: the device is not free. 76: what is attached now is held (named on stdout). 70: the client did
  * not connect. Nothing is stopped before both have been looked at under the lock.
  */
-const applyScript = `${unitFunctions}
+const applyScript = hostScript(
+  "apply-attachment",
+  "change",
+  `${unitFunctions}${certificatesFunctions}
 unit=$1 device=$2 expected=$3 wait=$4 current=$5 holders=$6 mark=$7 seen=$8 bytes=$9; shift 9
+folders=$1 folder=$2; shift 2
 file=/etc/systemd/system/$unit
 lock
 guard "$file" "$mark" "$seen"
 install_file() {
-  [ -f "$1" ] && [ "$(cat "$1"; echo x)" = "$(printf %s "$2"; echo x)" ] && return 0
-  mkdir -p "\${1%/*}" && rm -f "$1.new" && printf %s "$2" >"$1.new" && sync "$1.new" && mv -f "$1.new" "$1"
+  [ -f "$1" ] && [ ! -L "$1" ] && [ "$(cat "$1"; echo x)" = "$(printf %s "$2"; echo x)" ] && return 0
+  mkdir -p "\${1%/*}" && rm -f "$1.new" && printf %s "$2" >"$1.new" && sync "$1.new" && mv -fT "$1.new" "$1"
 }
 umask 022
 new=$(cat; echo x); new=\${new%x}
@@ -317,14 +399,15 @@ while [ $# -gt 0 ]; do install_file "$1" "$2" || exit 1; shift 2; done
 udevadm control --reload || exit 1
 install_file "$file" "$new" && rm -rf "$file.d" || exit 1
 modprobe nbd || exit 1
-fail() { echo "$1" >&2; journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
+fail() { echo "$1" >&2; last_words "$unit" 15; exit 70; }
 # enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" && systemctl start "$unit" || fail "the unit did not start"
 size=$(( $(cat "$sys/size") * 512 ))
 [ "$size" = "$expected" ] || fail "the device has $size bytes, the export $expected"
 timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 || fail "no sector could be read"
-exit 0
-`;
+tidy_certificates "$folders" "$folder"
+`,
+);
 
 /**
  * `current`: the device that this attachment has now and that must not be held; `undefined` if it has none.
@@ -341,10 +424,12 @@ async function apply(
   // The kernel cuts the device to whole blocks.
   const expected = sizeBytes - (sizeBytes % plan.blockSize);
   const unit = renderAttachUnit(plan);
+  const unitName = attachUnitName(plan.name);
+  const folder = attachCertificates(plan);
   const command: RemoteCommand = {
     argv: script(
       applyScript,
-      attachUnitName(plan.name),
+      unitName,
       plan.device,
       String(expected),
       String(Math.min(plan.timeoutSeconds, 30)),
@@ -352,6 +437,7 @@ async function apply(
       holdersScript,
       ...expectedMarks(mark, seen),
       String(Buffer.byteLength(unit)),
+      ...[certificatesFolders(unitName), folder ?? ""],
       ...[modulesLoad, udevRule].flatMap(({ path, text }) => [path, text]),
     ),
     stdin: unit,
@@ -371,7 +457,7 @@ async function apply(
     command,
     result,
     dead
-      ? `${nbdUri(plan)} could not be attached as ${plan.device}`
+      ? `${nbdUri(endpointOf(plan))} could not be attached as ${plan.device}`
       : "the attachment's unit could not be written",
     dead ? "ATTACHMENT_DEAD" : "COMMAND_FAILED",
   );
@@ -385,6 +471,24 @@ async function attach(
   seen: Observed | undefined,
 ): Promise<void> {
   const sizeBytes = await preflight(context, wanted);
+  const attached = () => attachFree(context, wanted, current, seen, sizeBytes);
+  const files = wanted.tls && clientFiles(wanted.tls);
+  const tls = files && { digest: certificatesDigest(files) };
+  const folder = attachCertificates({ name: wanted.name, tls });
+  const isThere = seen?.plan?.tls?.digest === tls?.digest && seen?.certificates !== undefined;
+  if (files === undefined || folder === undefined || isThere) return attached();
+  // In a folder of their own, beside those that are in use.
+  const marks = expectedMarks(ownerMark(wanted.owner), seen);
+  await withCertificates(context, attachUnitName(wanted.name), marks, folder, files, attached);
+}
+
+async function attachFree(
+  context: Context,
+  wanted: Inputs,
+  current: string | undefined,
+  seen: Observed | undefined,
+  sizeBytes: number,
+): Promise<void> {
   const fixed = wanted.device ?? current;
   for (const device of fixed === undefined ? await freeDevices(context) : [fixed]) {
     context.progress(`attaching ${nbdUri(endpoint(wanted))} as ${device}`);
@@ -456,7 +560,10 @@ async function refuseHeld(context: Context, device: string, unit: string): Promi
   if (holders.length > 0) throw heldError(context, device, holders);
 }
 
-const heldScript = `[ -b "$1" ] || exit 0\n${holdersScript}`;
+const heldScript = hostScript("attachment-users", "observe", `[ -b "$1" ] || exit 0\n${holdersScript}`, [
+  "path",
+  "unit",
+]);
 
 function heldError(context: Context, device: string, holders: readonly string[]): LvmNbdError {
   return new LvmNbdError("DEVICE_IN_USE", {
@@ -468,20 +575,24 @@ function heldError(context: Context, device: string, holders: readonly string[])
 }
 
 /** Looks for holders (exit code 75, named on stdout) and takes the unit down in one go, so that nobody slips in between. */
-const takeDownScript = `${unitFunctions}${tidyFunction}
-unit=$1 file=/etc/systemd/system/$1 seen=$2 device=$3 path=$5
+const takeDownScript = hostScript(
+  "take-down-attachment",
+  "change",
+  `${unitFunctions}${endUnitFunction}${tidyFunction}${certificatesFunctions}
+unit=$1 file=/etc/systemd/system/$1 seen=$2 device=$3 path=$5 folders=$6
 lock
 guard "$file" "$seen"
 if [ -b "$device" ]; then
   held=$(sh -c "$4" sh "$device" "$unit") || exit 1
   if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
 fi
-if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
-rm -f "$path" && rm -rf "$file.d" && tidy "$file" && rm -f "$file.new" "$file" || exit 1
+end_unit "$unit" "$file" || exit 1
+rm -f "$path" && rm -rf "$file.d" && tidy "$file" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
 udevadm control --reload && systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
-`;
+`,
+);
 
 /**
  * `device`: what must not be held; `undefined` for what was never attached or is not ours. `mark`: what the unit's
@@ -495,7 +606,10 @@ async function takeDown(
 ): Promise<void> {
   const unit = attachUnitName(name);
   const command: RemoteCommand = {
-    argv: script(takeDownScript, unit, mark, device ?? "", holdersScript, attachPath(name)),
+    argv: script(
+      ...([takeDownScript, unit, mark, device ?? "", holdersScript, attachPath(name)] as const),
+      certificatesFolders(unit),
+    ),
     kind: "change",
     deadlineSeconds: 240,
   };
@@ -511,10 +625,10 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const { plan } = seen;
   const before = "sizeBytes" in declared ? declared : undefined;
   const seenEndpoint =
-    plan === undefined || nbdUri(plan) === nbdUri(endpoint(declared))
+    plan === undefined || nbdUri(endpointOf(plan)) === nbdUri(endpoint(declared))
       ? {}
       : declared.uri !== undefined
-        ? { uri: nbdUri(plan) }
+        ? { uri: nbdUri(endpointOf(plan)) }
         : { server: plan.server, port: plan.port, exportName: plan.exportName };
   return {
     ...declared,
@@ -526,12 +640,20 @@ function toState(declared: Inputs | State, seen: Observed): State {
           connections: plan.connections,
           timeoutSeconds: plan.timeoutSeconds,
           blockSize: plan.blockSize,
+          ...seenTls(declared, plan),
         }),
     device: plan?.device ?? declared.device ?? "",
     path: attachPath(declared.name),
     sizeBytes: seen.sizeBytes === 0 ? (before?.sizeBytes ?? 0) : seen.sizeBytes,
+    certificatesExpireAt: seen.certificates && expiryTime(seen.certificates),
     state: stateOf(seen),
   };
+}
+
+/** What is declared, unless the unit was made with others: which, only their digest tells. */
+function seenTls({ tls }: Inputs | State, plan: AttachPlan): Pick<Inputs, "tls"> {
+  if (tls === undefined) return {};
+  return { tls: plan.tls?.digest === certificatesDigest(clientFiles(tls)) ? tls : undefined };
 }
 
 function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
@@ -543,9 +665,13 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   if (openEnd.length > 0) {
     for (const property of openEnd) changes.push({ property, effect: "replace" });
   } else if (nbdUri(endpoint(wanted)) !== nbdUri(endpoint(state))) {
+    // With TLS, or without it from now on, it is the same export.
+    const effect = sameEndpoint(endpoint(wanted), endpoint(state)) ? "update" : "replace";
     const changed = where.filter((property) => wanted[property] !== state[property]);
-    for (const property of changed) changes.push({ property, effect: "replace" });
+    for (const property of changed) changes.push({ property, effect });
   }
+  if (unknown.has("tls") || !isDeepStrictEqual(wanted.tls, state.tls))
+    changes.push({ property: "tls", effect: "update" });
   for (const property of ["readOnly", "connections", "timeoutSeconds", "blockSize", "owner"] as const) {
     if (unknown.has(property) || wanted[property] !== state[property])
       changes.push({ property, effect: "update" });
@@ -579,7 +705,7 @@ function validate(
       reason: "is part of `uri` already: give `uri` alone, or `server` and `exportName`",
     });
   }
-  return problems;
+  return [...problems, ...tlsProblems(wanted.uri, wanted.tls, unknown)];
 }
 
 /** The resource as the reconciler sees it. */
@@ -606,12 +732,19 @@ export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
     // Somebody else's link behind the device is not ours to look at or to cut; the unit leaves it alone.
     await takeDown(context, state.name, stateOf(seen) === "replaced" ? undefined : device, seen.mark ?? "");
   },
-  drift: (state, seen) =>
-    unitDrift(
-      state,
-      toState(state, seen),
-      ["uri", "device", "readOnly", "connections", "timeoutSeconds", "blockSize"],
-      "attached",
-      "attach it as declared",
-    ),
+  drift(state, seen) {
+    const expiry = seen.certificates && expiryPhrase(seen.certificates);
+    return [
+      ...unitDrift(
+        state,
+        toState(state, seen),
+        ["uri", "device", "readOnly", "connections", "timeoutSeconds", "blockSize"],
+        "attached",
+        "attach it as declared",
+      ),
+      ...(expiry === undefined
+        ? []
+        : [`${expiry}: after that it cannot connect again. Its export gives new ones`]),
+    ];
+  },
 };

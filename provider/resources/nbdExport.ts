@@ -4,18 +4,24 @@
 import { isIP } from "node:net";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, script, succeed } from "../core/command.js";
+import { makeCertificates } from "../core/certificateAuthority.js";
+import { failure, parseOutput, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
-import { commonInputs, refusing } from "../core/inputs.js";
-import { ownerMark } from "../core/owner.js";
+import { hostScript, script } from "../core/hostCommands.js";
+import { commonInputs, refusing, triggersInput } from "../core/inputs.js";
+import { digest, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
+import { writingAmong } from "../core/restoreMark.js";
 import { clientProblem, isAnyAddress, isLoopback } from "../linux/addresses.js";
 import {
+  askedUri,
   type ExportPlan,
+  exportCertificates,
   exportConfig,
   exportConfigPath,
   exportUnitName,
   type FoundOnHost,
+  probeAddress,
   probeUri,
   renderExportUnit,
   unitMark,
@@ -24,18 +30,51 @@ import { emitFunctions, parseFields } from "../linux/fields.js";
 import {
   fileProblem,
   type ImageFormat,
-  type ImageInfo,
   imageFormats,
-  parseImageInfo,
+  imageGuardFunctions,
+  imageProblem,
+  imageSize,
+  lookAtImageFunction,
 } from "../linux/imageFile.js";
 import { listenersOn, parseListeners } from "../linux/listeners.js";
 import { canServe, defaultPort, nbdServers, nbdUri, pathOf, type Served } from "../linux/nbd.js";
 import { missingFunction, missingPrograms } from "../linux/programs.js";
-import { parseShow, type UnitProperties } from "../linux/systemd.js";
+import { hasDropIns, parseShow, type UnitProperties } from "../linux/systemd.js";
+import {
+  type CertificateFiles,
+  type ClientTls,
+  certificatesDigest,
+  certificatesFolders,
+  certificatesFunctions,
+  expiryOf,
+  expiryPhrase,
+  expiryTime,
+  isCertificateFor,
+  isExpired,
+  nameProblem,
+  type SeenCertificates,
+  type ServerTls,
+  serverFiles,
+  type TlsRecord,
+  tlsProblem,
+  validFrom,
+} from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
-import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScript.js";
+import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
-import { enable, readPlan, unitDrift, writtenMeanwhile } from "./unit.js";
+import {
+  clientsFailure,
+  clientsFunctions,
+  clientsGuard,
+  clientsProof,
+  clientsProofSeconds,
+  proveClients,
+  warnOfClients,
+} from "./clientsProof.js";
+import { clientTlsShape, pemInput, tlsRecordShape } from "./tls.js";
+import { proveTls } from "./tlsProof.js";
+import { enable, lookAtUnit, readPlan, unitDrift, withCertificates, writtenMeanwhile } from "./unit.js";
+import { writtenBy } from "./volumes.js";
 
 const deviceInput = z
   .string()
@@ -47,6 +86,30 @@ const fileInput = z
   .refine((path) => !path.endsWith("\\"), "must not end with a backslash");
 const formatInput = z.enum(imageFormats);
 
+const serverTls = z
+  .strictObject({
+    caCertificate: pemInput("certificate of the authority that signed both others"),
+    certificate: pemInput("the server's certificate, for the address in `uri`"),
+    privateKey: pemInput("its private key, without a passphrase"),
+    clientCertificate: pemInput("a client's certificate, by which the host also proves that it serves"),
+    clientPrivateKey: pemInput("its private key, without a passphrase"),
+  })
+  .superRefine((tls, refinement) => {
+    const { clientCertificate: certificate, clientPrivateKey: privateKey } = tls;
+    const names = { certificate: "clientCertificate", privateKey: "clientPrivateKey" };
+    const problem =
+      tlsProblem(tls, { usage: "server" }) ??
+      tlsProblem({ ...tls, certificate, privateKey }, { usage: "client", ...names });
+    if (problem) refinement.addIssue({ code: "custom", message: problem.reason, path: [problem.property] });
+  });
+
+export const clientsElsewhereInput = z
+  .boolean()
+  .describe(
+    "Whether something else, such as a firewall, lets in nobody but the clients. That the host's kernel does not enforce them is " +
+      "then a warning, each time it is found so, instead of an error. Default: false.",
+  );
+
 /** Declared properties. */
 export const nbdExportInputs = z.strictObject({
   ...commonInputs,
@@ -56,7 +119,8 @@ export const nbdExportInputs = z.strictObject({
   file: fileInput
     .optional()
     .describe(
-      "Absolute path of an image to export instead of a device, e.g. the `path` of a VolumeCopy. It is only read.",
+      "Absolute path of an image to export instead of a device, e.g. the `path` of a VolumeCopy. It is only read. The image and " +
+        "every folder above it must be root's, and writable for nobody else.",
     ),
   format: formatInput
     .optional()
@@ -64,7 +128,7 @@ export const nbdExportInputs = z.strictObject({
   exportName: z
     .string()
     .min(1)
-    .regex(/^[^\p{Cc}[\]/]+$/u, "must not hold control characters, brackets or slashes")
+    .regex(/^[^\p{Cc}\p{Cs}[\]/]+$/u, "must not hold control characters, brackets or slashes")
     .superRefine(refusing((value) => unitNameProblem("export", value)))
     .describe("NBD export name; unique on the host. Default: the resource's name."),
   listenAddress: z
@@ -86,18 +150,37 @@ export const nbdExportInputs = z.strictObject({
       "Addresses or networks that may connect; enforced by the host's kernel. Required unless `listenAddress` is loopback. " +
         "The host itself can always connect.",
     ),
+  clientsEnforcedElsewhere: clientsElsewhereInput.default(false),
   server: z.enum(nbdServers).default("nbdkit").describe("Program that serves."),
+  tls: z
+    .union([z.boolean(), serverTls])
+    .optional()
+    .describe(
+      "Encrypts the link, and lets in only clients with a certificate. `true`: an authority of this export's own makes them, for 397 " +
+        "days; give an attachment the output `clientTls`. Or an object with your own (PEM): `caCertificate`, `certificate`, " +
+        "`privateKey`, `clientCertificate`, `clientPrivateKey`. Encrypted in the state. Default: no TLS.",
+    ),
+  triggers: triggersInput.describe(
+    "Any values; a change of one makes new certificates (`tls: true`). Clients are cut off until they have theirs.",
+  ),
 });
 
 const outputs = z.object({
-  uri: z.string().describe("NBD URI, e.g. `nbd://10.0.0.1:10809/vm1`."),
+  uri: z.string().describe("NBD URI, e.g. `nbd://10.0.0.1:10809/vm1`; with TLS `nbds://...`."),
+  clientTls: clientTlsShape
+    .optional()
+    .describe("With `tls`: the `tls` of an attachment. Encrypted in the state, like its copy there."),
+  certificatesExpireAt: z
+    .string()
+    .optional()
+    .describe("With `tls`: when the first of the certificates expires (ISO 8601)."),
   sizeBytes: z.number().describe("Size that a client sees, in bytes."),
   state: z
-    .enum(["serving", "stopped", "failed", "notServing", "disabled", "edited"])
+    .enum(["serving", "stopped", "failed", "notServing", "disabled", "edited", "expired"])
     .describe(
       "`serving` (proven by a handshake); `stopped`; `failed` (the server ends by itself); `notServing` (runs, but the handshake " +
-        "fails or shows another size, or another file has taken the image's place); `disabled` (would not come back after a " +
-        "reboot); `edited` (its unit was changed by hand).",
+        "fails or shows another size, or the image is not what was examined: replaced, or in others' hands); `disabled` (would not come back after a " +
+        "reboot); `edited` (its unit or its certificates were changed by hand); `expired` (its certificates are; `pulumi up` makes new ones).",
     ),
 });
 
@@ -119,18 +202,29 @@ interface Observed {
   readonly show: UnitProperties;
   /** Of the device, or of the image's content. */
   readonly contentSizeBytes: number | undefined;
-  /** Another file has the image's name than the server has. */
-  readonly fileReplaced: boolean;
+  /** Why the image may not be served as it is now, in a sentence. */
+  readonly imageProblem: string | undefined;
   /** False if a boot would not start it whenever its device appears. */
   readonly wanted: boolean;
   readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
+  /** `undefined` without TLS, and where they are not what the unit was made with. */
+  readonly certificates: (SeenCertificates & { readonly client: ClientTls }) | undefined;
+  /** Somebody has tried, since the last boot, that they are asked for. */
+  readonly proven: boolean;
+  /** It was seen, since the last boot, that the host's kernel enforces the clients of units. */
+  readonly clientsProven: boolean;
 }
 
-const observeScript = `${emitFunctions}${unitFunctions}
+const observeScript = hostScript(
+  "observe-export",
+  "observe",
+  `${emitFunctions}${unitFunctions}${imageGuardFunctions}${lookAtImageFunction}${certificatesFunctions}
 unit=$1 conf=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
+if [ -L "$file" ]; then emit linked yes; fi
 if [ -e "$conf" ]; then emit_file conf "$conf"; fi
+if [ -e ${clientsProof} ]; then emit clientsProven yes; fi
 show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
 emit show "$show"
 if [ -e "$file" ]; then
@@ -140,17 +234,21 @@ if [ -e "$file" ]; then
   done
   device=$(own Device "$file")
   uri=$(own ProbeUri "$file")
+  folder=$(own Certificates "$file")
+  if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
+    emit_file ca "$folder/ca-cert.pem"
+    emit_file serverCert "$folder/server-cert.pem"
+    emit_file clientCert "$folder/client-cert.pem"
+    emit_file clientKey "$folder/client-key.pem"
+    if [ -e "/run/lvm-nbd-tls-proven-\${folder##*~}" ]; then emit proven yes; fi
+    emit now "$(date +%s)"
+  fi
   if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
   image=$(own File "$file")
-  if [ -n "$image" ] && [ -f "$image" ]; then
-    case $(own Format "$file") in
-    raw) emit fileSize "$(stat -L -c %s "$image")";;
-    *)
-      command -v qemu-img >/dev/null || { echo "qemu-img: not found" >&2; exit 127; }
-      emit_output image timeout 20 qemu-img info --output=json -f qcow2 -U "$image";;
-    esac
-    seen=/proc/$(systemctl show -p MainPID --value "$unit")/root$(own RealPath "$file")
-    [ "$seen" -ef "$image" ] || emit replaced yes
+  if [ -n "$image" ]; then
+    look_at_image "$image" "$(own Format "$file")"
+    pid=$(systemctl show -p MainPID --value "$unit")
+    [ "$pid" = 0 ] || [ "/proc/$pid/root$(own RealPath "$file")" -ef "$image" ] || emit replaced yes
   fi
   case $show in *ActiveState=active*)
     command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
@@ -163,7 +261,9 @@ if [ -e "$file" ]; then
   esac
 fi
 emit end ""
-`;
+`,
+  ["unit", "record"],
+);
 
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = exportUnitName(wanted.exportName);
@@ -172,8 +272,8 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     kind: "read",
     deadlineSeconds: 90,
   };
-  const result = await succeed(context, command, `the unit ${unit} could not be looked at`, (failed) =>
-    failed.exitCode === 127 ? "PROGRAM_MISSING" : undefined,
+  const result = await lookAtUnit(context, command, unit, ({ exitCode }) =>
+    exitCode === 127 ? "PROGRAM_MISSING" : undefined,
   );
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
 }
@@ -193,8 +293,11 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
           show,
           wanted: false,
           contentSizeBytes: undefined,
-          fileReplaced: false,
+          imageProblem: undefined,
           probe: undefined,
+          certificates: undefined,
+          proven: false,
+          clientsProven: false,
         }
       : undefined;
   }
@@ -208,32 +311,51 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
     plan,
     edited:
       plan === undefined ||
+      fields.has("linked") ||
       renderExportUnit(plan) !== text ||
       (config !== undefined && config !== fields.get("conf")) ||
       show.NeedDaemonReload === "yes" ||
-      (show.DropInPaths ?? "") !== "",
+      hasDropIns(show),
     fileGone: false,
     show,
     wanted: !fields.has("unwanted"),
-    contentSizeBytes: contentSize(fields),
-    fileReplaced: fields.has("replaced"),
+    contentSizeBytes: contentSize(plan, fields),
+    imageProblem: plan && "file" in plan ? problemOfServed(plan, fields) : undefined,
     probe: Number.isSafeInteger(size)
       ? { sizeBytes: size, readOnly: fields.get("readOnly.rc") === "0" }
       : undefined,
+    certificates: seenCertificates(fields),
+    proven: fields.has("proven"),
+    clientsProven: fields.has("clientsProven"),
   };
 }
 
-/** `undefined` where there is no content, or none that may be served. */
-function contentSize(fields: ReadonlyMap<string, string>): number | undefined {
-  const size = fields.get("deviceSize") ?? fields.get("fileSize");
-  if (size !== undefined) return Number(size);
-  const info = imageInfo(fields);
-  return info?.needs === undefined ? info?.sizeBytes : undefined;
+function seenCertificates(fields: ReadonlyMap<string, string>): Observed["certificates"] {
+  const [caCertificate, server] = [fields.get("ca"), fields.get("serverCert")];
+  const [certificate, privateKey] = [fields.get("clientCert"), fields.get("clientKey")];
+  if (!caCertificate || !server || !certificate || !privateKey) return undefined;
+  return {
+    client: { caCertificate, certificate, privateKey },
+    expiresAt: expiryOf(caCertificate, server, certificate),
+    now: Number(required(fields, "now")),
+  };
 }
 
-/** What qemu-img told; `undefined` if it was not asked, or could not read the image. */
-function imageInfo(fields: ReadonlyMap<string, string>): ImageInfo | undefined {
-  return fields.get("image.rc") === "0" ? parseImageInfo(required(fields, "image")) : undefined;
+/** `undefined` where there is no content. */
+function contentSize(plan: ExportPlan | undefined, fields: ReadonlyMap<string, string>): number | undefined {
+  if (plan && "file" in plan) return imageSize(plan.format, fields);
+  const size = fields.get("deviceSize");
+  return size === undefined ? undefined : Number(size);
+}
+
+function problemOfServed(
+  plan: ExportPlan & { readonly file: string; readonly format: ImageFormat },
+  fields: ReadonlyMap<string, string>,
+): string | undefined {
+  const problem = imageProblem(plan, fields);
+  if (problem !== undefined) return problem.message;
+  if (!fields.has("replaced") && fields.get("fileId") === plan.fileId) return undefined;
+  return `${plan.file} is another file than the one that was examined; \`pulumi up\` examines it and serves it`;
 }
 
 function required(fields: ReadonlyMap<string, string>, name: string): string {
@@ -251,19 +373,68 @@ const { owner: ownerInput, ...termsInputs } = nbdExportInputs.pick({
   clients: true,
   server: true,
 }).shape;
-const termsShape = { ...termsInputs, ownAddress: z.string().optional() };
+const termsShape = {
+  ...termsInputs,
+  tls: tlsRecordShape.optional(),
+  ownAddress: z.string().optional(),
+};
 /** Its keys are in the order of `planOf`: what is read renders as what was written. */
 const planShape = z.union([
   z.strictObject({ owner: ownerInput, device: deviceInput, ...termsShape }),
   z.strictObject({
     ...{ owner: ownerInput, file: fileInput, format: formatInput, ...termsShape },
-    ...{ realPath: z.string().optional(), mountPoint: z.string().optional() },
+    ...{ realPath: z.string().optional(), mountPoint: z.string().optional(), fileId: z.string().optional() },
   }),
 ]);
 
-function planOf(wanted: Inputs): ExportPlan {
+function planOf(wanted: Inputs, tls: TlsRecord | undefined): ExportPlan {
   const { owner, exportName, listenAddress, port, readOnly, clients, server } = wanted;
-  return { owner, ...servedOf(wanted), exportName, listenAddress, port, readOnly, clients, server };
+  const secured = tls === undefined ? {} : { tls };
+  return {
+    owner,
+    ...servedOf(wanted),
+    exportName,
+    listenAddress,
+    port,
+    readOnly,
+    clients,
+    server,
+    ...secured,
+  };
+}
+
+/** What certificates that are made here are made for. */
+function madeFor(wanted: Inputs): string {
+  return digest(JSON.stringify([serverNames(wanted), wanted.triggers]), 16);
+}
+
+/** By which it is reached. */
+function serverNames(wanted: Pick<Inputs, "host" | "listenAddress">): string[] {
+  return [...new Set([serverName(wanted), probeAddress(wanted.listenAddress)])];
+}
+
+/** The record of certificates that are there and go on being right; `undefined`: none is. */
+function keptRecord(wanted: Inputs, seen: Observed | undefined): TlsRecord | undefined {
+  const record = seen?.plan?.tls;
+  if (record === undefined || seen?.certificates === undefined || !wanted.tls) return undefined;
+  if (wanted.tls !== true)
+    return record.digest === certificatesDigest(serverFiles(wanted.tls)) ? record : undefined;
+  return record.made === madeFor(wanted) && !isExpired(seen.certificates) ? record : undefined;
+}
+
+/** Certificates that are to be put on the host, given or made now. */
+async function newCertificates(
+  wanted: Inputs,
+  tls: true | ServerTls,
+  now: number,
+): Promise<{ readonly record: TlsRecord; readonly files: CertificateFiles }> {
+  const made = tls === true;
+  const all = made
+    ? await makeCertificates(wanted.exportName, serverNames(wanted), new Date(now * 1000))
+    : tls;
+  const files = serverFiles(all);
+  const record = { digest: certificatesDigest(files), ...(made ? { made: madeFor(wanted) } : {}) };
+  return { record, files };
 }
 
 /** `validate` has seen that it is one of both. */
@@ -278,35 +449,40 @@ function stateOf(seen: Observed): State["state"] {
   if (active === "failed" || active === "activating") return "failed";
   if (active !== "active") return "stopped";
   if (seen.edited) return "edited";
+  if (seen.plan?.tls !== undefined) {
+    if (seen.certificates === undefined) return "edited";
+    if (isExpired(seen.certificates)) return "expired";
+  }
   if (seen.probe === undefined || seen.probe.sizeBytes !== seen.contentSizeBytes) return "notServing";
-  if (seen.fileReplaced) return "notServing";
+  if (seen.imageProblem !== undefined) return "notServing";
   if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
   return file === "enabled" && seen.wanted ? "serving" : "disabled";
 }
 
-const preflightScript = `${emitFunctions}${missingFunction}
-server=$1 path=$2 address=$3 port=$4 unit=$5 format=$6; shift 6
+const preflightScript = hostScript(
+  "preflight-export",
+  "observe",
+  `${emitFunctions}${missingFunction}${imageGuardFunctions}${lookAtImageFunction}
+server=$1 path=$2 address=$3 port=$4 unit=$5 format=$6 tls=$7; shift 7
 look_at_device() {
   if [ ! -e "$path" ]; then emit device absent
   elif [ ! -b "$path" ]; then emit device other
   else emit device block
     emit ro "$(blockdev --getro "$path")"
+    # By whatever path; empty for what is no volume of LVM's.
+    volume=$(dmsetup info -c --noheadings --separator / -o vg_name,lv_name "$path" 2>/dev/null)
+    case $volume in ?*/?*)
+      tags=$(lvs --noheadings -o lv_tags "$volume") || exit 1
+      emit volume "$volume"
+      emit tags "$tags";;
+    esac
     emit_output read timeout 20 dd if="$path" of=/dev/null bs=4096 count=1 iflag=direct
   fi
 }
 look_at_file() {
-  folder=\${path%/*}/
-  if [ -L "$path" ]; then emit leads "$(readlink -f "$path")"; fi
-  if [ -d "$folder" ]; then emit folder yes; fi
-  if [ -e "$path" ]; then emit kind "$(stat -c %F "$path")"; fi
-  if [ -f "$path" ]; then
-    emit realPath "$(readlink -f "$path")"
-    emit mountPoint "$(stat -c %m "$path")"
-    emit fileSize "$(stat -c %s "$path")"
-    # As the server will: by root without any right. Not by its path, which the server reaches in another way.
-    emit_output read timeout 20 setpriv --bounding-set=-all --inh-caps=-all dd if=/proc/self/fd/3 of=/dev/null bs=4096 count=1 3<"$path"
-    if [ "$format" = qcow2 ]; then emit_output image timeout 20 qemu-img info --output=json -f qcow2 -U "$path"; fi
-  fi
+  look_at_image "$path" "$format" || return
+  # As the server will: by root without any right. Not by its path, which the server reaches in another way.
+  emit_output read timeout 20 setpriv --bounding-set=-all --inh-caps=-all dd if=/proc/self/fd/3 of=/dev/null bs=4096 count=1 3<"$path"
 }
 emit_missing "$server" nbdinfo nbdcopy systemctl ss ip "$@"
 case $format in "") look_at_device;; *) look_at_file;; esac
@@ -314,20 +490,31 @@ emit addresses "$(ip -o addr show to "$address")"
 emit route "$(ip -o route get to "$address" 2>/dev/null)"
 emit listeners "$(ss -Hltnp "sport = :$port")"
 emit pid "$(systemctl show -p MainPID --value "$unit")"
+if [ -n "$tls" ]; then
+  emit now "$(date +%s)"
+  emit systemd "$(systemctl --version | sed -n '1s/^systemd \\([0-9]*\\).*/\\1/p')"
+  if [ "$server" = nbdkit ]; then emit nbdkitTls "$(nbdkit --dump-config | sed -n s/^tls=//p)"; fi
+fi
 emit end ""
-`;
+`,
+  ["word", "path", "address", "number", "unit", "format?", "word?", "many:word"],
+);
 
-/** What the look at a file needs. */
-const filePrograms = { raw: ["setpriv"], qcow2: ["setpriv", "qemu-img"] };
+/** The first systemd that hands a service root's files (LoadCredential=). */
+const systemdOfCredentials = 247;
 
-/** Finds out before anything is changed what would make the export fail. Returns the plan for this host. */
-async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan> {
+/** Looks at what would make the export fail. */
+async function look(
+  context: Context,
+  wanted: Inputs,
+  plan: ExportPlan,
+): Promise<{ readonly fields: ReadonlyMap<string, string>; readonly refuse: Refuse }> {
   const unit = exportUnitName(plan.exportName);
   const format = "file" in plan ? plan.format : undefined;
   const command: RemoteCommand = {
     argv: script(
       ...([preflightScript, plan.server, pathOf(plan), plan.listenAddress, String(plan.port), unit] as const),
-      ...[format ?? "", ...(format === undefined ? [] : filePrograms[format])],
+      ...[format ?? "", wanted.tls ? "tls" : "", ...(format === undefined ? [] : ["setpriv"])],
     ),
     kind: "read",
     deadlineSeconds: 90,
@@ -342,12 +529,20 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
       property,
       advice,
     });
-
   const missing = missingPrograms(fields);
   if (missing !== undefined) throw refuse("PROGRAM_MISSING", "server", missing);
-  const info = parseOutput(context, command, result, () => imageInfo(fields));
-  const found =
-    "file" in plan ? requireImage(plan, fields, info, refuse) : requireDevice(plan, fields, refuse);
+  return { fields, refuse };
+}
+
+/** Refuses, by looking only, where the host cannot serve as declared, whatever it is to serve: that need not be there yet. */
+export async function requireServing(context: Context, wanted: Inputs): Promise<void> {
+  const plan = planOf(wanted, undefined);
+  const { fields, refuse } = await look(context, wanted, plan);
+  requireListening(plan, fields, refuse);
+  if (wanted.tls) requireTls(plan, fields, refuse);
+}
+
+function requireListening(plan: ExportPlan, fields: ReadonlyMap<string, string>, refuse: Refuse): void {
   if (!isAnyAddress(plan.listenAddress) && (fields.get("addresses") ?? "").trim() === "") {
     throw refuse(
       "ADDRESS_NOT_LOCAL",
@@ -366,10 +561,62 @@ async function preflight(context: Context, plan: ExportPlan): Promise<ExportPlan
       `${plan.port} on ${other.address} is taken by ${other.program ?? "another program"}${other.pids.length === 0 ? "" : ` (pid ${other.pids.join(", ")})`}: choose another port`,
     );
   }
+}
+
+/** Finds out before anything is changed what would make the export fail. Returns the plan for this host. */
+async function preflight(context: Context, wanted: Inputs, seen: Observed | undefined): Promise<Prepared> {
+  const kept = keptRecord(wanted, seen);
+  const plan = planOf(wanted, kept);
+  const { fields, refuse } = await look(context, wanted, plan);
+  const found = "file" in plan ? requireImage(plan, fields, refuse) : requireDevice(plan, fields, refuse);
+  requireListening(plan, fields, refuse);
   const own = /\bsrc (\S+)/.exec(fields.get("route") ?? "")?.[1];
   const apart =
     own !== plan.listenAddress && !isAnyAddress(plan.listenAddress) && !isLoopback(plan.listenAddress);
-  return { ...plan, ...(apart ? { ownAddress: own } : {}), ...found };
+  const onHost = { ...(apart ? { ownAddress: own } : {}), ...found };
+  if (!wanted.tls) {
+    if (!isLoopback(plan.listenAddress))
+      context.warn(
+        `what clients read of it travels unencrypted from ${plan.listenAddress}: anybody on the way can read it. \`tls: true\` encrypts it`,
+      );
+    return { plan: { ...plan, ...onHost }, files: undefined };
+  }
+  requireTls(plan, fields, refuse);
+  const now = Number(required(fields, "now"));
+  if (wanted.tls !== true) requireValid(wanted.tls, now, refuse);
+  if (kept !== undefined) return { plan: { ...plan, ...onHost }, files: undefined };
+  const { record, files } = await newCertificates(wanted, wanted.tls, now);
+  return { plan: { ...planOf(wanted, record), ...onHost }, files };
+}
+
+/** By the host's clock, which is the server's. */
+function requireValid(tls: ServerTls, now: number, refuse: Refuse): void {
+  const all = [tls.caCertificate, tls.certificate, tls.clientCertificate];
+  const seen = { expiresAt: expiryOf(...all), now };
+  const from = validFrom(...all);
+  const problem =
+    from > now
+      ? `its certificates are valid from ${expiryTime({ expiresAt: from })} on, by the host's clock it is ${expiryTime({ expiresAt: now })}`
+      : isExpired(seen)
+        ? expiryPhrase(seen)
+        : undefined;
+  if (problem !== undefined)
+    throw refuse(
+      "INVALID_INPUT",
+      "tls",
+      problem,
+      "Nothing was touched. Give new ones, or set the clock right.",
+    );
+}
+
+function requireTls(plan: ExportPlan, fields: ReadonlyMap<string, string>, refuse: Refuse): void {
+  const systemd = Number(fields.get("systemd"));
+  if (systemd < systemdOfCredentials) {
+    const message = `systemd ${systemd} on this host cannot hand an export its keys: ${systemdOfCredentials} can`;
+    throw refuse("TLS_UNSUPPORTED", "tls", message);
+  }
+  if (plan.server === "nbdkit" && fields.get("nbdkitTls") !== "yes")
+    throw refuse("TLS_UNSUPPORTED", "tls", "this host's nbdkit was built without TLS");
 }
 
 type Refuse = (code: ErrorCode, property: string, message: string, advice?: string) => LvmNbdError;
@@ -391,81 +638,72 @@ function requireDevice(
       "Leave `readOnly` out, or make the device writable (`readOnly: false` on the LvSnapshot).",
     );
   }
+  const mark = writingAmong((fields.get("tags") ?? "").trim().split(","));
+  if (mark !== undefined) {
+    const [volumeGroup = "", name = ""] = (fields.get("volume") ?? "").split("/");
+    const [what, advice] = writtenBy({ volumeGroup, name }, mark);
+    throw refuse("ORIGIN_UNSUITABLE", "device", what, `Nothing was touched. ${advice}`);
+  }
   if (fields.get("read.rc") !== "0")
     throw refuse("DEVICE_UNREADABLE", "device", `${device} cannot be read: ${fields.get("read") ?? ""}`);
   return {};
 }
 
 function requireImage(
-  { file, format }: { readonly file: string; readonly format: ImageFormat },
+  image: { readonly file: string; readonly format: ImageFormat },
   fields: ReadonlyMap<string, string>,
-  info: ImageInfo | undefined,
   refuse: Refuse,
 ): FoundOnHost {
-  const unsuitable = (message: string, advice?: string) =>
-    refuse("FILE_UNSUITABLE", "file", `${file} ${message}`, advice);
-  const [kind, leads] = [fields.get("kind"), fields.get("leads")];
-  if (leads !== undefined) throw unsuitable(`is a symbolic link: give ${leads}`);
-  if (!fields.has("folder"))
-    throw refuse("DIRECTORY_NOT_FOUND", "file", `the folder of ${file} does not exist on the host`);
-  if (kind === undefined) throw refuse("FILE_NOT_FOUND", "file", `${file} does not exist on the host`);
-  if (!fields.has("realPath")) throw unsuitable(`is a ${kind}, not a regular file`);
+  const problem = imageProblem(image, fields);
+  if (problem !== undefined) throw refuse(problem.code, "file", problem.message, problem.advice);
   if (fields.get("read.rc") !== "0") {
-    throw unsuitable(
-      `cannot be read by a server without capabilities: ${fields.get("read") ?? ""}`,
-      "Make it root's (`chown root`), or readable for others, and run again.",
+    throw refuse(
+      "FILE_UNSUITABLE",
+      "file",
+      `${image.file} cannot be read by a server without capabilities: ${fields.get("read") ?? ""}`,
+      "Let its owner, root, read it (`chmod u+r`), and run again.",
     );
   }
-  if (format === "qcow2" && info === undefined)
-    throw unsuitable(`is no qcow2 image that can be read: ${fields.get("image") ?? ""}`);
-  if (info?.needs !== undefined)
-    throw unsuitable(`names a ${info.needs.what}, ${info.needs.name}, whose content would be served too`);
-  const sizeBytes = info?.sizeBytes ?? Number(fields.get("fileSize"));
-  // A client's kernel leaves out the last bytes of others, and qemu-nbd makes some up.
-  if (sizeBytes === 0 || sizeBytes % 512 !== 0)
-    throw unsuitable(`holds ${sizeBytes} bytes: no disk, whose size is a multiple of 512`);
-  const [realPath, mountPoint] = [fields.get("realPath"), fields.get("mountPoint")];
+  const [realPath, mountPoint, fileId] = ["realPath", "mountPoint", "fileId"].map((name) => fields.get(name));
   return {
-    ...(realPath === file ? {} : { realPath }),
+    ...(realPath === image.file ? {} : { realPath }),
     ...(mountPoint === "/" ? {} : { mountPoint }),
+    fileId,
   };
 }
 
-/** Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve. 71: its clients are not enforced. */
-const applyScript = `${unitFunctions}
-unit=$1 conf=$2 config=$3 uri=$4 open=$5 mark=$6 seen=$7 bytes=$8 file=/etc/systemd/system/$1
-# systemd starts a unit whose address filter it cannot apply: once a boot, a process under the same filter must be
-# seen to be kept out, and one without it to get in.
-prove_clients() {
-  proof=/run/lvm-nbd-clients-enforced
-  [ "$open" = no ] || [ -e "$proof" ] && return
-  if systemd-run -q --wait --pipe timeout 20 nbdinfo --size "$uri" >/dev/null 2>&1 &&
-    ! systemd-run -q --wait --pipe -p IPAddressDeny=any timeout 3 nbdinfo --size "$uri" >/dev/null 2>&1; then
-    : >"$proof"; return
-  fi
-  systemctl disable --quiet --now "$unit"
-  exit 71
-}
+/**
+ * Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve, or
+ * that of `prove_clients`.
+ */
+const applyScript = hostScript(
+  "apply-export",
+  "change",
+  `${unitFunctions}${certificatesFunctions}${clientsFunctions}
+unit=$1 conf=$2 config=$3 uri=$4 clients=$5 mark=$6 seen=$7 bytes=$8 folders=$9 folder=\${10} file=/etc/systemd/system/$1
+# Of an export that had TLS before; where it has, those that were before go when the new ones are proven.
+tidy() { [ -n "$folder" ] || { lock; [ -n "$(own Certificates "$file")" ] || tidy_certificates "$folders"; }; }
 lock
 guard "$file" "$mark" "$seen"
 umask 022
 rm -f "$file.new" && receive "$file.new" "$bytes" || exit 1
 if [ -n "$config" ]; then
-  mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" && mv -f "$conf.new" "$conf" || exit 1
+  no_link /etc/lvm-nbd
+  mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" && mv -fT "$conf.new" "$conf" || exit 1
 fi
-mv -f "$file.new" "$file" || exit 1
+mv -fT "$file.new" "$file" || exit 1
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
 exec 9>&-
 # enable reloads systemd's view of the units as well
 systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
-  journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2; exit 70; }
+  last_words "$unit" 15; exit 70; }
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
 end=$(( $(date +%s) + 80 ))
 while :; do
   if answer=$(timeout 75 nbdinfo --size "$uri" 2>&1); then
     bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
-    [ "$bytes" = 512 ] && { prove_clients; exit 0; }
+    [ "$bytes" = 512 ] && { prove_clients "$unit" "$uri" "$clients"; tidy; exit; }
     answer="the handshake succeeds, but nothing can be read"
     break
   fi
@@ -475,42 +713,72 @@ while :; do
   sleep 0.2
 done
 printf '%s\\n' "$answer" >&2
-journalctl -q -n 15 -o cat --no-pager -u "$unit" >&2
+last_words "$unit" 15
 exit 70
-`;
+`,
+);
 
-/** `seen`: what was there when it was looked at. */
-async function apply(context: Context, plan: ExportPlan, seen: Observed | undefined): Promise<void> {
+/** What `preflight` found out. */
+interface Prepared {
+  readonly plan: ExportPlan;
+  /** Certificates to be put on the host. */
+  readonly files: CertificateFiles | undefined;
+}
+
+/** `seen`: what was there when it was looked at. `elsewhere`: `clientsEnforcedElsewhere`. */
+async function apply(
+  context: Context,
+  { plan, files }: Prepared,
+  seen: Observed | undefined,
+  elsewhere: boolean,
+): Promise<void> {
+  const unit = exportUnitName(plan.exportName);
+  const folder = exportCertificates(plan);
+  if (files === undefined || folder === undefined) await writeUnit(context, plan, seen, elsewhere);
+  else
+    await withCertificates(context, unit, expectedMarks(ownerMark(plan.owner), seen), folder, files, () =>
+      writeUnit(context, plan, seen, elsewhere),
+    );
+  if (hasTls(plan)) await proveTls(context, plan);
+}
+
+function hasTls(plan: ExportPlan): plan is ExportPlan & { readonly tls: TlsRecord } {
+  return plan.tls !== undefined;
+}
+
+async function writeUnit(
+  context: Context,
+  plan: ExportPlan,
+  seen: Observed | undefined,
+  elsewhere: boolean,
+): Promise<void> {
   const mark = ownerMark(plan.owner);
   const unit = renderExportUnit(plan);
+  const unitName = exportUnitName(plan.exportName);
+  const folder = exportCertificates(plan);
   const command: RemoteCommand = {
     argv: script(
       applyScript,
-      exportUnitName(plan.exportName),
+      unitName,
       exportConfigPath(plan.exportName),
       exportConfig(plan) ?? "",
-      probeUri(plan),
-      isLoopback(plan.listenAddress) ? "no" : "yes",
+      askedUri(plan),
+      clientsGuard(plan, elsewhere),
       ...expectedMarks(mark, seen),
       String(Buffer.byteLength(unit)),
+      certificatesFolders(unitName),
+      folder ?? "",
     ),
     stdin: unit,
     kind: "change",
-    // The lock 120 s, the start and the first answer of a slow server as long again, the proof of its clients 25 s.
-    deadlineSeconds: 400,
+    // Twice the lock (120 s), and the start and the first answer of a slow server as long again.
+    deadlineSeconds: 500 + clientsProofSeconds,
   };
   const result = await context.host.run(command, context.signal);
-  if (result.exitCode === 0) return;
+  if (result.exitCode === 0) return warnOfClients(context, result);
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
-  if (result.exitCode === 71) {
-    throw failure(
-      context,
-      command,
-      result,
-      "clients: the host does not enforce them",
-      "CLIENTS_NOT_ENFORCED",
-    );
-  }
+  const unproven = clientsFailure(context, command, result);
+  if (unproven !== undefined) throw unproven;
   throw failure(
     context,
     command,
@@ -523,15 +791,18 @@ async function apply(context: Context, plan: ExportPlan, seen: Observed | undefi
 }
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
-  const plan = await preflight(context, planOf(wanted));
+  const prepared = await preflight(context, wanted, undefined);
+  const { plan } = prepared;
   context.progress(`starting ${plan.server} for ${pathOf(plan)} on ${plan.listenAddress}:${plan.port}`);
   try {
-    await apply(context, plan, undefined);
+    await apply(context, prepared, undefined, wanted.clientsEnforcedElsewhere);
   } catch (error) {
     // What does not serve is not left behind: it would keep restarting on a host nobody looks at.
     if (
       error instanceof LvmNbdError &&
-      ["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "COMMAND_FAILED"].includes(error.code)
+      ["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "TLS_NOT_ENFORCED", "COMMAND_FAILED"].includes(
+        error.code,
+      )
     ) {
       await takeDown(context, plan, ownerMark(plan.owner)).catch((cleanup: unknown) => {
         context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
@@ -542,34 +813,48 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 }
 
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
-  const declared = { ...planOf(wanted), ...(seen.plan && foundOf(seen.plan)) };
-  const asDeclared = seen.plan !== undefined && renderExportUnit(seen.plan) === renderExportUnit(declared);
+  const kept = keptRecord(wanted, seen);
+  const declared = { ...planOf(wanted, kept), ...(seen.plan && foundOf(seen.plan)) };
+  const asDeclared =
+    seen.plan !== undefined &&
+    renderExportUnit(seen.plan) === renderExportUnit(declared) &&
+    (kept !== undefined || !wanted.tls);
   const state = stateOf(seen);
-  if (asDeclared && state === "serving") return;
+  if (asDeclared && state === "serving") {
+    // A run that was cut may not have come to it; nor has one for which something else enforces the clients.
+    if (seen.plan !== undefined && !seen.clientsProven && !isLoopback(seen.plan.listenAddress))
+      await proveClients(context, seen.plan, wanted.clientsEnforcedElsewhere);
+    if (seen.plan !== undefined && hasTls(seen.plan) && !seen.proven) await proveTls(context, seen.plan);
+    return;
+  }
   if (asDeclared && state === "disabled")
     return enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner));
-  const plan = await preflight(context, planOf(wanted));
+  const prepared = await preflight(context, wanted, seen);
+  const { plan } = prepared;
   context.progress(
     state === "serving"
       ? `restarting the export ${plan.exportName}; connected clients are cut off and attachments reconnect`
       : `starting the export ${plan.exportName} again (it was ${state})`,
   );
-  await apply(context, plan, seen);
+  await apply(context, prepared, seen, wanted.clientsEnforcedElsewhere);
 }
 
 /** The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. */
-const takeDownScript = `${unitFunctions}
-unit=$1 conf=$2 seen=$3 file=/etc/systemd/system/$1
+const takeDownScript = hostScript(
+  "take-down-export",
+  "change",
+  `${unitFunctions}${endUnitFunction}${certificatesFunctions}
+unit=$1 conf=$2 seen=$3 folders=$4 file=/etc/systemd/system/$1
 lock
 guard "$file" "$seen"
-if [ -e "$file" ]; then systemctl disable --quiet --now --no-reload "$unit" || exit 1; else systemctl stop "$unit" || exit 1; fi
-rm -f "$conf" "$conf.new" && rm -rf "$file.d" && rm -f "$file.new" "$file" || exit 1
+end_unit "$unit" "$file" || exit 1
+rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
 exec 9>&-
-rmdir /etc/lvm-nbd 2>/dev/null
 systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
-`;
+`,
+);
 
 /** `mark`: what the unit's file carries, "" for none. */
 async function takeDown(
@@ -579,7 +864,7 @@ async function takeDown(
 ): Promise<void> {
   const unit = exportUnitName(exportName);
   const command: RemoteCommand = {
-    argv: script(takeDownScript, unit, exportConfigPath(exportName), mark),
+    argv: script(takeDownScript, unit, exportConfigPath(exportName), mark, certificatesFolders(unit)),
     kind: "change",
     deadlineSeconds: 180,
   };
@@ -589,22 +874,30 @@ async function takeDown(
   throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
 }
 
-/** On all interfaces the host is reached by the name under which SSH reaches it. */
-function uriOf(plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "host">): string {
-  const { host, listenAddress } = plan;
-  if (!isAnyAddress(listenAddress)) return nbdUri({ ...plan, server: listenAddress });
-  return nbdUri({ ...plan, server: typeof host === "string" ? host : host.address });
+/** The URI of what is declared. */
+export function uriOf(plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "host" | "tls">): string {
+  const { port, exportName, tls } = plan;
+  return nbdUri({ server: serverName(plan), port, exportName, tls: Boolean(tls) });
 }
 
-function foundOf({ ownAddress, realPath, mountPoint }: ExportPlan): FoundOnHost {
-  return { ownAddress, realPath, mountPoint };
+/** On all interfaces the host is reached by the name under which SSH reaches it. */
+function serverName({ host, listenAddress }: Pick<Inputs, "listenAddress" | "host">): string {
+  if (!isAnyAddress(listenAddress)) return listenAddress;
+  return typeof host === "string" ? host : host.address;
+}
+
+function foundOf({ ownAddress, realPath, mountPoint, fileId }: ExportPlan): FoundOnHost {
+  return { ownAddress, realPath, mountPoint, fileId };
 }
 
 function toState(declared: Inputs | State, seen: Observed): State {
   const merged = seen.plan === undefined ? declared : withPlan(declared, seen.plan);
+  const { certificates } = seen;
   return {
     ...merged,
     uri: uriOf(merged),
+    clientTls: certificates?.client,
+    certificatesExpireAt: certificates && expiryTime(certificates),
     sizeBytes:
       seen.probe?.sizeBytes ?? seen.contentSizeBytes ?? ("sizeBytes" in declared ? declared.sizeBytes : 0),
     state: stateOf(seen),
@@ -613,10 +906,28 @@ function toState(declared: Inputs | State, seen: Observed): State {
 
 /** What is declared, as it was seen to be. */
 function withPlan(declared: Inputs | State, plan: ExportPlan): Inputs | State {
-  const { device: _device, file: _file, format: _format, ...rest } = declared;
+  const { device: _device, file: _file, format: _format, tls: _tls, ...rest } = declared;
   const { exportName, listenAddress, port, readOnly, clients, server } = plan;
   const served = "file" in plan ? { file: plan.file, format: plan.format } : { device: plan.device };
-  return { ...rest, ...served, exportName, listenAddress, port, readOnly, clients: [...clients], server };
+  const tls = seenTls(declared, plan.tls);
+  const secured = tls === undefined ? {} : { tls };
+  return {
+    ...rest,
+    ...served,
+    exportName,
+    listenAddress,
+    port,
+    readOnly,
+    clients: [...clients],
+    server,
+    ...secured,
+  };
+}
+
+/** `false` and nothing mean the same. Of given certificates only those that are declared can be told whole. */
+function seenTls(declared: Inputs | State, record: TlsRecord | undefined): Inputs["tls"] {
+  if (record === undefined) return declared.tls ? undefined : declared.tls;
+  return record.made === undefined && typeof declared.tls === "object" ? declared.tls : true;
 }
 
 function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string>): Change[] {
@@ -635,6 +946,16 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   if (unknown.has("clients") || !isDeepStrictEqual(new Set(wanted.clients), new Set(state.clients))) {
     changes.push({ property: "clients", effect: "update" });
   }
+  if (
+    unknown.has("clientsEnforcedElsewhere") ||
+    wanted.clientsEnforcedElsewhere !== state.clientsEnforcedElsewhere
+  )
+    changes.push({ property: "clientsEnforcedElsewhere", effect: "update" });
+  if (unknown.has("tls") || !isDeepStrictEqual(wanted.tls || false, state.tls || false))
+    changes.push({ property: "tls", effect: "update" });
+  // Certificates that were given have none.
+  if (unknown.has("triggers") || (wanted.tls === true && !isDeepStrictEqual(wanted.triggers, state.triggers)))
+    changes.push({ property: "triggers", effect: "update" });
   if (state.state !== "serving") changes.push({ property: "state", effect: "update" });
   return changes;
 }
@@ -673,7 +994,20 @@ function validate(
   _old: Partial<Inputs> | undefined,
   unknown: ReadonlySet<string>,
 ): Problem[] {
-  return [...servedProblems(wanted, unknown), ...listenProblems(wanted)];
+  return [...servedProblems(wanted, unknown), ...listenProblems(wanted), ...tlsProblems(wanted)];
+}
+
+function tlsProblems({ host, listenAddress, tls }: Partial<Inputs>): Problem[] {
+  if (!tls || listenAddress === undefined || host === undefined) return [];
+  const unfit = serverNames({ host, listenAddress }).flatMap((name) => nameProblem(name) ?? []);
+  if (unfit.length > 0) return unfit.map((reason) => ({ property: "tls", reason }));
+  if (tls === true) return [];
+  return serverNames({ host, listenAddress })
+    .filter((name) => nameProblem(name) === undefined && !isCertificateFor(tls.certificate, name))
+    .map((name) => ({
+      property: "tls.certificate",
+      reason: `is not for ${name}, by which the export is reached: make one with that among its subject alternative names`,
+    }));
 }
 
 function listenProblems(wanted: Partial<Inputs>): Problem[] {
@@ -694,6 +1028,13 @@ function listenProblems(wanted: Partial<Inputs>): Problem[] {
   ];
 }
 
+/** What to do about certificates that expire. */
+function renewal({ tls }: State): string {
+  return tls === true
+    ? "change a value of `triggers` to make new ones, at a time when clients may be cut off"
+    : "give new ones";
+}
+
 /** The resource as the reconciler sees it. */
 export const nbdExport: ResourceType<Inputs, State, Observed> = {
   type: "NbdExport",
@@ -703,10 +1044,12 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   outputs,
   nameInput: "exportName",
   validate,
-  predict({ host, listenAddress, port, exportName }) {
+  predict({ host, listenAddress, port, exportName, tls }, unknown) {
     if (host === undefined || listenAddress === undefined || port === undefined || exportName === undefined)
       return {};
-    return { uri: uriOf({ host, listenAddress, port, exportName }) };
+    // Certificates of one's own are often made by the same program.
+    const isSecured = unknown.has("tls") || Boolean(tls);
+    return { uri: uriOf({ host, listenAddress, port, exportName, tls: isSecured }) };
   },
   id: (wanted, hostName) => `${hostName}/${wanted.exportName}`,
   observe,
@@ -721,12 +1064,18 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
     context.progress(`stopping the export ${state.exportName}`);
     return takeDown(context, state, seen.mark ?? "");
   },
-  drift: (state, seen) =>
-    unitDrift(
-      state,
-      toState(state, seen),
-      ["device", "file", "format", "listenAddress", "port", "readOnly", "server", "clients"],
-      "serving",
-      "start it as declared",
-    ),
+  drift(state, seen) {
+    const expiry = seen.certificates && expiryPhrase(seen.certificates);
+    return [
+      ...unitDrift(
+        state,
+        toState(state, seen),
+        ["device", "file", "format", "listenAddress", "port", "readOnly", "server", "clients"],
+        "serving",
+        "start it as declared",
+      ),
+      ...(seen.imageProblem === undefined ? [] : [seen.imageProblem]),
+      ...(expiry === undefined ? [] : [`${expiry}: ${renewal(state)}`]),
+    ];
+  },
 };

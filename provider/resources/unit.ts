@@ -1,10 +1,35 @@
 /** What the resources that are systemd units share: the record in the unit, and the answer of their scripts. */
 import type { z } from "zod";
-import { failure, script } from "../core/command.js";
+import { failure, succeed } from "../core/command.js";
+import { type ErrorCode, firstLine } from "../core/errors.js";
+import { hostScript, script } from "../core/hostCommands.js";
 import { ChangedMeanwhile, type Context } from "../core/resource.js";
+import { vanished } from "../linux/fields.js";
 import { ownDirective } from "../linux/systemd.js";
+import {
+  type CertificateFiles,
+  certificatesArguments,
+  certificatesFunctions,
+  certificatesInput,
+} from "../linux/tls.js";
 import { changedMeanwhile, unitFunctions } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+
+/** As `succeed`, of a look at a unit: it may be just being removed, by a run that was cut, so that its file vanishes. */
+export async function lookAtUnit(
+  context: Context,
+  command: RemoteCommand,
+  unit: string,
+  explain?: (result: CommandResult) => ErrorCode | undefined,
+): Promise<CommandResult> {
+  for (let tries = 1; ; tries++) {
+    const result = await context.host.run(command, context.signal);
+    if (result.exitCode === 0) return result;
+    if (result.exitCode === vanished && tries < 3) continue;
+    const what = `the unit ${unit} could not be looked at`;
+    throw failure(context, command, result, what, explain?.(result) ?? "COMMAND_FAILED");
+  }
+}
 
 /** The record in a unit of ours. One that was spoiled by hand counts as edited, and is written anew. */
 export function readPlan<Plan>(unitText: string, shape: z.ZodType<Plan>): Plan | undefined {
@@ -50,13 +75,17 @@ export function unitDrift<State extends { readonly state: string }>(
 }
 
 /** With the lock: whoever removes the unit meanwhile would leave a link to nothing. */
-const enableScript = `${unitFunctions}
+const enableScript = hostScript(
+  "enable-unit",
+  "change",
+  `${unitFunctions}
 unit=$1 file=/etc/systemd/system/$1
 lock
 [ -e "$file" ] || exit ${changedMeanwhile}
 guard "$file" "$2"
 systemctl enable --quiet "$unit"
-`;
+`,
+);
 
 /** Lets a unit that runs as declared start at boot again. What runs is not touched: nobody is cut off. */
 export async function enable(context: Context, unit: string, mark: string): Promise<void> {
@@ -70,4 +99,85 @@ export async function enable(context: Context, unit: string, mark: string): Prom
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode !== 0)
     throw failure(context, command, result, `the unit ${unit} could not be enabled`, "COMMAND_FAILED");
+}
+
+/** Arguments: unit, the two marks of `guard`, folder, names and lengths of the files. */
+const certificatesScript = hostScript(
+  "put-certificates",
+  "change",
+  `${unitFunctions}${certificatesFunctions}
+file=/etc/systemd/system/$1
+lock
+guard "$file" "$2" "$3"; shift 3
+receive_certificates "$@"
+`,
+);
+
+/** Arguments: unit, folder. */
+const withdrawScript = hostScript(
+  "withdraw-certificates",
+  "change",
+  `${unitFunctions}
+file=/etc/systemd/system/$1
+lock
+if [ -e "$file" ]; then used=$(own Certificates "$file") || exit 1; else used=; fi
+[ "$used" = "$2" ] || rm -rf "$2" || exit 1
+rmdir "\${2%/*}" 2>/dev/null
+exit 0
+`,
+);
+
+/** Removes what was put there for a unit that then was not written. */
+async function withdrawCertificates(context: Context, unit: string, folder: string): Promise<void> {
+  const command: RemoteCommand = {
+    argv: script(withdrawScript, unit, folder),
+    kind: "change",
+    deadlineSeconds: 180,
+  };
+  try {
+    await succeed(
+      { ...context, signal: AbortSignal.timeout(90_000) },
+      command,
+      "certificates could not be removed",
+    );
+  } catch (error) {
+    context.warn(`certificates that were put on the host are left there: ${firstLine(error)}`);
+  }
+}
+
+/** Puts the certificates of a unit on its host and writes that; they go again if it fails. `marks`: those that `guard` lets pass. */
+export async function withCertificates<T>(
+  context: Context,
+  unit: string,
+  marks: readonly [string, string],
+  folder: string,
+  files: CertificateFiles,
+  write: () => Promise<T>,
+): Promise<T> {
+  await putCertificates(context, unit, marks, folder, files);
+  try {
+    return await write();
+  } catch (error) {
+    await withdrawCertificates(context, unit, folder);
+    throw error;
+  }
+}
+
+async function putCertificates(
+  context: Context,
+  unit: string,
+  marks: readonly [string, string],
+  folder: string,
+  files: CertificateFiles,
+): Promise<void> {
+  const command: RemoteCommand = {
+    argv: script(certificatesScript, unit, ...marks, folder, ...certificatesArguments(files)),
+    stdin: certificatesInput(files),
+    kind: "change",
+    deadlineSeconds: 180,
+  };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
+  if (result.exitCode !== 0)
+    throw failure(context, command, result, "the certificates could not be written", "COMMAND_FAILED");
 }

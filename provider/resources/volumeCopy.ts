@@ -9,7 +9,7 @@ import { commonInputs, hostInput, readableBy, triggersInput } from "../core/inpu
 import { generationMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { devicePath } from "../linux/copiedVolume.js";
-import { parseNbdUri } from "../linux/nbd.js";
+import { parseNbdUri, withoutTls } from "../linux/nbd.js";
 import {
   bringVolume,
   copyToVolume,
@@ -19,6 +19,7 @@ import {
   isVolumeAsMade,
   noVolume,
   observeVolume,
+  otherName,
   removeVolume,
   type VolumeObservation,
   volumeInput,
@@ -44,6 +45,7 @@ import {
   observeImage,
   removeImage,
 } from "./image.js";
+import { sourceTlsInput, tlsProblems } from "./tls.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -51,6 +53,7 @@ const inputs = z.strictObject({
     .string()
     .superRefine(readableBy(parseNbdUri))
     .describe("What is copied, e.g. the `uri` of an NbdExport that lets this host in."),
+  tls: sourceTlsInput,
   snapshot: z
     .strictObject({
       host: hostInput,
@@ -66,7 +69,9 @@ const inputs = z.strictObject({
   ...imageInputs,
   file: imageInputs.file
     .optional()
-    .describe("Absolute path of the image on the host. Its folder must exist. Either this or `volume`."),
+    .describe(
+      "Absolute path of the image on the host, in a folder of root's alone, which must exist. Either this or `volume`.",
+    ),
   volume: volumeInput
     .optional()
     .describe(
@@ -87,7 +92,7 @@ const outputs = z.object({
     .enum(["complete", "changed", "corrupt", "stale", "handedOver"])
     .describe(
       "`complete`; `changed` (of a file, size or time of modification differ from the manifest; of a volume, the size); `corrupt` " +
-        "(`deepCheck` read something else); `stale` (a copy of an earlier declaration); `handedOver` (a volume that was made writable: it is neither replaced nor " +
+        "(`deepCheck` read something else); `stale` (a copy of an earlier declaration, or one that a cut has left with another name); `handedOver` (a volume that was made writable: it is neither replaced nor " +
         "removed).",
     ),
 });
@@ -102,7 +107,7 @@ export type VolumeCopyOutputs = State;
 
 /** Also of a known snapshot another `uri` is another source: that it serves this snapshot is the program's word alone. */
 function generationOf({ uri, snapshot, format, compress, triggers }: Inputs): string {
-  return generationMark([uri, snapshot?.uuid ?? "", format, compress, triggers]);
+  return generationMark([withoutTls(uri), snapshot?.uuid ?? "", format, compress, triggers]);
 }
 
 type Observed = ImageObservation | VolumeObservation;
@@ -139,6 +144,7 @@ function stateOf(seen: Observed, declared: Inputs): State["state"] {
     ? [isVolumeAsMade(seen), seen.facts?.verified, isOfGeneration(seen, generation)]
     : [isAsMade(seen), seen.manifest?.image.verified, seen.manifest?.generation === generation];
   if (isVolume(seen) && isHandedOver(seen)) return "handedOver";
+  if (isVolume(seen) && otherName(seen) !== undefined) return "stale";
   if (!asMade) return "changed";
   if (seen.content === "bad") return "corrupt";
   return asDeclared && (verified || !declared.verify) ? "complete" : "stale";
@@ -192,7 +198,7 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   // An image that is verified is so also where that is no longer asked for.
   if (changed("verify"))
     changes.push({ property: "verify", effect: wanted.verify === false ? "connection" : "update" });
-  for (const property of ["mountPoint", "connections", "bandwidthLimit", "deepCheck"] as const) {
+  for (const property of ["tls", "mountPoint", "connections", "bandwidthLimit", "deepCheck"] as const) {
     if (changed(property)) changes.push({ property, effect: "connection" });
   }
   if (state.state !== "complete" && state.state !== "handedOver")
@@ -206,7 +212,11 @@ function validate(
   unknown: ReadonlySet<string>,
 ): Problem[] {
   const { file, volume } = wanted;
-  const problems = [...compressProblems(wanted, unknown), ...mountPointProblems(wanted, "file")];
+  const problems = [
+    ...compressProblems(wanted, unknown),
+    ...mountPointProblems(wanted, "file"),
+    ...tlsProblems(wanted.uri, wanted.tls, unknown),
+  ];
   const known = !unknown.has("file") && !unknown.has("volume");
   if (known && file === undefined && volume === undefined)
     problems.push({ property: "file", reason: "is required, unless `volume` is given: where the copy goes" });
@@ -269,8 +279,11 @@ export const volumeCopy: ResourceType<Inputs, State, Observed> = {
     if (now.state === "complete") return [];
     if (now.state === "handedOver")
       return [
-        `${now.path} was made writable: it is taken for a disk of its own, and neither replaced nor removed. Take the resource out of the state (\`pulumi state delete URN\`) and out of the program`,
+        `${now.path} was made writable: it is taken for a disk of its own, and neither replaced nor removed. Take the resource out of the program: the volume stays`,
       ];
+    const other = isVolume(seen) ? otherName(seen) : undefined;
+    if (other !== undefined)
+      return [`${now.path} has lost its name to a cut, and is ${other} now; \`pulumi up\` will finish that`];
     const what = {
       changed: isVolume(seen)
         ? `was changed: it has ${now.allocatedBytes} bytes, not the ${seen.facts?.volumeBytes} that it was made with`

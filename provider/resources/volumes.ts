@@ -1,10 +1,13 @@
 /** What the resources that look at logical volumes share. */
-import { parseOutput, refusal, script, succeed } from "../core/command.js";
+import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
+import { ownerOfRestore, type RestoreMark } from "../core/restoreMark.js";
 import { serially } from "../core/serial.js";
 import { holdersScript, parseHolders, serversScript } from "../linux/holders.js";
-import { type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
+import { groupCommand } from "../linux/looks.js";
+import { identified, type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
 import type { HostArgs, RemoteCommand } from "../ssh/types.js";
 
 export const observeSeconds = 60;
@@ -65,6 +68,55 @@ export function named(
   return all.find((lv) => lv.volumeGroup === group && lv.name === volume);
 }
 
+/**
+ * The volume of that UUID, which was in that group; in another one only if that is not there any more, renamed. Raises
+ * IDENTITY_MISMATCH where it cannot be told which of several it is.
+ */
+export async function volumeOf(
+  context: Context,
+  all: readonly LogicalVolume[],
+  volumeGroup: string,
+  uuid: string | undefined,
+): Promise<LogicalVolume | undefined> {
+  if (uuid === undefined) return undefined;
+  const [found, ...others] = identified(all, { volumeGroup, uuid });
+  if (found === undefined || found.volumeGroup === volumeGroup) return found;
+  if (await isGroup(context, volumeGroup)) return undefined;
+  if (others.length === 0) return found;
+  const paths = [found, ...others].map(pathOf);
+  throw refusal(
+    context,
+    "IDENTITY_MISMATCH",
+    `the UUID ${uuid} is that of ${paths.join(" and of ")}, and none of them is in ${volumeGroup}: clones of a disk, of which no one can tell which is meant`,
+    `Nothing was touched. Give the group that is meant its name back (\`vgrename ${found.volumeGroup} ${volumeGroup}\`), or take the clone's disk away, and run again.`,
+  );
+}
+
+/**
+ * Raises IDENTITY_MISMATCH before a volume is given up in another group than it was in: whether that was renamed, or its disk is
+ * away and this is a clone, cannot be told.
+ */
+export function refuseOtherGroup(context: Context, lv: LogicalVolume, volumeGroup: string): void {
+  if (lv.volumeGroup === volumeGroup) return;
+  throw refusal(
+    context,
+    "IDENTITY_MISMATCH",
+    `${pathOf(lv)} has the UUID of what was in ${volumeGroup}, of which nothing is there now: either ${volumeGroup} was renamed, or its disk is away and this is a clone`,
+    `Nothing was touched. If the disk is away, bring it back. If ${volumeGroup} was renamed to ${lv.volumeGroup}, run \`pulumi refresh\`, which tells so, and then this again.`,
+  );
+}
+
+/** A group without volumes shows in no list of volumes. */
+async function isGroup(context: Context, volumeGroup: string): Promise<boolean> {
+  const argv = groupCommand(volumeGroup);
+  const command: RemoteCommand = { argv, kind: "read", deadlineSeconds: observeSeconds };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0) return true;
+  if (lvmFailure(result.stderr) === "VOLUME_GROUP_NOT_FOUND") return false;
+  const what = `whether there is a volume group "${volumeGroup}" could not be found out`;
+  throw failure(context, command, result, what, lvmFailure(result.stderr) ?? "COMMAND_FAILED");
+}
+
 /** The volume that is to be brought back. Raises ORIGIN_NOT_FOUND, or VOLUME_GROUP_NOT_FOUND. */
 export async function requireOrigin(
   context: Context,
@@ -97,12 +149,31 @@ export async function refuseOpen(
   }
 }
 
+/** Raises ORIGIN_UNSUITABLE for a mark of a restore that has begun to write the volume: nothing of that can be used. */
+export function refuseHalfWritten(context: Context, lv: LogicalVolume, mark: RestoreMark | undefined): void {
+  if (mark === undefined) return;
+  const [what, advice] = writtenBy(lv, mark);
+  throw refusal(context, "ORIGIN_UNSUITABLE", `origin: ${what}`, `Nothing was touched. ${advice}`);
+}
+
+/** How a volume with that mark of a restore is, and what to do, in words. */
+export function writtenBy(
+  lv: Pick<LogicalVolume, "volumeGroup" | "name">,
+  mark: RestoreMark,
+): [what: string, advice: string] {
+  const path = pathOf(lv);
+  return [
+    `${path} is HALF-WRITTEN by ${ownerOfRestore(mark)}, which restores it from an image: it holds neither what it held before nor the image`,
+    `Use nothing of it until that restore is done: run \`pulumi up\` of that stack. If that is gone for good, and you have put the content right: \`lvchange --deltag '${mark.tag}' ${path}\`.`,
+  ];
+}
+
 /** Who has the volume open, in words; none for one that is closed. */
 export async function holdersOf(context: Context, lv: LogicalVolume): Promise<string[]> {
   const holders = await told(context, script(holdersScript, lv.path), lv.path);
   if (holders.length > 0) return holders;
   // udev itself has a device open for a moment after each change.
-  const now = (await volumes(context)).find(({ uuid }) => uuid === lv.uuid);
+  const [now] = identified(await volumes(context), lv);
   return now?.open === true ? ["by a program that has just closed it or is in another namespace"] : [];
 }
 
@@ -125,7 +196,7 @@ export async function requireGroup(
   all: readonly LogicalVolume[],
 ): Promise<void> {
   if (all.some((lv) => lv.volumeGroup === volumeGroup)) return;
-  const argv = ["vgs", "--noheadings", "-o", "vg_name", volumeGroup];
+  const argv = groupCommand(volumeGroup);
   await succeed(
     context,
     { argv, kind: "read", deadlineSeconds: observeSeconds },

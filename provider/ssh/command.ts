@@ -1,6 +1,8 @@
 /** A command as it goes over the wire, and as it is shown. */
 import { LvmNbdError } from "../core/errors.js";
-import { quoteAll } from "./quoting.js";
+import { hostCommandOf } from "../core/hostCommands.js";
+import { commandPath, environment, stopArgv } from "./keptCommands.js";
+import { quote, quoteAll } from "./quoting.js";
 import type { RemoteCommand } from "./types.js";
 
 export const defaultGraceSeconds = 5;
@@ -11,11 +13,10 @@ export const defaultGraceSeconds = 5;
  */
 const wrapper = `echo "$1 $$" >&2; shift; exec timeout "$@"`;
 
-const environment = [
-  "LC_ALL=C",
-  "LVM_SUPPRESS_FD_WARNINGS=1",
-  "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-];
+/** Uses the kept command if there is one. Arguments: its path, mark, grace, deadline, how many words stand for it, argv. */
+const chooser = `path=$1 mark=$2 grace=$3 deadline=$4 words=$5; shift 5
+if [ -x "$path" ]; then shift "$words"; exec sudo -n -- "$path" "$mark" "$grace" "$deadline" "$@"; fi
+exec sudo -n -- env ${quoteAll(environment)} "LVM_NBD_RUN=$mark" sh -c ${quote(wrapper)} sh "$mark" -k "$grace" "$deadline" "$@"`;
 
 /**
  * The one line that the host's login shell gets. `marker` begins the first line of stderr, see `takePid`.
@@ -31,39 +32,38 @@ export function wireCommand(command: RemoteCommand, sudo: boolean, marker: strin
       });
     }
   }
+  const limits = [String(grace), String(command.deadlineSeconds)] as const;
+  const known = sudo ? hostCommandOf(command.argv) : undefined;
+  if (known !== undefined) {
+    const words = String(known.argv.length);
+    return quoteAll([
+      "sh",
+      "-c",
+      chooser,
+      "sh",
+      commandPath(known),
+      marker,
+      ...limits,
+      words,
+      ...command.argv,
+    ]);
+  }
   return quoteAll([
     ...(sudo ? ["sudo", "-n", "--"] : []),
-    "env",
-    ...environment,
-    "sh",
-    "-c",
-    wrapper,
-    "sh",
-    marker,
-    "-k",
-    String(grace),
-    String(command.deadlineSeconds),
+    ...["env", ...environment, `LVM_NBD_RUN=${marker}`],
+    ...["sh", "-c", wrapper, "sh", marker, "-k", ...limits],
     ...command.argv,
   ]);
 }
 
-/**
- * Ends a process group on the host: TERM, and KILL for what is still there after the grace. Done when nothing is,
- * or 2 s later (what hangs in the kernel cannot be killed). `-s`, since dash takes no group after `kill -TERM --`.
- */
-export function killCommand(pid: number, graceSeconds: number, sudo: boolean): string {
-  const script =
-    'kill -s TERM -- "-$1" 2>/dev/null; i=0; while kill -s 0 -- "-$1" 2>/dev/null; do ' +
-    'i=$((i+1)); [ "$i" -le "$2" ] || kill -s KILL -- "-$1"; [ "$i" -le "$(($2+10))" ] || exit 1; sleep 0.2; done';
-  return quoteAll([
-    ...(sudo ? ["sudo", "-n", "--"] : []),
-    "sh",
-    "-c",
-    script,
-    "sh",
-    String(pid),
-    String(Math.ceil(graceSeconds * 5)),
-  ]);
+/** What ends a command whose process id and `marker` are known, with all it started. */
+export function killCommand(pid: number, graceSeconds: number, sudo: boolean, marker: string): string {
+  const command: RemoteCommand = {
+    kind: "change",
+    argv: stopArgv(pid, graceSeconds, marker),
+    deadlineSeconds: graceSeconds + 10,
+  };
+  return wireCommand(command, sudo, `${marker}-stop`);
 }
 
 /**

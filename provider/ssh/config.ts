@@ -22,6 +22,8 @@ export interface IdentityKey {
   readonly label: string;
   readonly privateKey: string;
   readonly passphrase: string | undefined;
+  /** Certificates (OpenSSH's) that may be of it. */
+  readonly certificates: readonly Buffer[];
 }
 
 /** All that is needed to connect. */
@@ -43,6 +45,8 @@ export interface ResolvedHost {
   readonly trust: Trust;
   /** Names under which known_hosts may have the host. */
   readonly hostKeyNames: readonly string[];
+  /** Files of keys that are not taken, whoever vouches for them. */
+  readonly revokedHostKeys: readonly string[];
   readonly sudo: boolean;
   /** To be connected first, in order. */
   readonly jumps: readonly ResolvedHost[];
@@ -144,6 +148,7 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
         ? { pins }
         : { knownHosts: await readTexts(files.length > 0 ? files : defaultKnownHosts()) },
     hostKeyNames: [port === 22 ? args.address : `[${args.address}]:${port}`],
+    revokedHostKeys: [],
     sudo: args.sudo ?? user !== "root",
     jumps,
   };
@@ -165,9 +170,12 @@ async function resolveAlias(alias: string, depth: number, forcedPort?: number): 
   const expand = (path: string) => expandTokens(path, { alias, address, port, user });
   const keys: IdentityKey[] = [];
   const agentKeys: string[] = [];
+  const named = config.certificatefile.filter((path) => path !== "none").map(expand);
+  const declared = await readCertificates(named);
   for (const file of config.identityfile.filter((path) => path !== "none").map(expand)) {
     const key = await readKeyIfThere(file, alias);
-    if (key !== undefined) keys.push(key);
+    // As OpenSSH: where files of certificates are named, no other is looked for.
+    if (key !== undefined) keys.push(named.length === 0 ? key : { ...key, certificates: declared });
     const publicKey = await readPublicKey(file);
     if (publicKey !== undefined) agentKeys.push(publicKey);
   }
@@ -203,6 +211,7 @@ async function resolveAlias(alias: string, depth: number, forcedPort?: number): 
           .map(expand),
       ),
     },
+    revokedHostKeys: config.revokedhostkeys.filter((path) => path !== "none").map(expand),
     hostKeyNames: [config.hostkeyalias === undefined && port !== 22 ? `[${base}]:${port}` : base],
     sudo: user !== "root",
     jumps,
@@ -241,6 +250,8 @@ interface SshConfig {
   readonly identitiesonly?: string;
   readonly connecttimeout?: string;
   readonly identityfile: readonly string[];
+  readonly certificatefile: readonly string[];
+  readonly revokedhostkeys: readonly string[];
   readonly userknownhostsfile: readonly string[];
   readonly globalknownhostsfile: readonly string[];
 }
@@ -300,6 +311,8 @@ async function askOpenSsh(alias: string, file: string | undefined): Promise<SshC
     ...first("identitiesonly"),
     ...first("connecttimeout"),
     identityfile: lines.filter((line) => line.startsWith("identityfile ")).map((line) => line.slice(13)),
+    certificatefile: paths("certificatefile"),
+    revokedhostkeys: paths("revokedhostkeys"),
     userknownhostsfile: paths("userknownhostsfile"),
     globalknownhostsfile: paths("globalknownhostsfile"),
   };
@@ -321,7 +334,24 @@ async function readKey(
       message: `the private key ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, open .*/, "") : String(error)}`,
     });
   }
-  return { ...parsedKey(property, text, passphrase, host, path), label: path };
+  const certificates = await readCertificates([`${path}-cert.pub`]);
+  return { ...parsedKey(property, text, passphrase, host, path), label: path, certificates };
+}
+
+/** Certificates in files, of which any may not be there: OpenSSH goes on without them as well. */
+async function readCertificates(paths: readonly string[]): Promise<Buffer[]> {
+  const texts = await Promise.all(
+    [...new Set(paths)].map((path) =>
+      readFile(path, "utf8").catch((error: unknown) => {
+        if (error instanceof Error && "code" in error) return "";
+        throw error;
+      }),
+    ),
+  );
+  return texts.flatMap((text) => {
+    const blob = /^\S+-cert-v01@openssh\.com ([A-Za-z0-9+/=]+)/.exec(text)?.[1];
+    return blob === undefined ? [] : [Buffer.from(blob, "base64")];
+  });
 }
 
 /** OpenSSH's default keys need not exist, and one that is encrypted is left to the agent. */
@@ -357,7 +387,7 @@ function parsedKey(
   }
   const key = Array.isArray(parsed) ? parsed[0] : parsed;
   if (key === undefined || !key.isPrivateKey()) throw fail(`${what} is a public key: give the private one`);
-  return { label: what, privateKey, passphrase };
+  return { label: what, privateKey, passphrase, certificates: [] };
 }
 
 type ParsedKeys = ReturnType<typeof utils.parseKey>;
@@ -366,7 +396,7 @@ const memory = randomBytes(32);
 const parsedKeys = new Map<string, ParsedKeys>();
 
 /** To decrypt a key takes half a second, and a host is resolved for every resource on it. */
-function parseOnce(privateKey: string, passphrase: string | undefined): ParsedKeys {
+export function parseOnce(privateKey: string, passphrase: string | undefined): ParsedKeys {
   const id = createHmac("sha256", memory)
     .update(JSON.stringify([privateKey, passphrase]))
     .digest("hex");

@@ -1,6 +1,6 @@
 /** One SSH connection to one host, with many commands at once over it. */
 import { randomUUID } from "node:crypto";
-import { connect, type Socket } from "node:net";
+import { connect, createServer, type Socket } from "node:net";
 import { constants } from "node:os";
 import type { Duplex } from "node:stream";
 import {
@@ -13,9 +13,21 @@ import {
 } from "ssh2";
 import { LvmNbdError } from "../core/errors.js";
 import { defaultGraceSeconds, displayCommand, killCommand, takePid, wireCommand } from "./command.js";
-import type { ResolvedHost } from "./config.js";
-import { hostKeyError, judge, knownTypes, type Verdict } from "./hostKeys.js";
+import { type IdentityKey, parseOnce, type ResolvedHost } from "./config.js";
+import { NotAsked, type Scan, scanCertificates, vouchedFor } from "./hostCertificates.js";
+import {
+  authoritiesFor,
+  fingerprint,
+  hostKeyError,
+  judge,
+  knownKeys,
+  knownTypes,
+  portlessNames,
+  type Verdict,
+} from "./hostKeys.js";
+import { isRevokedIn } from "./revokedKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
+import { certifiedKey, speakCertificates } from "./userCertificates.js";
 
 /** sshd's MaxSessions is 10 unless configured; a refused channel teaches a lower limit. */
 const firstChannelLimit = 8;
@@ -56,6 +68,16 @@ export class DialFailed extends Error {
   ) {
     super(message);
     this.name = "DialFailed";
+  }
+}
+
+/** The host has shown a key that is not trusted by itself; the connection has ended. */
+class KeyRefused extends Error {
+  constructor(
+    readonly key: Buffer,
+    readonly verdict: Verdict,
+  ) {
+    super(`the host key ${fingerprint(key)} was refused`);
   }
 }
 
@@ -114,15 +136,7 @@ export class Connection {
         const patience =
           hop.connectSeconds === undefined ? timing : { ...timing, connect: hop.connectSeconds * 1000 };
         const name: string = hop === host ? host.name : `${hop.name} (jump to ${host.name})`;
-        const socket: Socket = last === undefined ? await openSocket(hop, patience) : last.socket;
-        const stream: Duplex = last === undefined ? socket : await last.forward(hop);
-        last = await logIn(
-          hop,
-          name,
-          stream,
-          patience,
-          (client) => new Connection(hop, client, socket, patience),
-        );
+        last = await Connection.reach(hop, name, last, patience);
       }
     } catch (error) {
       last?.end();
@@ -130,6 +144,48 @@ export class Connection {
     }
     if (last === undefined) throw new Error("a host has at least itself to connect to");
     return last;
+  }
+
+  /** Dials and logs in. A key that is not known by itself ends that, and only a certificate of that very key begins it anew. */
+  private static async reach(
+    declared: ResolvedHost,
+    name: string,
+    before: Connection | undefined,
+    timing: Timing,
+  ): Promise<Connection> {
+    const host = await withoutRevoked(declared);
+    let address = host.address;
+    const dial = async (hop: ResolvedHost) => {
+      const socket = before === undefined ? await openSocket(hop, timing) : before.socket;
+      if (before === undefined) address = socket.remoteAddress ?? address;
+      const stream: Duplex = before === undefined ? socket : await before.forward(hop);
+      return logIn(hop, name, stream, timing, (client) => new Connection(hop, client, socket, timing));
+    };
+    const scan: Scan = (types) =>
+      before === undefined
+        ? scanCertificates(address, host.port, types, timing.connect)
+        : before.forwarded(host, (port) => scanCertificates("127.0.0.1", port, types, timing.connect));
+    const refused = (error: unknown, { verdict, problems }: Partial<VouchedKeys> = {}) =>
+      error instanceof KeyRefused
+        ? hostKeyError(
+            name,
+            host.hostKeyNames[0] ?? host.address,
+            error.key,
+            verdict ?? error.verdict,
+            problems,
+          )
+        : error;
+    try {
+      return await dial(host);
+    } catch (error) {
+      if (!(error instanceof KeyRefused)) throw error;
+      const vouched = await vouch(error, host, scan);
+      if ("pins" in host.trust || vouched.keys.length === 0) throw refused(error, vouched);
+      const certified = { ...host, trust: { ...host.trust, certified: vouched.keys } };
+      return await dial(certified).catch((again: unknown) => {
+        throw refused(again);
+      });
+    }
   }
 
   end(): void {
@@ -145,6 +201,37 @@ export class Connection {
     for (const tell of [...this.onLoss]) tell();
     for (const wake of this.waiting.splice(0)) wake();
     close();
+  }
+
+  /** Passes connections to a local port on to that host, while `work` runs. */
+  private async forwarded<T>(to: ResolvedHost, work: (port: number) => Promise<T>): Promise<T> {
+    const open = new Set<Socket>();
+    const server = createServer((socket) => {
+      open.add(socket);
+      socket.on("error", () => socket.destroy());
+      this.forward(to).then(
+        (stream) => {
+          if (socket.destroyed) return stream.destroy();
+          stream.on("error", () => socket.destroy());
+          socket.on("close", () => stream.destroy());
+          return socket.pipe(stream).pipe(socket);
+        },
+        // Whoever connected sees the end of his connection, as of one that the host refuses.
+        () => socket.destroy(),
+      );
+    });
+    await new Promise<void>((resolve, reject) => {
+      server.once("error", reject);
+      server.listen(0, "127.0.0.1", resolve);
+    });
+    try {
+      const address = server.address();
+      if (address === null || typeof address === "string") throw new Error("no local port");
+      return await work(address.port);
+    } finally {
+      server.close();
+      for (const socket of open) socket.destroy();
+    }
   }
 
   private forward(to: ResolvedHost): Promise<Duplex> {
@@ -320,6 +407,7 @@ export class Connection {
         this.kill(
           pid,
           grace,
+          marker,
           () => !finished,
           () => {
             killed = true;
@@ -421,6 +509,7 @@ export class Connection {
   private kill(
     pid: number,
     graceSeconds: number,
+    marker: string,
     wanted: () => boolean,
     ended = () => {},
     refusals = 0,
@@ -431,21 +520,22 @@ export class Connection {
     }
     const again = () => {
       const next = () => {
-        if (refusals < 3 || !wanted()) return this.kill(pid, graceSeconds, wanted, ended, refusals + 1);
+        if (refusals < 3 || !wanted())
+          return this.kill(pid, graceSeconds, marker, wanted, ended, refusals + 1);
         Connection.open(this.host, this.timing).then(
           (other) =>
-            other.kill(pid, graceSeconds, wanted, () => {
+            other.kill(pid, graceSeconds, marker, wanted, () => {
               other.end();
               ended();
             }),
-          () => this.kill(pid, graceSeconds, wanted, ended),
+          () => this.kill(pid, graceSeconds, marker, wanted, ended),
         );
       };
       setTimeout(next, 200).unref();
     };
     this.take();
     try {
-      this.client.exec(killCommand(pid, graceSeconds, this.host.sudo), (error, channel) => {
+      this.client.exec(killCommand(pid, graceSeconds, this.host.sudo, marker), (error, channel) => {
         if (error) {
           this.release();
           again();
@@ -523,6 +613,59 @@ function openSocket({ address, port }: ResolvedHost, timing: Timing): Promise<So
   });
 }
 
+/** The host with those of its known keys that RevokedHostKeys names; raises INVALID_INPUT where that cannot be told. */
+async function withoutRevoked(host: ResolvedHost): Promise<ResolvedHost> {
+  const { trust, hostKeyNames, revokedHostKeys } = host;
+  if ("pins" in trust || revokedHostKeys.length === 0) return host;
+  const revoked: Buffer[] = [];
+  for (const key of knownKeys(hostKeyNames, trust)) {
+    if (await isRevoked(host, key)) revoked.push(key);
+  }
+  return { ...host, trust: { ...trust, revoked } };
+}
+
+async function isRevoked({ name, revokedHostKeys }: ResolvedHost, blob: Buffer): Promise<boolean> {
+  for (const path of revokedHostKeys) {
+    try {
+      if (await isRevokedIn(path, blob)) return true;
+    } catch (error) {
+      throw new LvmNbdError("INVALID_INPUT", {
+        host: name,
+        property: "host",
+        message: `RevokedHostKeys ${path} cannot be read: ${error instanceof Error ? error.message : String(error)}`,
+      });
+    }
+  }
+  return false;
+}
+
+interface VouchedKeys {
+  readonly keys: readonly Buffer[];
+  /** Of the key that was shown, where there are none. */
+  readonly verdict: Verdict;
+  readonly problems: readonly string[];
+}
+
+/**
+ * The keys that certificates of the host vouch for: that which it has shown, or others. Raises DialFailed where it could not be asked.
+ * Not while a connection waits for it: ssh2 would take the host's word for what comes after its key.
+ */
+async function vouch({ key, verdict }: KeyRefused, host: ResolvedHost, scan: Scan): Promise<VouchedKeys> {
+  const { trust, hostKeyNames: names } = host;
+  const authorities = authoritiesFor(names, trust);
+  if (verdict.verdict === "revoked" || authorities.length === 0) return { keys: [], verdict, problems: [] };
+  const vouched = await vouchedFor(key, portlessNames(names), authorities, scan).catch((error: unknown) => {
+    if (!(error instanceof NotAsked)) throw error;
+    throw new DialFailed(`its certificate could not be asked for: ${error.message}`, true);
+  });
+  const keys: Buffer[] = [];
+  for (const one of vouched.by) {
+    if (!(await isRevoked(host, one.blob))) keys.push(one.key);
+  }
+  const revoked = vouched.by.length > 0 && keys.length === 0;
+  return { keys, verdict: revoked ? { verdict: "revoked" } : verdict, problems: vouched.problems };
+}
+
 /**
  * True when ssh2 failed before it sent the request to run the command: it sends it as soon as the host has opened
  * the channel, and says "Unable to exec" of one that was sent.
@@ -548,7 +691,7 @@ function logIn<T>(
 ): Promise<T> {
   return new Promise((resolve, reject) => {
     const client = new Client();
-    let refused: { readonly verdict: Verdict; readonly key: Buffer } | undefined;
+    let refused: KeyRefused | undefined;
     const login = new LoginAttempts(host);
     const fail = (error: unknown) => {
       client.removeAllListeners();
@@ -574,9 +717,7 @@ function logIn<T>(
     );
     client.on("change password", () => authFailed(" until the password is changed"));
     client.on("error", (error: Error & { level?: string; code?: unknown }) => {
-      if (refused !== undefined) {
-        return fail(hostKeyError(name, host.hostKeyNames[0] ?? host.address, refused.key, refused.verdict));
-      }
+      if (refused !== undefined) return fail(refused);
       // ssh2 goes on with the next attempt after these.
       if (error.level === "agent") return login.agentFailed(error.message);
       if (error.level === "client-authentication") return login.exhausted ? authFailed("") : undefined;
@@ -588,7 +729,11 @@ function logIn<T>(
     const known = knownTypes(host.hostKeyNames, host.trust).flatMap((type) =>
       type === "ssh-rsa" ? ["rsa-sha2-512", "rsa-sha2-256"] : [type],
     );
-    const preferred = serverHostKeys.filter((type) => known.includes(type));
+    // What is certified first, which `known` begins with then.
+    const certifies = !("pins" in host.trust) && host.trust.certified !== undefined;
+    const preferred = certifies
+      ? [...new Set(known)].flatMap((type) => serverHostKeys.filter((one) => one === type))
+      : serverHostKeys.filter((type) => known.includes(type));
     client.connect({
       sock: stream,
       username: host.user,
@@ -597,10 +742,11 @@ function logIn<T>(
         ...algorithms,
         serverHostKey: [...preferred, ...serverHostKeys.filter((type) => !preferred.includes(type))],
       },
+      // At once, and of each exchange of keys again.
       hostVerifier: (key: Buffer) => {
         const verdict = judge(key, host.hostKeyNames, host.trust);
         if (verdict.verdict === "ok") return true;
-        refused = { verdict, key };
+        refused = new KeyRefused(key, verdict);
         return false;
       },
       authHandler: ((
@@ -609,6 +755,11 @@ function logIn<T>(
         next: (attempt: object | false) => void,
       ) => next(login.next(left))) as NonNullable<ConnectConfig["authHandler"]>,
     });
+    try {
+      if (login.hasCertificates) speakCertificates(client);
+    } catch (error) {
+      fail(error);
+    }
   });
 }
 
@@ -635,6 +786,14 @@ class ChosenKeys extends OpenSSHAgent {
   }
 }
 
+function certifiedKeysOf({ privateKey, passphrase, certificates }: IdentityKey): ParsedKey[] {
+  if (certificates.length === 0) return [];
+  const parsed = parseOnce(privateKey, passphrase);
+  const key = Array.isArray(parsed) ? parsed[0] : parsed;
+  if (key === undefined || key instanceof Error) return [];
+  return certificates.flatMap((one) => certifiedKey(key, one) ?? []);
+}
+
 interface Prompt {
   readonly echo?: boolean;
 }
@@ -646,16 +805,24 @@ interface Prompt {
 class LoginAttempts {
   readonly tried: string[] = [];
   exhausted = false;
+  readonly hasCertificates: boolean;
   private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
 
   constructor(host: ResolvedHost) {
     const { user: username, password } = host;
     const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host);
-    this.attempts = host.keys.map(({ label, privateKey: key, passphrase }) => ({
-      label,
-      method: "publickey",
-      attempt: { type: "publickey", username, key, ...(passphrase === undefined ? {} : { passphrase }) },
-    }));
+    const publicKey = (label: string, key: ParsedKey | string, more: object = {}) => ({
+      ...{ label, method: "publickey", attempt: { type: "publickey", username, key, ...more } },
+    });
+    this.attempts = host.keys.flatMap((identity) => {
+      const { label, privateKey, passphrase } = identity;
+      return [
+        // As OpenSSH: a key's certificate comes before itself.
+        ...certifiedKeysOf(identity).map((key) => publicKey(`${label}'s certificate`, key)),
+        publicKey(label, privateKey, passphrase === undefined ? {} : { passphrase }),
+      ];
+    });
+    this.hasCertificates = this.attempts.length > host.keys.length;
     if (agent !== undefined) {
       this.attempts.push({
         label: "the agent's keys",

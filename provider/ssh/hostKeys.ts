@@ -3,6 +3,7 @@
  */
 import { createHash, createHmac, timingSafeEqual } from "node:crypto";
 import { errorCodes, LvmNbdError } from "../core/errors.js";
+import { parseCertificate } from "./certificates.js";
 
 /** A line of known_hosts that can say something about a plain host key. */
 interface KnownKey {
@@ -18,8 +19,15 @@ export type Verdict =
   | { readonly verdict: "mismatch"; readonly expected: readonly string[] }
   | { readonly verdict: "revoked" };
 
-/** What is trusted for a host: pins, or the texts of known_hosts files. */
-export type Trust = { readonly pins: readonly string[] } | { readonly knownHosts: readonly string[] };
+/** What is trusted for a host: pins, or the texts of known_hosts files, with the keys that their authorities were seen to vouch for. */
+export type Trust =
+  | { readonly pins: readonly string[] }
+  | {
+      readonly knownHosts: readonly string[];
+      readonly certified?: readonly Buffer[] | undefined;
+      /** Of the known keys those that another file revokes. */
+      readonly revoked?: readonly Buffer[] | undefined;
+    };
 
 /** `SHA256:...` of a public key blob, as ssh-keygen -l prints it. */
 export function fingerprint(key: Buffer): string {
@@ -51,15 +59,58 @@ export function judge(key: Buffer, names: readonly string[], trust: Trust): Verd
       ? { verdict: "ok" }
       : { verdict: "mismatch", expected: trust.pins.map(shownPin) };
   }
-  const known = trust.knownHosts
-    .flatMap(parseKnownHosts)
-    .filter((line) => names.some((name) => matchesHost(line.patterns, name)));
-  if (known.some((line) => line.marker === "@revoked" && line.key.equals(key))) return { verdict: "revoked" };
-  // A @cert-authority line vouches for host certificates, which ssh2 does not speak: it says nothing of a key.
-  const plain = known.filter((line) => line.marker === undefined);
-  if (plain.some((line) => line.key.equals(key))) return { verdict: "ok" };
+  const revoked = [...revokedFor(names, trust.knownHosts), ...(trust.revoked ?? [])];
+  if (revoked.some((one) => one.equals(key))) return { verdict: "revoked" };
+  const plain = plainLines(names, trust.knownHosts);
+  if ([...plain.map((line) => line.key), ...(trust.certified ?? [])].some((one) => one.equals(key)))
+    return { verdict: "ok" };
   if (plain.length === 0) return { verdict: "unknown" };
   return { verdict: "mismatch", expected: plain.map((line) => `${line.type} ${fingerprint(line.key)}`) };
+}
+
+function linesFor(names: readonly string[], knownHosts: readonly string[]): KnownKey[] {
+  return knownHosts
+    .flatMap(parseKnownHosts)
+    .filter((line) => names.some((name) => matchesHost(line.patterns, name)));
+}
+
+/** The lines that say which keys are good by themselves. */
+function plainLines(names: readonly string[], knownHosts: readonly string[]): KnownKey[] {
+  return linesFor(names, knownHosts).filter((line) => line.marker === undefined);
+}
+
+/** The names without their port: what certificates are for. */
+export function portlessNames(names: readonly string[]): string[] {
+  return names.map((name) => /^\[(.+)\]:\d+$/.exec(name)?.[1] ?? name);
+}
+
+/** Public keys of the authorities whose certificates are to be taken for a host, without those that are revoked. */
+export function authoritiesFor(names: readonly string[], trust: Trust): Buffer[] {
+  if ("pins" in trust) return [];
+  const revoked = revokedFor(names, trust.knownHosts);
+  return markedFor("@cert-authority", names, trust.knownHosts).filter(
+    (key) => !revoked.some((one) => one.equals(key)),
+  );
+}
+
+/** The keys that are known for a host by themselves. */
+export function knownKeys(
+  names: readonly string[],
+  trust: { readonly knownHosts: readonly string[] },
+): Buffer[] {
+  return plainLines(names, trust.knownHosts).map((line) => line.key);
+}
+
+/** Keys of the lines with that marker. A line for all ports of a host has none. */
+function markedFor(marker: string, names: readonly string[], knownHosts: readonly string[]): Buffer[] {
+  return linesFor([...names, ...portlessNames(names)], knownHosts)
+    .filter((line) => line.marker === marker)
+    .map((line) => line.key);
+}
+
+/** What is revoked for a host; of a certificate the key that it is of, as OpenSSH takes it. */
+function revokedFor(names: readonly string[], knownHosts: readonly string[]): Buffer[] {
+  return markedFor("@revoked", names, knownHosts).map((key) => parseCertificate(key)?.key ?? key);
 }
 
 /** Types of the keys that are known for a host: those are asked for first, so that a known host shows the known key. */
@@ -67,23 +118,28 @@ export function knownTypes(names: readonly string[], trust: Trust): string[] {
   const types =
     "pins" in trust
       ? trust.pins.flatMap((pin) => (pin.startsWith("SHA256:") ? [] : [pin.trim().split(/\s+/)[0] ?? ""]))
-      : trust.knownHosts
-          .flatMap(parseKnownHosts)
-          .filter(
-            (line) => line.marker === undefined && names.some((name) => matchesHost(line.patterns, name)),
-          )
-          .map((line) => line.type);
+      : [
+          ...(trust.certified ?? []).map(keyType),
+          ...plainLines(names, trust.knownHosts).map((line) => line.type),
+        ];
   return [...new Set(types)];
 }
 
-/** The error for a key that was not accepted; it says how to go on. */
-export function hostKeyError(host: string, name: string, key: Buffer, verdict: Verdict): LvmNbdError {
+/** The error for a key that was not accepted; it says how to go on. `problems`: why no certificate vouches for it, where one could. */
+export function hostKeyError(
+  host: string,
+  name: string,
+  key: Buffer,
+  verdict: Verdict,
+  problems: readonly string[] = [],
+): LvmNbdError {
   const type = keyType(key);
   const shown = `${type} ${fingerprint(key)}`;
+  const certificates = problems.map((problem) => `; its certificate ${problem}`).join("");
   if (verdict.verdict === "unknown") {
     return new LvmNbdError("HOST_KEY_UNKNOWN", {
       host,
-      message: `its host key ${shown} is not known`,
+      message: `its host key ${shown} is not known${certificates}`,
       advice:
         `Compare it with \`ssh-keygen -lf /etc/ssh/ssh_host_${type.replace(/^ssh-|-.*$/g, "")}_key.pub\` run on the host itself. ` +
         `If it is the same, pin it with hostKey: "${type} ${key.toString("base64")}" or add to known_hosts: ${name} ${type} ${key.toString("base64")}`,
@@ -97,8 +153,8 @@ export function hostKeyError(host: string, name: string, key: Buffer, verdict: V
     host,
     message:
       verdict.verdict === "revoked"
-        ? `its host key ${shown} is revoked in known_hosts`
-        : `it shows the host key ${shown}${expected}`,
+        ? `its host key ${shown} is revoked in known_hosts or by RevokedHostKeys`
+        : `it shows the host key ${shown}${expected}${certificates}`,
     // A fingerprint does not tell which of the host's keys it is of, so that one cannot be asked for.
     advice:
       verdict.verdict === "mismatch" && verdict.expected.some((one) => one.startsWith("SHA256:"))
@@ -149,10 +205,11 @@ function matchesHost(patterns: string, name: string): boolean {
   return matched;
 }
 
-function wildcard(pattern: string): RegExp {
+/** A pattern of OpenSSH's, of `*` and `?`. `flags`: as of RegExp; known_hosts knows no capitals. */
+export function wildcard(pattern: string, flags = "i"): RegExp {
   const text = pattern
     .replace(/[.+^${}()|[\]\\]/g, "\\$&")
     .replaceAll("*", ".*")
     .replaceAll("?", ".");
-  return new RegExp(`^${text}$`, "i");
+  return new RegExp(`^${text}$`, flags);
 }

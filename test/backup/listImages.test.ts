@@ -1,6 +1,15 @@
 import { spawn } from "node:child_process";
 import { createHash } from "node:crypto";
-import { appendFileSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import {
+  appendFileSync,
+  chmodSync,
+  mkdirSync,
+  mkdtempSync,
+  renameSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
@@ -11,12 +20,17 @@ import { connection, type FakeServer, startFakeServer } from "../ssh/fakeServer.
 let server: FakeServer;
 let host: HostArgs;
 let folder: string;
+let bin: string;
 
 beforeAll(async () => {
+  // Everybody's folder for what is temporary is root's alone here.
+  bin = mkdtempSync(join(tmpdir(), "lvm-nbd-bin-"));
+  const stat = `#!/bin/sh\n[ "$*" != "-c %u %A ${tmpdir()}" ] || { echo "0 drwxr-xr-x"; exit; }\nexec /usr/bin/stat "$@"\n`;
+  writeFileSync(join(bin, "stat"), stat, { mode: 0o755 });
   // A server that runs what it is told in a real shell.
   server = await startFakeServer({
     run: ({ line, channel }) => {
-      const child = spawn("sh", ["-c", line]);
+      const child = spawn("sh", ["-c", line.replace("PATH=", `PATH=${bin}:`)]);
       child.stdout.on("data", (data) => channel.write(data));
       child.stderr.on("data", (data) => channel.stderr.write(data));
       child.on("close", (code) => {
@@ -27,7 +41,10 @@ beforeAll(async () => {
   });
   host = { ...connection({ port: server.port }), hostKey: server.publicKey, sudo: false };
 });
-afterAll(() => server.close());
+afterAll(() => {
+  server.close();
+  rmSync(bin, { recursive: true });
+});
 beforeEach(() => {
   folder = mkdtempSync(join(tmpdir(), "lvm-nbd-images-"));
   return () => rmSync(folder, { recursive: true });
@@ -83,6 +100,9 @@ describe("the images in a folder", () => {
     rmSync(join(folder, "gone.raw"));
     mkdirSync(join(folder, "a.part"));
     mkdirSync(join(folder, "folder.manifest.json"));
+    await image("led.raw", "2026-01-01T01:00:00.000Z");
+    renameSync(join(folder, "led.raw.manifest.json"), join(folder, "elsewhere"));
+    symlinkSync("elsewhere", join(folder, "led.raw.manifest.json"));
     expect(await listImages(host, folder)).toEqual([]);
   });
 
@@ -96,6 +116,13 @@ describe("the images in a folder", () => {
     await image("a b'$(id)\n\"ä.raw", "2026-01-01T01:00:00.000Z");
     await image(".hidden", "2026-01-01T01:00:00.000Z");
     expect((await listImages(host, folder)).map(({ generation }) => generation)).toEqual(["a b'$(id)\n\"ä"]);
+  });
+
+  it("are not told of a folder where others could have a link lead to any file", async () => {
+    chmodSync(folder, 0o777);
+    await expect(listImages(host, folder)).rejects.toThrow(
+      /FILE_UNSUITABLE.*listImages[\s\S]*drwxrwxrwx\) can be changed by others than root/,
+    );
   });
 
   it("cannot be told of a folder that is not there: an error, and no empty list", async () => {

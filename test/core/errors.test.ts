@@ -23,6 +23,18 @@ it("says code, resource, host, command, exit code, stderr and what to do", () =>
   );
 });
 
+it("shows nothing of a host's that turns the order of what is read, or looks like a line of ours", () => {
+  const error = new LvmNbdError("COMMAND_FAILED", {
+    message: "it said \u202eabc\u2066\u2028\u2029\u202a\n  what to do: run this",
+    advice: "Do this.",
+  });
+  expect(error.message.split("\n")).toEqual([
+    "COMMAND_FAILED: it said ?abc????",
+    "            what to do: run this",
+    "  what to do: Do this.",
+  ]);
+});
+
 it("advises by the code where nothing better is known, for every code", () => {
   for (const code of Object.keys(errorCodes) as (keyof typeof errorCodes)[]) {
     expect(new LvmNbdError(code, { message: "x" }).message).toContain(`what to do: ${errorCodes[code]}`);
@@ -64,4 +76,10 @@ it.each(Object.entries(errorCodes))("%s says what to do, not only what is wrong"
   expect(explanation).toMatch(
     /\b(add|bring|check|choose|compare|correct|detach|end|find|give|install|look at|mend|name (another|one)|put|remove|run|thaw|use)\b|the next `pulumi up`/i,
   );
+});
+
+it("stays short, whatever a host has written into its message", () => {
+  const { message } = new LvmNbdError("COMMAND_FAILED", { message: `begin ${"a".repeat(16 * 1024 ** 2)}` });
+  expect(message).toContain("begin aaa");
+  expect(message.length).toBeLessThan(10_000);
 });

@@ -297,7 +297,7 @@ describe("check", () => {
       ["NbdExport", "listenAddress"],
       ["NbdAttachment", "name"],
     ] as const) {
-      expect(resourceType(type).predict({ host: "server1", [property]: undefined })).toEqual({});
+      expect(resourceType(type).predict({ host: "server1", [property]: undefined }, none)).toEqual({});
     }
   });
 
@@ -310,4 +310,19 @@ describe("check", () => {
 
 it("a type that this version does not know asks for a newer one", () => {
   expect(() => resourceType("LvMirror")).toThrow(/no resource "LvMirror".*newer version/);
+});
+
+it("what a host tells goes into the state without its escape codes, what is declared as it is", async () => {
+  const report: { report: { lv: Record<string, string>[] }[] } = JSON.parse(recordedLvs("valid"));
+  const seen = report.report[0]?.lv.find(({ lv_name }) => lv_name === "vm1-snap");
+  if (seen === undefined) throw new Error("no snapshot was recorded");
+  const mark = ownerMark("o/p/s/vm1");
+  Object.assign(seen, { lv_path: "/dev/\u001b[2J\u009b1m\u0000", lv_tags: `mine,${mark}` });
+  const quiesced = { freeze: "printf '\u001b'", thaw: "true", timeoutSeconds: 5 };
+  const handlers = handlersOn(
+    "LvSnapshot",
+    fakeHost(() => JSON.stringify(report)),
+  );
+  const read = await handlers.read({ ...state, uuid: seen.lv_uuid, quiesce: quiesced });
+  expect(read).toMatchObject({ path: "/dev/?[2J?1m?", quiesce: quiesced });
 });

@@ -35,6 +35,15 @@ describe("owner mark", () => {
     expect(ownerMark(`${long}a`)).not.toBe(ownerMark(`${long}b`));
   });
 
+  it("stays what it is where it is given as it was seen, also a shortened one", () => {
+    fc.assert(
+      fc.property(fc.string({ unit: "grapheme", maxLength: 200 }), (name) => {
+        const mark = ownerMark(`o/p/s/${name}`);
+        expect(ownerMark(mark)).toBe(mark);
+      }),
+    );
+  });
+
   it("is found among the tags and kept apart from the user's", () => {
     const mark = ownerMark("o/p/s/vm1");
     expect(markAmong(["a", mark, "b"])).toBe(mark);

@@ -13,11 +13,14 @@ import {
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
+import { isDeepStrictEqual } from "node:util";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import { makingMark } from "../../provider/core/owner.js";
 import { resourceType } from "../../provider/core/registry.js";
-import { followCopyScript } from "../../provider/linux/copyScripts.js";
+import { restoreTagOf } from "../../provider/core/restoreMark.js";
+import { commitCopyScript, followCopyScript, livingCopiesScript } from "../../provider/linux/copyScripts.js";
 import { parseNbdUri } from "../../provider/linux/nbd.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host } from "../../provider/ssh/types.js";
@@ -111,11 +114,14 @@ async function serve(argv: readonly string[]): Promise<void> {
 function handlers(): Handlers {
   [cancel, warnings, lines] = [new AbortController(), [], []];
   const backups = watched(destination, serve);
-  let source: Host | undefined;
+  const sources = new Map<string, Host>();
   return createHandlers(resourceType("BackupImage"), {
     openHost: async (host) => {
       if (typeof host === "object" && host.address === backupHost.address) return backups;
-      source ??= watched(await pool.get(host), () => undefined);
+      if (isDeepStrictEqual(host, world.host(world.server2))) return pool.get(host);
+      const key = JSON.stringify(host);
+      const source = sources.get(key) ?? watched(await pool.get(host), () => undefined);
+      sources.set(key, source);
       return source;
     },
     progress: (line) => lines.push(line),
@@ -242,6 +248,15 @@ describe("a backup", () => {
     expect(await handlers().read(state)).toEqual(state);
   });
 
+  it("looks at the source's volumes for what is left, at what it takes down, at the origin, and takes the moment", async () => {
+    await made();
+    const before = sent.slice(
+      0,
+      sent.findIndex(({ text }) => text.includes("lvcreate")),
+    );
+    expect(before.filter(({ text }) => text.startsWith("lvs "))).toHaveLength(3);
+  });
+
   it("is exported to the backup host alone", async () => {
     let clients: readonly string[] | undefined;
     onCommand = () => {
@@ -355,6 +370,16 @@ describe("a backup", () => {
     expect(ours(world.server1)).toEqual([]);
   });
 
+  it("is refused by a source that does not enforce who may read it, unless something else does", async () => {
+    world.server1.systemd.filters = false;
+    await expect(made()).rejects.toThrow(/CLIENTS_NOT_ENFORCED/);
+    expectSourceClean();
+    const state = await made({ source: { clientsEnforcedElsewhere: true } });
+    expect(state).toMatchObject({ state: "complete" });
+    expect(warnings.join("\n")).toContain("kernel does not enforce `clients`");
+    expectSourceClean();
+  });
+
   it("runs beside another one of the same volume", async () => {
     const both = await checked({ file: image("other.raw"), owner: "organization/p/s/other" });
     const one = await checked();
@@ -397,6 +422,22 @@ describe("a VM of two volumes", () => {
     expect(destination.left()).toEqual([]);
     expectSourceClean();
   });
+
+  it.each(["TLS_UNSUPPORTED", "TLS_NOT_ENFORCED"] as const)(
+    "one volume of which cannot be served as declared (%s) is no backup either",
+    async (code) => {
+      let isRefused = false;
+      onCommand = (index) => {
+        const isPreflight = sent[index]?.text.includes("emit listeners");
+        if (isRefused || !isPreflight || !destination.left().includes("vm.raw.part/result")) return undefined;
+        isRefused = true;
+        throw new LvmNbdError(code, { message: "of the second volume" });
+      };
+      await expect(made(both())).rejects.toThrow(code);
+      expect(destination.left()).toEqual([]);
+      expectSourceClean();
+    },
+  );
 
   it("a volume of which does not exist is not frozen", async () => {
     const { volumes, source } = both();
@@ -522,6 +563,28 @@ describe("drift", () => {
     expect(sent.map(({ host }) => host)).toEqual([destination.name]);
   });
 
+  it("by an update that was cut and taken back is told: the next up takes down what it had begun", async () => {
+    const state = await made();
+    destination.set("hold", "");
+    onCommand = () => {
+      if (destination.started > 1) throw new Died("the provider died");
+      return undefined;
+    };
+    const again = await checked({ triggers: [2] }, state);
+    await expect(handlers().update(state, again)).rejects.toThrow(Died);
+    onCommand = () => undefined;
+    expect((await handlers().diff(state, await checked({}, state), none)).changes).toEqual([]);
+    const seen = (await handlers().read(state)) ?? {};
+    expect(warnings.join()).toMatch(/an unfinished copy to \S+vm\.raw was left/);
+    const wanted = await checked({}, seen);
+    const change = { property: "unfinished", effect: "update" };
+    expect((await handlers().diff(seen, wanted, none)).changes).toEqual([change]);
+    expect(await handlers().update(seen, wanted)).toEqual(state);
+    expect(content()).toBe(before);
+    expect(destination.left()).toEqual(complete);
+    expectSourceClean();
+  });
+
   it("of an image that is gone is gone", async () => {
     const state = await made();
     rmSync(image());
@@ -549,6 +612,31 @@ describe("a backup that fails leaves nothing but its reason", () => {
     const error = await made({ mountPoint: destination.disk }).catch((reason: unknown) => reason);
     expect(error).toMatchObject({ code: "NOT_MOUNTED" });
     expect(sent.filter(({ kind }) => kind === "change")).toEqual([]);
+  });
+
+  it("somebody's restore from an image has left the volume half-written", async () => {
+    const restore = restoreTagOf({
+      ...{ generation: "0123456789ab", life: "0123abcd", stage: "writing", startedAt: 1000, seconds: 0 },
+      ...{ thinId: 0, source: "a".repeat(64), owner: "o/p/other/r" },
+    });
+    const data = world.server1.lvm.find("VgVm", "data");
+    data?.tags.push(restore);
+    const error = await made(both()).catch((reason: unknown) => reason);
+    expect(String(error)).toMatch(/ORIGIN_UNSUITABLE.*VgVm\/data is HALF-WRITTEN by o\/p\/other\/r/s);
+    expect(sent.filter(({ kind, host }) => kind === "change" && host !== destination.name)).toEqual([]);
+    expect(destination.left()).toEqual([]);
+  });
+
+  it.each([
+    ["a port that another program has", "PORT_IN_USE", { port: 20_009 }],
+    ["an address that is none of the source's", "ADDRESS_NOT_LOCAL", { listenAddress: "192.0.2.99" }],
+  ])("%s: nothing is frozen for it", async (_what, code, source) => {
+    world.network.of(world.server1.address).add({
+      ...{ pid: 1, program: "other", address: world.server1.address, port: 20_009, exportName: "x" },
+      ...{ readOnly: true, allowed: undefined, frozen: false, size: () => 1, read: () => "x" },
+    });
+    await fails(code, { source });
+    expect(sent.filter(({ text }) => text.includes("lvcreate"))).toEqual([]);
   });
 
   it("no such volume", () => fails("ORIGIN_NOT_FOUND", { origin: "smal" }));
@@ -638,6 +726,27 @@ describe("what cannot be taken down once the images are complete", () => {
     expectSourceClean();
   });
 
+  it("is remembered also where what other backups have left cannot be told", async () => {
+    const data = { volumeGroup: "VgVm", origin: "data", size: "4M", file: image("data.raw") };
+    onCommand = () => {
+      if (destination.left().includes("data.raw")) merging("waits");
+      return undefined;
+    };
+    await made({ volumes: [data], owner: "organization/p/s/data" });
+    const state = await left();
+    onCommand = () => {
+      if (sent.at(-1)?.text.includes(livingCopiesScript))
+        throw new LvmNbdError("COMMAND_FAILED", { message: "exit code 1" });
+      return undefined;
+    };
+    // A run that was killed has told nothing of it.
+    const after = await handlers().update({ ...state, leftOnSource: [] }, await checked({}, state));
+    expect(after.leftOnSource).toEqual(state.leftOnSource);
+    expect(warnings.join()).toMatch(
+      /whether other backups left snapshots on \S+ cannot be told: COMMAND_FAILED/,
+    );
+  });
+
   it("is remembered also while the source does not answer", async () => {
     const unreachable = () => {
       if (sent.at(-1)?.host !== destination.name && destination.left().includes("vm.raw"))
@@ -652,6 +761,110 @@ describe("what cannot be taken down once the images are complete", () => {
     onCommand = () => undefined;
     expect((await handlers().update(state, wanted)).leftOnSource).toEqual([]);
     expectSourceClean();
+  });
+
+  /** The disk of the VM's group is not there, until the group is put back. */
+  const groupGone = () => {
+    const group = world.server1.lvm.groups.get("VgVm");
+    if (group === undefined) throw new Error("no group");
+    world.server1.lvm.groups.delete("VgVm");
+    return () => world.server1.lvm.groups.set("VgVm", group);
+  };
+
+  it("is remembered while its volume group is not there, until that comes back", async () => {
+    const state = await left();
+    const wanted = await checked({}, state);
+    const comesBack = groupGone();
+    const kept = await handlers().update(state, wanted);
+    expect(kept.leftOnSource).toEqual(state.leftOnSource);
+    expect(warnings.join()).toMatch(
+      /is gone cannot be told: its volume group is not on .*`forgetLeft: true`/,
+    );
+    comesBack();
+    merging("no");
+    expect((await handlers().update(kept, wanted)).leftOnSource).toEqual([]);
+    expectSourceClean();
+  });
+
+  it("is forgotten once that is asked for, and then there is nothing to do", async () => {
+    const state = await left();
+    groupGone();
+    const wanted = await checked({ source: { forgetLeft: true } }, state);
+    const after = await handlers().update(state, wanted);
+    expect(after).toMatchObject({ state: "complete", leftOnSource: [] });
+    expect((await handlers().diff(after, wanted, none)).changes).toEqual([]);
+  });
+
+  it("is not what nobody has ever seen: a group that is gone adds nothing", async () => {
+    const state = await made();
+    groupGone();
+    const wanted = await checked({ owner: "organization/p/s/another" }, state);
+    expect((await handlers().update(state, wanted)).leftOnSource).toEqual([]);
+  });
+
+  it("is known by its own name, whatever the backup is called or in what order its volumes are by now", async () => {
+    onCommand = () => {
+      if (destination.left().includes("vm.raw")) merging("waits");
+      return undefined;
+    };
+    const state = await made(both());
+    onCommand = () => undefined;
+    expect(state.leftOnSource).toHaveLength(2);
+    const volumes = both().volumes.reverse();
+    const wanted = await checked({ ...both(), volumes, owner: "organization/p/s/tuesday" }, state);
+    const kept = await handlers().update(state, wanted);
+    expect([...(kept.leftOnSource as string[])].sort()).toEqual([...(state.leftOnSource as string[])].sort());
+    merging("no");
+    expect((await handlers().update(kept, wanted)).leftOnSource).toEqual([]);
+    expectSourceClean();
+  });
+
+  it("is remembered with its host where another one is the source by now", async () => {
+    const state = await left();
+    const elsewhere = { ...(world.host(world.server2) as object) };
+    world.server2.lvm.addVolume("VgVm", "small", 4 * MiB, before);
+    const wanted = await checked(
+      { source: { host: elsewhere, listenAddress: world.server2.address } },
+      state,
+    );
+    const kept = await handlers().update(state, wanted);
+    expect(kept.leftOnSource).toEqual([expect.stringMatching(/^VgVm\/backup-\S+ on /)]);
+    expect((await handlers().update(kept, wanted)).leftOnSource).toEqual(kept.leftOnSource);
+    merging("no");
+    const back = await checked({}, kept);
+    expect((await handlers().update(kept, back)).leftOnSource).toEqual([]);
+    expectSourceClean();
+  });
+
+  it("is also what a killed run left on a source that is another host by now, of which nothing is known", async () => {
+    const state = await made();
+    onCommand = () => {
+      if (ours(world.server1).length > 1) throw new Died("the provider died");
+      return undefined;
+    };
+    const again = await checked({ triggers: [2] }, state);
+    await expect(handlers().update(state, again)).rejects.toThrow(Died);
+    onCommand = () => undefined;
+    world.server2.lvm.addVolume("VgVm", "small", 4 * MiB, before);
+    const source = { host: world.host(world.server2), listenAddress: world.server2.address };
+    const moved = await checked({ triggers: [2], source }, state);
+    expect(await handlers().update(state, moved)).toMatchObject({ state: "complete", leftOnSource: [] });
+    expectSourceClean();
+    expect(ours(world.server2)).toEqual([]);
+  });
+
+  it("is remembered also by an update that finds no image any more, which says that it is a backup of now", async () => {
+    const kept = { ...(await made()), leftOnSource: ["VgVm/backup-x on another"] };
+    for (const name of complete) rmSync(image(name));
+    const after = await handlers().update(kept, await checked({}, kept));
+    expect(after.leftOnSource).toEqual(kept.leftOnSource);
+    expect(warnings.join()).toMatch(/no image of 20\S+ is there any more: a backup of now is made/);
+  });
+
+  it("on an earlier source is told of by a removal, after which nobody knows it", async () => {
+    const state = await made();
+    await handlers().remove({ ...state, leftOnSource: ["VgVm/backup-x on another"] });
+    expect(warnings.join()).toMatch(/VgVm\/backup-x on another: left by a backup/);
   });
 
   it("does not keep a state of an earlier version, which knows nothing of it, from being read", async () => {
@@ -854,6 +1067,104 @@ describe("whatever cuts it, the next run finishes the work", () => {
     expect(ours(world.server1)).toEqual([]);
   });
 
+  /** Another program has the port, until it gives it back. */
+  const portTaken = (port: number) => {
+    const listeners = world.network.of(world.server1.address);
+    const other = {
+      ...{ pid: 1, program: "other", address: world.server1.address, port, exportName: "x" },
+      ...{ readOnly: true, allowed: undefined, frozen: false, size: () => 1, read: () => "x" },
+    };
+    listeners.add(other);
+    return () => listeners.delete(other);
+  };
+  const onPort = (port: number) => ({ ...both(), source: { ...both().source, port } });
+  const diesWhenThere = async (file: string, work: () => Promise<unknown>) => {
+    onCommand = () => {
+      if (destination.left().includes(file)) throw new Died("the provider died");
+      return undefined;
+    };
+    await expect(work()).rejects.toThrow(Died);
+    onCommand = () => undefined;
+  };
+
+  it("copies that are complete get their names, though nothing can be served any more", async () => {
+    await diesWhenThere("data.raw.part/result", () => made(onPort(20_001)));
+    portTaken(20_002);
+    write(later);
+    await made(onPort(20_002));
+    expect(destination.started).toBe(2);
+    bothDone();
+  });
+
+  it("a complete copy is kept while another one of its moment cannot be served", async () => {
+    await diesWhenThere("vm.raw.part/result", () => made(onPort(20_001)));
+    const givenBack = portTaken(20_002);
+    write(later);
+    await expect(made(onPort(20_002))).rejects.toThrow(/PORT_IN_USE/);
+    expect(destination.left()).toContain("vm.raw.part/result");
+    givenBack();
+    await made(onPort(20_002));
+    expect(destination.started).toBe(2);
+    bothDone();
+  });
+
+  it("a copy that runs is not cut off by what its export is to be next", async () => {
+    await killedWhileCopying();
+    onCommand = () => {
+      destination.set("hold", undefined);
+      return undefined;
+    };
+    await made({ source: { port: 20_003, server: "qemu-nbd" } });
+    expect(lines.join()).not.toMatch(/(re)?starting the export/);
+    expect(parseNbdUri(manifest().source.uri).port).not.toBe(20_003);
+    done();
+  });
+
+  it("a moment that is not known to be of a frozen VM is taken anew", async () => {
+    await diesWhenThere("vm.raw.part/result", () => made(both()));
+    for (const { volume } of world.server1.lvm.all())
+      if (volume.name.startsWith("backup-")) volume.tags.push(makingMark);
+    write(later);
+    await made(both());
+    expect([content(), content("data.raw")]).toEqual([later, dataBefore]);
+    expectSourceClean();
+  });
+
+  it("a moment is gone on with whatever the order of its volumes by then", async () => {
+    await diesWhenThere("vm.raw.part/result", () => made(both()));
+    write(later);
+    await made({ ...both(), volumes: both().volumes.reverse() });
+    expect(destination.started).toBe(2);
+    expect([content(), content("data.raw")]).toEqual([before, dataBefore]);
+    expectSourceClean();
+  });
+
+  it.each([
+    ["the first", 1],
+    ["the last", 0],
+  ])("nothing of a moment is left where %s of its volumes is dropped then", async (_which, kept) => {
+    for (const isTakenBack of [true, false]) {
+      const state = await made(both());
+      destination.set("hold", "");
+      const started = destination.started;
+      onCommand = () => {
+        if (destination.started > started) throw new Died("the provider died");
+        return undefined;
+      };
+      const anew = await checked({ ...both(), triggers: [2] }, state);
+      await expect(handlers().update(state, anew)).rejects.toThrow(Died);
+      onCommand = () => undefined;
+      destination.set("hold", undefined);
+      const volumes = both().volumes.filter((_, index) => index === kept);
+      const wanted = await checked({ ...both(), volumes, triggers: isTakenBack ? [] : [2] }, state);
+      const after = await handlers().update(state, wanted);
+      expect(after).toMatchObject({ state: "complete", leftOnSource: [] });
+      expect(destination.left()).toEqual(kept === 0 ? complete : completeBoth.slice(0, 2));
+      expectSourceClean();
+      await handlers().remove(after);
+    }
+  });
+
   it("a moment that was kept for no copy is too old: one of now is taken", async () => {
     onCommand = () => {
       if (ours(world.server1).length > 1) throw new Died("the provider died");
@@ -884,11 +1195,16 @@ describe("whatever cuts it, the next run finishes the work", () => {
   it.each([
     ["for which a copy runs", true, 99],
     ["whose copy waits for the next run", false, 1],
+    ["whose copy took long and waits since now", false, 99],
   ])("a moment of another day stays, %s", async (_what, runs, hours) => {
-    world.clock.now = Date.now() - hours * 3600_000;
     await killedWhileCopying();
+    world.clock.now += hours * 3600_000;
+    if (!runs) {
+      destination.set("hold", undefined);
+      await expect.poll(() => destination.left()).toContain("vm.raw.part/result");
+    }
     onCommand = () => {
-      if (!runs || destination.started > 1) destination.set("hold", undefined);
+      if (destination.started > 1) destination.set("hold", undefined);
       return undefined;
     };
     write(later);
@@ -903,26 +1219,27 @@ describe("whatever cuts it, the next run finishes the work", () => {
   });
 
   it("a moment whose copy has waited for longer than half a day is given up by the next backup", async () => {
-    world.clock.now = Date.now() - 13 * 3600_000;
     await killedWhileCopying();
     destination.set("hold", undefined);
     onCommand = () => undefined;
     await expect.poll(() => destination.left()).toContain("vm.raw.part/result");
+    destination.waited(13);
     await tuesday();
+    expect(warnings.join()).toMatch(/\/vm\.raw\.part is left of an earlier backup that was given up/);
     expectSourceClean();
   });
 
   describe("of another volume of the stack, which may never be backed up again,", () => {
     const other = { origin: "data", owner: "organization/p/s/data" };
-    /** The provider dies when the other volume is exported, so many hours ago. */
+    /** The provider dies when the other volume is exported, so many hours ago by the source's clock. */
     const leave = async (hours: number, change: Values = {}) => {
-      world.clock.now = Date.now() - hours * 3600_000;
       onCommand = () => {
         if (exports().length > 0) throw new Died("the provider died");
         return undefined;
       };
       await expect(made({ ...other, file: image("data.raw"), ...change })).rejects.toThrow(Died);
       onCommand = () => undefined;
+      world.clock.now += hours * 3600_000;
       expect(ours(world.server1)).not.toEqual([]);
     };
     const exports = () => [...world.network.of(world.server1.address)];
@@ -949,19 +1266,70 @@ describe("whatever cuts it, the next run finishes the work", () => {
       expect(ours(world.server1)).toEqual(left);
     });
 
-    it("what was left of a backup to a host that is renamed, or gone, is taken down", async () => {
+    const days = 24;
+
+    it("what was left of a backup to a host that is renamed, or gone, is taken down after a week", async () => {
       destination.set("name", "before\n");
-      await leave(13);
+      await leave(6 * days);
+      const left = ours(world.server1);
       destination.set("name", "after\n");
       await made();
+      expect(ours(world.server1)).toEqual(left);
+      world.clock.now += 2 * days * 3600_000;
+      await made({ triggers: [2] });
       expectSourceClean();
     });
+
+    it("what another host reads one volume of stays as a whole: its other copies may be about to start", async () => {
+      destination.set("name", "elsewhere\n");
+      await leave(8 * days, { owner: "organization/p/s/other", ...both() });
+      const [reading] = exports();
+      if (reading === undefined) throw new Error("nothing is exported");
+      destination.set("name", "here\n");
+      world.network.readers.add(reading);
+      const left = ours(world.server1);
+      expect(left.filter((line) => line.startsWith("snapshot"))).toHaveLength(2);
+      await made();
+      expect(ours(world.server1)).toEqual(left);
+      world.network.readers.delete(reading);
+      await made({ triggers: [2] });
+      expectSourceClean();
+    });
+
+    it("what was taken anew while it was looked at stays", async () => {
+      await leave(13);
+      const left = ours(world.server1);
+      onCommand = (index) => {
+        if (sent[index]?.text.includes(livingCopiesScript))
+          for (const { volume } of world.server1.lvm.all())
+            if (volume.name.startsWith("backup-")) Object.assign(volume, { uuid: "another" });
+        return undefined;
+      };
+      await made();
+      expect(ours(world.server1)).toEqual(left);
+    });
+
+    it.each([
+      ["to the same host", "a-host.of.the.backups.example.org\n"],
+      ["to another one", "another-host.of.the.backups.example.org\n"],
+    ])(
+      "what was left %s is taken down also where names are so long that the mark shortens them",
+      async (_to, before) => {
+        // Cut in the middle of an encoded character.
+        const stack = `organization/p/${"s".repeat(48)}`;
+        destination.set("name", before);
+        await leave(8 * days, { owner: `${stack}/data` });
+        destination.set("name", "a-host.of.the.backups.example.org\n");
+        await made({ owner: `${stack}/monday` });
+        expectSourceClean();
+      },
+    );
 
     it.each(["nbdkit", "qemu-nbd"])(
       "what another host is reading from %s stays until it has ended",
       async (server) => {
         destination.set("name", "elsewhere\n");
-        await leave(99, { source: { server } });
+        await leave(8 * days, { source: { server } });
         const [reading] = exports();
         if (reading === undefined) throw new Error("nothing is exported");
         destination.set("name", "here\n");
@@ -1097,7 +1465,7 @@ describe("the images of a set are of one moment", () => {
     const state = await made(both());
     write(later);
     onCommand = (index) => {
-      if (!sent[index]?.text.includes("$part/manifest.json")) return undefined;
+      if (!sent[index]?.text.includes(commitCopyScript)) return undefined;
       return () => {
         throw new Died("the provider died");
       };

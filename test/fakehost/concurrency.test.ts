@@ -7,17 +7,15 @@ import {
   type Deployed,
   expectConverged,
   expectOthersUntouched,
-  furnish,
+  furnishedWorld,
   ours,
 } from "./program.js";
 import { Stack } from "./stack.js";
-import { FakeWorld } from "./world.js";
+import type { FakeWorld } from "./world.js";
 
 let world: FakeWorld;
 beforeEach(async () => {
-  world = new FakeWorld();
-  furnish(world);
-  await world.open();
+  world = await furnishedWorld();
 });
 afterEach(() => world.close());
 

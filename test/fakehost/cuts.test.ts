@@ -11,13 +11,13 @@ import {
   disable,
   expectConverged,
   expectOthersUntouched,
-  furnish,
+  furnishedWorld,
   later,
   unitsOf,
   writeOrigins,
 } from "./program.js";
 import { type Declared, ProcessKilled, Stack } from "./stack.js";
-import { FakeWorld } from "./world.js";
+import type { FakeWorld } from "./world.js";
 
 interface Operation {
   /** What was up before; `undefined`: nothing. */
@@ -117,9 +117,7 @@ afterEach(() => world.close());
 afterAll(() => console.log(`${cuts} cuts`));
 
 async function anew(): Promise<void> {
-  world = new FakeWorld();
-  furnish(world);
-  await world.open();
+  world = await furnishedWorld();
 }
 
 /** Brings the world to where the operation begins. */

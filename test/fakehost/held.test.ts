@@ -1,15 +1,13 @@
 /** What somebody uses is never cut: the models raise an error of their own if it is, whatever the provider says. */
 import { afterEach, beforeEach, expect, it } from "vitest";
-import { chain, disable, furnish, ours, unitsOf } from "./program.js";
+import { chain, disable, furnishedWorld, ours, unitsOf } from "./program.js";
 import { Stack } from "./stack.js";
-import { FakeWorld } from "./world.js";
+import type { FakeWorld } from "./world.js";
 
 let world: FakeWorld;
 let stack: Stack;
 beforeEach(async () => {
-  world = new FakeWorld();
-  furnish(world);
-  await world.open();
+  world = await furnishedWorld();
   stack = new Stack("one");
 });
 afterEach(() => world.close());

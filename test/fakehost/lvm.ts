@@ -255,7 +255,10 @@ export class FakeLvm {
       return 0;
     }
     if (parsed.operands.length > 0) {
-      yield* this.selected(process, parsed);
+      const chosen = yield* this.selected(process, parsed);
+      const field = parsed.options.get("-o")?.[0];
+      if (chosen !== undefined && field !== undefined)
+        process.out(`  ${this.row(chosen.group, chosen.volume)[field]}\n`);
       return 0;
     }
     const rows = this.all().map(({ group, volume }) => this.row(this.group(group), volume));

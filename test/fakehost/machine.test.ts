@@ -141,7 +141,7 @@ describe("signals", () => {
     const running = host.start(wireCommand({ argv, kind: "change", deadlineSeconds: 50 }, true, "mark"));
     until(running, "sleep");
     const pid = Number(/^mark (\d+)$/m.exec(host.err)?.[1]);
-    const killing = host.start(killCommand(pid, 5, true));
+    const killing = host.start(killCommand(pid, 5, true, "mark"));
     host.machine.background.add(running);
     expect(finish(host.machine, killing)).toBe(0);
     expect([host.out, host.machine.now()]).toEqual(["cleaned\n", 200]);

@@ -229,6 +229,13 @@ export class Process {
     return child;
   }
 
+  /** Runs a program as a child in a group of its own, and does not wait for it. */
+  leave(argv: readonly string[]): void {
+    const child = this.fork();
+    child.group = child.pid;
+    this.machine.background.add(supervise(child, child.exec(argv)));
+  }
+
   /** Runs a program as a child and waits for it. */
   *run(argv: readonly string[]): Running<number> {
     const child = this.fork();

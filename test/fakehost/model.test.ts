@@ -8,9 +8,9 @@ import { afterEach, expect, it } from "vitest";
 import { attachUnitName } from "../../provider/linux/attachUnit.js";
 import { exportUnitName } from "../../provider/linux/exportUnit.js";
 import { type Moment, strikeAt, strikes } from "./faults.js";
-import { before, chain, expectConverged, expectOthersUntouched, furnish, ours } from "./program.js";
+import { before, chain, expectConverged, expectOthersUntouched, furnishedWorld, ours } from "./program.js";
 import { type Declared, ProcessKilled, Stack, type Values } from "./stack.js";
-import { FakeWorld } from "./world.js";
+import type { FakeWorld } from "./world.js";
 
 const sequences = Number(process.env.MODEL_RUNS ?? 1000);
 /** No `up` may take longer, whatever happens to it (virtual time). */
@@ -251,9 +251,7 @@ afterEach(async () => {
 });
 
 async function play(sequence: readonly Action[]): Promise<void> {
-  const world = new FakeWorld();
-  furnish(world);
-  await world.open();
+  const world = await furnishedWorld();
   open = world;
   const model: Model = {
     world,

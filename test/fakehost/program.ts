@@ -6,7 +6,7 @@ import { attachUnitName } from "../../provider/linux/attachUnit.js";
 import { exportUnitName } from "../../provider/linux/exportUnit.js";
 import type { FakeServer } from "./server.js";
 import { type Declared, Ref, type Stack, type TypeName, type Values } from "./stack.js";
-import type { FakeWorld } from "./world.js";
+import { FakeWorld } from "./world.js";
 
 const MiB = 1024 ** 2;
 const units = "/etc/systemd/system";
@@ -27,6 +27,14 @@ export function furnish(world: FakeWorld): void {
     lvm.addVolume("VgVm", "theirs", 16 * MiB, "somebody else's").tags.push("important");
     files.write(`${units}/theirs.service`, "[Service]\nExecStart=/bin/theirs\n");
   }
+}
+
+/** Open, and furnished. */
+export async function furnishedWorld(): Promise<FakeWorld> {
+  const world = new FakeWorld();
+  furnish(world);
+  await world.open();
+  return world;
 }
 
 /** Goes on writing on every origin. */

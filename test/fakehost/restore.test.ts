@@ -1,9 +1,10 @@
 /** A restore, cut at every command in every way: after it one `up` has restored once, and never again. */
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { restoreTagOf } from "../../provider/core/restoreMark.js";
 import { type Moment, strikeAt, strikes } from "./faults.js";
-import { before, chain, furnish, later, writeOrigins } from "./program.js";
+import { before, chain, furnishedWorld, later, writeOrigins } from "./program.js";
 import { type Declared, ProcessKilled, Ref, Stack, type Values } from "./stack.js";
-import { FakeWorld } from "./world.js";
+import type { FakeWorld } from "./world.js";
 
 let world: FakeWorld;
 
@@ -11,9 +12,7 @@ beforeEach(anew);
 afterEach(() => world.close());
 
 async function anew(): Promise<void> {
-  world = new FakeWorld();
-  furnish(world);
-  await world.open();
+  world = await furnishedWorld();
 }
 
 const kinds = {
@@ -126,6 +125,113 @@ describe.each(["COW", "thin"] as const)("a %s snapshot is merged", (kind) => {
   }, 600_000);
 });
 
+it("does not begin where another one's image has begun to be written since it was looked at", async () => {
+  const stack = await begin("COW");
+  const theirs = restoreTagOf({
+    ...{ generation: "0123456789ab", life: "99999999", stage: "writing", startedAt: 1000, seconds: 0 },
+    ...{ thinId: 0, source: "a".repeat(64), owner: "one/p/other/r" },
+  });
+  world.hooks = {
+    arrived: ({ line }) => {
+      const origin = lvm().find("VgVm", "vm1");
+      if (line.includes("lvconvert")) origin?.tags.push(theirs);
+      return true;
+    },
+  };
+  const { errors } = await stack.up(program("COW"));
+  expect(errors.join("\n")).toMatch(/ORIGIN_UNSUITABLE.*HALF-WRITTEN by one\/p\/other\/r/s);
+  expect(lvm().merges).toBe(0);
+  expect(data("COW")).toBe(later);
+  expect(lvm().find("VgVm", "vm1")?.tags).toEqual([theirs]);
+});
+
+describe("a snapshot that is taken while another one's image begins to be written", () => {
+  const theirs = (stage: "writing" | "restored") =>
+    restoreTagOf({
+      ...{ generation: "0123456789ab", life: "99999999", stage, startedAt: 1_000_000_000 },
+      ...{ seconds: stage === "restored" ? 999_999_999 : 0, thinId: 0 },
+      ...{ source: "a".repeat(64), owner: "one/p/other/r" },
+    });
+  const mark = (stage: "writing" | "restored") => {
+    const origin = lvm().find("VgVm", "vm1");
+    if (origin !== undefined) origin.tags = [theirs(stage)];
+  };
+  const isTaken = () => lvm().find("VgVm", "vm1-snap1")?.kind === "cow";
+  const refused = async (stack: Stack) => {
+    const { errors } = await stack.up(taken("COW"));
+    expect(errors.join("\n")).toMatch(/ORIGIN_UNSUITABLE.*HALF-WRITTEN by one\/p\/other\/r/s);
+  };
+
+  it("is taken back", async () => {
+    let struck = 0;
+    world.hooks = {
+      arrived: ({ line }) => {
+        if (line.includes("lvcreate") && struck++ === 0) mark("writing");
+        return true;
+      },
+    };
+    await refused(new Stack("one"));
+    expect(lvm().find("VgVm", "vm1-snap1")).toBeUndefined();
+    expect(struck).toBe(1);
+  });
+
+  it.each(["writing", "restored"] as const)(
+    "and whose taking was cut off before that was looked at is kept until it can be taken anew (%s)",
+    async (stage) => {
+      const stack = new Stack("one");
+      world.hooks = {
+        step: ({ server }) => {
+          if (!isTaken()) return;
+          world.hooks = {};
+          mark(stage);
+          world.reboot(server);
+          stack.kill();
+        },
+      };
+      await attempt(stack, taken("COW"));
+      await world.settle();
+      const half = lvm().find("VgVm", "vm1-snap1")?.uuid;
+      expect(half).toBeDefined();
+      if (stage === "writing") {
+        // It may be of before the first byte, and all that is left of that.
+        await refused(stack);
+        expect(lvm().find("VgVm", "vm1-snap1")?.uuid).toBe(half);
+        mark("restored");
+      }
+      expect((await stack.up(taken("COW"))).errors).toEqual([]);
+      expect(isTaken()).toBe(true);
+      expect(lvm().find("VgVm", "vm1-snap1")?.uuid).not.toBe(half);
+    },
+  );
+});
+
+it("a volume that another one's image has left half-written is not exported until it is restored", async () => {
+  const theirs = (stage: "writing" | "restored") =>
+    restoreTagOf({
+      ...{ generation: "0123456789ab", life: "99999999", stage, startedAt: 1000, seconds: 0, thinId: 0 },
+      ...{ source: "a".repeat(64), owner: "one/p/other/r" },
+    });
+  const served: Declared = {
+    type: "NbdExport",
+    name: "export",
+    args: {
+      host: world.host(world.server1),
+      device: "/dev/VgVm/vm1",
+      exportName: "vm1",
+      listenAddress: "127.0.0.1",
+    },
+  };
+  const stack = new Stack("one");
+  const origin = lvm().find("VgVm", "vm1");
+  origin?.tags.push("theirs", theirs("writing"));
+  expect((await stack.up([served])).errors.join("\n")).toMatch(
+    /ORIGIN_UNSUITABLE.*device: VgVm\/vm1 is HALF-WRITTEN by one\/p\/other\/r.*Nothing was touched/s,
+  );
+  expect(stack.commands.filter(({ kind }) => kind === "change")).toEqual([]);
+  origin?.tags.splice(1, 1, theirs("restored"));
+  expect((await stack.up([served])).errors).toEqual([]);
+});
+
 it("whose state is lost is found restored by the next create, and its delete leaves what another life made", async () => {
   const stack = await begin("COW");
   expect((await stack.up(program("COW"))).errors).toEqual([]);
@@ -137,6 +243,24 @@ it("whose state is lost is found restored by the next create, and its delete lea
   expect(state(stack)?.restoreId).not.toBe(lost?.restoreId);
   expect(state(stack)?.restoredSnapshot).toBe(lost?.restoredSnapshot);
   expect(stack.warnings.join("\n")).toContain("is not restored again. Change `triggers`");
+});
+
+it("whose mark is removed is not restored again by a refresh and an up, which put it back", async () => {
+  const stack = await begin("COW");
+  expect((await stack.up(program("COW"))).errors).toEqual([]);
+  const kept = state(stack);
+  const origin = lvm().find("VgVm", "vm1");
+  if (origin === undefined) throw new Error("no origin");
+  const tags = [...origin.tags];
+  origin.tags.length = 0;
+  origin.data = "since";
+  await stack.refresh();
+  expect(state(stack)).toEqual({ ...kept, state: "unmarked" });
+  expect((await stack.up(program("COW"))).errors).toEqual([]);
+  const { startedAt, restoredSnapshot, restoreId } = kept ?? {};
+  expect(state(stack)).toMatchObject({ state: "restored", startedAt, restoredSnapshot, restoreId });
+  expect(lvm().find("VgVm", "vm1")?.tags).toEqual(tags);
+  expect([lvm().merges, data("COW")]).toEqual([1, "since"]);
 });
 
 it("restores again from a new snapshot when its triggers change", async () => {

@@ -111,6 +111,7 @@ export class FakeServer {
   private ownTools(): [string, Tool][] {
     return [
       ["blockdev", (process) => this.blockdev(process)],
+      ["dmsetup", (process) => this.dmsetup(process)],
       ["dd", (process) => this.dd(process)],
       ["ss", (process) => this.ss(process)],
       ["ip", (process) => this.ip(process)],
@@ -136,6 +137,14 @@ export class FakeServer {
     if (process.argv[1] === "--getsize64") process.out(`${size}\n`);
     else if (process.argv[1] === "--getro") process.out(this.volume(path)?.readOnly ? "1\n" : "0\n");
     else throw new Error(`blockdev ${process.argv.join(" ")}`);
+    return 0;
+  }
+
+  private dmsetup(process: Process): number {
+    const volume = this.volume(process.argv.at(-1) ?? "");
+    const found = this.lvm.all().find((one) => one.volume === volume);
+    if (found === undefined) return 1;
+    process.out(`${found.group}/${found.volume.name}\n`);
     return 0;
   }
 

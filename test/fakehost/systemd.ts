@@ -32,6 +32,8 @@ export interface Devices {
 
 export class FakeSystemd {
   readonly units = new Map<string, Unit>();
+  /** Whether the kernel obeys IPAddressDeny= of what systemd-run starts. */
+  filters = true;
 
   constructor(
     private readonly machine: Machine,
@@ -141,6 +143,10 @@ export class FakeSystemd {
         if (options.includes("--now")) yield* this.job(process, this.stop(unit));
         return 0;
       case "stop":
+        if (this.onDisk(name) === undefined && unit.text === undefined && unit.state === "inactive") {
+          process.err(`Failed to stop ${name}: Unit ${name} not loaded.\n`);
+          return 5;
+        }
         yield* this.job(process, this.stop(unit));
         return 0;
       case "restart":
@@ -170,6 +176,8 @@ export class FakeSystemd {
       DropInPaths: dropIns.join(" "),
       MainPID: String(unit.mainPid),
       NRestarts: String(unit.restarts),
+      IPAddressDeny: directives(unit.text ?? "").has("Service.IPAddressDeny") ? "::/0 0.0.0.0/0" : "",
+      IPAddressAllow: (directives(unit.text ?? "").get("Service.IPAddressAllow") ?? []).join(" "),
     };
     const asked = rest.flatMap((argument, at) => (rest[at - 1] === "-p" ? [argument] : []));
     for (const property of asked) {
@@ -326,7 +334,7 @@ export class FakeSystemd {
 
   private *systemdRun(process: Process): Running<number> {
     const at = process.argv.indexOf("timeout");
-    if (process.argv.includes("IPAddressDeny=any")) {
+    if (process.argv.includes("IPAddressDeny=any") && this.filters) {
       yield process.wait({ until: process.machine.now() + 3000 });
       return 124;
     }

@@ -51,6 +51,12 @@ const tools: Readonly<Record<string, Tool>> = {
     return attempt(process, operands, (path) => process.machine.files.rmdir(path), "failed to remove ");
   },
   sed,
+  setsid: (process) => {
+    const [, option, ...argv] = process.argv;
+    if (option !== "-f") throw unsupported(process);
+    process.leave(argv);
+    return 0;
+  },
   sh,
   sleep: function* (process) {
     const until = process.machine.now() + seconds(process, process.argv[1]) * 1000;
@@ -71,8 +77,8 @@ const tools: Readonly<Record<string, Tool>> = {
   timeout,
   tr: (process) => {
     const [, from, to, ...rest] = process.argv;
-    if (from !== "\\0" || to?.length !== 1 || rest.length > 0) throw unsupported(process);
-    process.out(process.read().replaceAll("\0", to));
+    if ((from !== "\\0" && from !== ",") || to?.length !== 1 || rest.length > 0) throw unsupported(process);
+    process.out(process.read().replaceAll(from === "," ? from : "\0", to));
     return 0;
   },
   true: () => 0,
@@ -339,11 +345,11 @@ function ln(process: Process): number {
 }
 
 function mv(process: Process): number {
-  const { operands } = options(process, "f");
+  const { flags, operands } = options(process, "fT");
   const [from, to, ...rest] = operands;
   if (from === undefined || to === undefined || rest.length > 0) throw unsupported(process);
   const { files } = process.machine;
-  const into = files.kind(process.path(to)) === "directory";
+  const into = !flags.has("T") && files.kind(process.path(to)) === "directory";
   const target = into ? `${to}/${from.slice(from.lastIndexOf("/") + 1)}` : to;
   if (files.kind(process.path(from), false) === undefined)
     return complain(process, `cannot stat '${from}'`, new FileError("ENOENT", from));

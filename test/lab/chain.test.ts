@@ -26,7 +26,7 @@ describe.each([
   ["nbdkit", "server1", "server2"],
   ["nbd-server", "server1", "server2"],
   ["qemu-nbd", "server1", "server2"],
-  ["nbdkit", "server1-operator", "server2-operator"],
+  ["nbdkit", "server1-root", "server2-root"],
 ])("the chain over %s on %s and %s", (server, source, client) => {
   let moment: string;
   let origin: string;
@@ -174,8 +174,10 @@ describe("images of a backup, exported to fetch files from", () => {
     for (const name of names) {
       const pid = await mainPid(lab.server1, `lvm-nbd-export-${name}.service`);
       expect(
-        await on1(`grep -e Uid -e CapEff /proc/${pid}/status | xargs; find /proc/${pid}/root/srv -type f`),
-      ).toBe(`Uid: 0 0 0 0 CapEff: 0000000000000000\n/proc/${pid}/root${folder}/${fileOf[name]}`);
+        await on1(
+          `xargs </proc/${pid}/uid_map; grep -e Uid -e CapEff /proc/${pid}/status | xargs; find /proc/${pid}/root/srv -type f`,
+        ),
+      ).toBe(`0 0 1\nUid: 0 0 0 0 CapEff: 0000000000000000\n/proc/${pid}/root${folder}/${fileOf[name]}`);
     }
     await on1(`systemd-analyze security --no-pager --threshold=20 ${units.join(" ")} >/dev/null`);
     expect(await on1(`stat -c '%a %U' '${folder}'/*.raw '${folder}'/*.qcow2 | uniq`)).toBe("600 root");
@@ -212,17 +214,49 @@ describe("images of a backup, exported to fetch files from", () => {
     expect(await stack.drifted("NbdExport", "raw")).toEqual(["state"]);
   });
 
+  it("are not served once something else is in their place, nor from a folder of others; then as before", async () => {
+    const starts = (name: string) =>
+      on1(
+        `systemctl restart lvm-nbd-export-${name} 2>&1; journalctl --sync; journalctl -q -o cat --no-pager -n 20 -u lvm-nbd-export-${name}`,
+      );
+    const told = (name: (typeof names)[number]) =>
+      stack.warningsDuring(async () => {
+        expect(await stack.drifted("NbdExport", name)).toEqual(["state"]);
+      });
+    await on1(`cd '${folder}' && mv vm1.raw kept.raw && ln -s /root/files/letter vm1.raw && mv vm1.qcow2 kept.qcow2
+      qemu-img create -q -f qcow2 -o data_file=ext vm1.qcow2 ${originBytes} && chmod 1777 .`);
+    // The folder alone is enough; then each by itself.
+    expect(await starts("copy")).toMatch(/others than root can change \/srv\/back ups \(root, drwxrwxrwt\)/);
+    expect(await told("copy")).toMatch(/others than root can change \/srv\/back ups/);
+    await on1(`chmod 755 '${folder}'`);
+    expect(await starts("raw")).toMatch(/vm1\.raw is no regular file/);
+    expect(await told("raw")).toMatch(/is failed(.|\n)*vm1\.raw is a symbolic link/);
+    expect(await starts("qcow2")).toMatch(/vm1\.qcow2 is no qcow2 image, or one that needs another file/);
+    expect(await told("qcow2")).toMatch(/names a data file/);
+    await on1(`cd '${folder}' && mv kept.raw vm1.raw && mv kept.qcow2 vm1.qcow2`);
+    // The one came back by itself; the other is not the file that was examined.
+    await stack.refresh("NbdExport", "raw");
+    expect((await exportRaw()).state.state).toBe("serving");
+    await changed("the exports to be back", "active active active");
+    for (const name of ["raw", "qcow2"] as const) expect(await stack.drifted("NbdExport", name)).toEqual([]);
+  });
+
   it("are refused, by looking alone, where more or less than their content would be served", async () => {
-    await on1(`cd '${folder}' && ln -s vm1.raw link && echo >theirs && chown nobody theirs && chmod 600 theirs && truncate -s 1000 odd
+    await on1(`cd '${folder}' && ln -s vm1.raw link && truncate -s 1M theirs && chown nobody theirs && chmod 600 theirs && mkdir -m 1777 open && cp vm1.raw open && truncate -s 1000 odd
       qemu-img create -q -f qcow2 -F raw -b /etc/shadow backed && qemu-img create -q -f qcow2 -o data_file=ext data 1M`);
     const bad: [file: string, args: Values, said: RegExp][] = [
       ["none", {}, /FILE_NOT_FOUND: .*does not exist/],
       ["link", {}, /FILE_UNSUITABLE: .*symbolic link: give \/srv\/back ups\/vm1\.raw/],
-      ["theirs", {}, /FILE_UNSUITABLE: .*Permission denied/],
+      ["theirs", {}, /FILE_UNSUITABLE: .*others than root can change \S+ ups\/theirs \(nobody, -rw-------\)/],
+      [
+        "open/vm1.raw",
+        {},
+        /FILE_UNSUITABLE: .*others than root can change \S+ ups\/open \(root, drwxrwxrwt\)/,
+      ],
       ["odd", {}, /FILE_UNSUITABLE: .*1000 bytes/],
-      ["backed", qcow2, /FILE_UNSUITABLE: .*names a backing file, \/etc\/shadow/],
-      ["data", qcow2, /FILE_UNSUITABLE: .*names a data file, ext/],
-      ["vm1.raw", qcow2, /FILE_UNSUITABLE: .*not in qcow2 format/],
+      ["backed", qcow2, /FILE_UNSUITABLE: .*names a backing file/],
+      ["data", qcow2, /FILE_UNSUITABLE: .*names a data file/],
+      ["vm1.raw", qcow2, /FILE_UNSUITABLE: .*is no qcow2 image/],
     ];
     const changes = await stack.changesDuring(() =>
       Promise.all(

@@ -74,6 +74,8 @@ export interface Lab {
   directory: string;
   /** ssh_config(5) with the hosts server1, server2 (root), server1-operator and server2-operator. */
   sshConfigPath: string;
+  /** The same with server1 and server2 as the ordinary user, and server1-root and server2-root. */
+  operatorConfigPath: string;
   knownHostsPath: string;
   privateKeyPath: string;
   server1: Guest;
@@ -215,6 +217,10 @@ class RunningLab implements Lab {
 
   get sshConfigPath(): string {
     return this.#ssh.configPath;
+  }
+
+  get operatorConfigPath(): string {
+    return this.#ssh.operatorConfigPath;
   }
 
   get knownHostsPath(): string {

@@ -246,6 +246,13 @@ it("a link that dies takes the mounts with it as soon as nobody uses them, and b
     waitFor(async () => (await lab.server2.run(`cat ${path}; true`)).stdout.trim() || undefined, {
       timeoutSeconds: 120,
       what: `${path} to be back with its link`,
+      detail: async () =>
+        (
+          await lab.server2.run(
+            "systemctl list-jobs; ls /sys/block/nbd*/*/partition; journalctl -q -n 200 -o short-precise --no-pager -u 'lvm-nbd-attach-*' -u '*.mount'",
+            { allowFailure: true },
+          )
+        ).stdout,
     });
   expect(await readAgain("/mnt/xfs/file")).toBe("a file of last night");
   expect(await readAgain("/srv/boot/vmlinuz")).toBe("kernel of last night");

@@ -1,6 +1,6 @@
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import type { Lab } from "./lab.mts";
-import { checksum, freshLab, LabStack, makeOrigin, type Values } from "./support.mts";
+import { checksum, freshLab, LabStack, leftovers, mainPid, makeOrigin, type Values } from "./support.mts";
 
 let lab: Lab;
 let stack: LabStack;
@@ -272,6 +272,35 @@ describe("clients", () => {
     await refused(stack.up("NbdAttachment", "vm1", attachment()), "EXPORT_UNREACHABLE", uri());
     await stack.up("NbdExport", "vm1", exported({ server, clients: ["10.77.0.2"] }));
     expect(await fromServer2()).toBe(0);
+    await stack.destroy("NbdExport", "vm1");
+  });
+
+  it("that the kernel does not enforce are refused, and told where something else does", async () => {
+    const { server1 } = lab;
+    const proof = "/run/lvm-nbd-clients-enforced";
+    // Stands in for a kernel that ignores the filter: what systemd starts is under none.
+    await server1.run(
+      `rm -f ${proof}; cat >/usr/local/bin/systemd-run && chmod +x /usr/local/bin/systemd-run`,
+      {
+        stdin:
+          '#!/bin/sh\nfor word; do shift; case $word in IPAddressDeny=any) word=Nice=0;; esac; set -- "$@" "$word"; done\nexec /usr/bin/systemd-run "$@"\n',
+      },
+    );
+    await expect(stack.up("NbdExport", "vm1", exported())).rejects.toThrow(
+      /CLIENTS_NOT_ENFORCED.*may reach no address \(IPAddressDeny=any\) got in.*clientsEnforcedElsewhere/s,
+    );
+    expect(await leftovers(server1)).toBe("");
+
+    const elsewhere = exported({ clientsEnforcedElsewhere: true });
+    const told = await stack.warningsDuring(() => stack.up("NbdExport", "vm1", elsewhere));
+    expect(told).toContain("kernel does not enforce `clients`");
+    const pid = await mainPid(server1, "lvm-nbd-export-vm1.service");
+
+    await server1.run("rm /usr/local/bin/systemd-run");
+    const proven = await stack.warningsDuring(() => stack.up("NbdExport", "vm1", exported()));
+    expect(proven).toBe("");
+    expect(await mainPid(server1, "lvm-nbd-export-vm1.service")).toBe(pid);
+    await server1.run(`test -e ${proof}`);
     await stack.destroy("NbdExport", "vm1");
   });
 });

@@ -19,12 +19,15 @@ const CONNECT_LIMIT_SECONDS = 30;
  */
 export class GuestSsh {
   readonly configPath: string;
+  /** The hosts server1 and server2 as the ordinary user, and server1-root and server2-root. */
+  readonly operatorConfigPath: string;
   readonly knownHostsPath: string;
   readonly #controlDirectory: string;
   readonly #starting = new Map<string, Promise<void>>();
 
   constructor(directory: string, controlDirectory: string) {
     this.configPath = join(directory, "ssh_config");
+    this.operatorConfigPath = join(directory, "ssh_config_operator");
     this.knownHostsPath = join(directory, "known_hosts");
     this.#controlDirectory = controlDirectory;
   }
@@ -32,25 +35,30 @@ export class GuestSsh {
   /** Writes ssh_config and known_hosts. For each guest the aliases NAME (root) and NAME-operator. */
   async writeFiles(guests: readonly SshGuest[], privateKey: string): Promise<void> {
     const known = guests.map((guest) => `[127.0.0.1]:${guest.port} ${guest.hostKey}\n`);
+    const host = (name: string, guest: SshGuest, user: string): string =>
+      [
+        `Host ${name}`,
+        "  HostName 127.0.0.1",
+        `  Port ${guest.port}`,
+        `  User ${user}`,
+        `  IdentityFile "${privateKey}"`,
+        "  IdentitiesOnly yes",
+        `  UserKnownHostsFile "${this.knownHostsPath}"`,
+        "  GlobalKnownHostsFile /dev/null",
+        "  StrictHostKeyChecking yes",
+        "  LogLevel ERROR",
+        "",
+      ].join("\n");
     const aliases = guests.flatMap((guest) =>
-      ["root", OPERATOR.user].map((user) =>
-        [
-          `Host ${alias(guest.name, user)}`,
-          "  HostName 127.0.0.1",
-          `  Port ${guest.port}`,
-          `  User ${user}`,
-          `  IdentityFile "${privateKey}"`,
-          "  IdentitiesOnly yes",
-          `  UserKnownHostsFile "${this.knownHostsPath}"`,
-          "  GlobalKnownHostsFile /dev/null",
-          "  StrictHostKeyChecking yes",
-          "  LogLevel ERROR",
-          "",
-        ].join("\n"),
-      ),
+      ["root", OPERATOR.user].map((user) => host(alias(guest.name, user), guest, user)),
     );
+    const asOperator = guests.flatMap((guest) => [
+      host(`${guest.name} ${alias(guest.name, OPERATOR.user)}`, guest, OPERATOR.user),
+      host(`${guest.name}-root`, guest, "root"),
+    ]);
     await writeFile(this.knownHostsPath, known.join(""));
     await writeFile(this.configPath, aliases.join("\n"));
+    await writeFile(this.operatorConfigPath, asOperator.join("\n"));
   }
 
   /** Runs a shell command in a guest. */

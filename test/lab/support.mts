@@ -6,6 +6,8 @@ import { resourceType } from "../../provider/core/registry.js";
 import type { Change } from "../../provider/core/resource.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host, RemoteCommand } from "../../provider/ssh/types.js";
+import { type LoginRole, sudoersInstallation } from "../../provider/sudoers.js";
+import { OPERATOR } from "./image-contents.mts";
 import { type Guest, type Lab, labUp } from "./lab.mts";
 import { waitFor } from "./wait.mts";
 
@@ -18,12 +20,23 @@ export async function freshLab(): Promise<Lab> {
   const used = await lab.server1.run("test -e /run/lab-used", { allowFailure: true });
   if (used.exitCode === 0) await lab.reset();
   await lab.server1.run("touch /run/lab-used");
-  process.env.LVM_NBD_SSH_CONFIG = lab.sshConfigPath;
+  // Every test works as a user who may run what `lvm-nbd sudoers` lists, and nothing else.
+  await Promise.all([lab.server1, lab.server2].map((guest) => mayRun(guest, "setup")));
+  process.env.LVM_NBD_SSH_CONFIG = lab.operatorConfigPath;
   return lab;
 }
 
+/** Gives the guests' ordinary user that role, and no other right. */
+export async function mayRun(guest: Guest, role: LoginRole): Promise<void> {
+  await guest.run("rm -f /etc/sudoers.d/operator && sh", {
+    stdin: sudoersInstallation(OPERATOR.user, role, "of this checkout"),
+  });
+}
+
 export type Values = Readonly<Record<string, unknown>>;
-type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount" | "VolumeCopy";
+type TypeName =
+  | ("LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount")
+  | ("VolumeCopy" | "BackupImage" | "LvRestore");
 
 /** What `up` did to a resource. */
 export interface Outcome {

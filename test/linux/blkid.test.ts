@@ -110,3 +110,8 @@ describe("partitions", () => {
     );
   });
 });
+
+it("makes a label that a guest has filled with escape codes harmless", () => {
+  const label = (text: string) => parseContent(`ID_FS_LABEL_ENC=${text}\nID_FS_TYPE=ext4\n`, "0").label;
+  expect(label("\\x1b[2J\\x1b]0;owned\\x07\\xc2\\x9b1m")).toBe("?[2J?]0;owned??1m");
+});

@@ -8,17 +8,24 @@ import {
   factsAmong,
   isAsTagged,
   outdatedTags,
+  ownTags,
   parseRoom,
   partOf,
   runTagAmong,
   runTagOf,
 } from "../../provider/linux/copiedVolume.js";
-import { logicalVolumeNameProblem, lvmFailure } from "../../provider/linux/lvm.js";
+import { logicalVolumeNameProblem, lvmFailure, parseLvs } from "../../provider/linux/lvm.js";
+import { recordedLvs } from "../support/recorded.js";
 
 const facts: CopyFacts = {
-  ...{ uuid: "oYVrrQ-Pivh-Kpzb-QsJG-6oat-Vogn-fHSuRv", volumeBytes: 12_582_912, sizeBytes: 10_001_000 },
+  ...{
+    uuid: "oYVrrQ-Pivh-Kpzb-QsJG-6oat-Vogn-fHSuRv",
+    volumeGroup: "VgVm",
+    volumeBytes: 12_582_912,
+    sizeBytes: 10_001_000,
+  },
   ...{ sha256: "d".repeat(64), verified: true, seconds: 12, completedAt: 1_795_000_000 },
-  ...{ snapshotUuid: "ua3XsD-JfZg-sm4f-mixX-TEqj-5JCI-nnYZE4", takenAt: 1_794_000_000 },
+  ...{ snapshotUuid: "ua3XsD-JfZg-sm4f-mixX-TEqj-5JCI-nnYZE4", takenAt: 1_794_000_000, readOnly: 1 },
 };
 
 it("an unfinished copy's name follows from the volume's, and is one that LVM takes", () => {
@@ -83,10 +90,41 @@ describe("the tags of a copy", () => {
     expect(factsAmong(copyTags("some-id"))).toBeUndefined();
   });
 
-  it("of another volume, copied along, are not its own", () => {
-    const tags = copyTags("some-id", facts);
-    expect(isAsTagged({ uuid: facts.uuid, tags })).toBe(true);
-    expect(isAsTagged({ uuid: "other", tags })).toBe(false);
+  describe("of another volume, copied along, are not its own", () => {
+    const [found] = parseLvs(recordedLvs("valid"));
+    if (found === undefined) throw new Error("no volume");
+    const lv = { ...found, uuid: facts.uuid, tags: copyTags("some-id", facts) };
+    const clone = { ...lv, volumeGroup: "VgClone" };
+    const { volumeGroup: _, ...untold } = facts;
+    const before = { ...lv, tags: copyTags("some-id", { ...untold, volumeGroup: "" }) };
+    it.each([
+      ["itself", lv, [], true],
+      ["itself beside its clone, made by vgimportclone(8)", lv, [clone], true],
+      ["that clone", clone, [lv], false],
+      ["that clone, where another volume is left of the group", clone, [{ ...lv, uuid: "other" }], false],
+      ["itself in a renamed group", clone, [], true],
+      [
+        "one of two clones, of which nobody knows which is meant",
+        clone,
+        [{ ...lv, volumeGroup: "Vg3" }],
+        false,
+      ],
+      ["one of another UUID", { ...lv, uuid: "other" }, [], false],
+      ["one from before its group was told", before, [], true],
+    ])("%s", (_what, one, others, expected) => {
+      expect(isAsTagged(one, [...others, one])).toBe(expected);
+    });
+  });
+
+  it("can be told from those of the user, and of a restore", () => {
+    const others = ["mine", "lvm-nbd.restore=1", "lvm-nbd.restoring=1"];
+    const own = [
+      "lvm-nbd.owner=o/p/s/x",
+      "lvm-nbd.generation=1",
+      "lvm-nbd.run=1",
+      ...copyTags("some-id", facts),
+    ];
+    expect(ownTags([...others, ...own])).toEqual(own);
   });
 
   it("go for new ones, but those of the job and the user's own", () => {

@@ -11,7 +11,8 @@ import {
   renderExportUnit,
   unitMark,
 } from "../../provider/linux/exportUnit.js";
-import { ownDirective } from "../../provider/linux/systemd.js";
+import { imageGuard } from "../../provider/linux/imageFile.js";
+import { execLine, ownDirective } from "../../provider/linux/systemd.js";
 import { recordedExportUnit } from "../support/recorded.js";
 import { directives } from "../support/units.js";
 
@@ -139,6 +140,7 @@ describe("of an image", () => {
         },
         ...{ DevicePolicy: "closed", PrivateDevices: "yes", RootDirectory: "%t/%N", RuntimeDirectory: "%N" },
         SystemCallFilter: "@system-service | ~@privileged",
+        PrivateUsers: "yes",
       });
       const [programs, ...files] = text.get("Service.BindReadOnlyPaths") ?? [];
       expect(programs).toBe(
@@ -151,6 +153,23 @@ describe("of an image", () => {
       expect(text.get("Service.BindPaths")).toBeUndefined();
     },
   );
+
+  it.each(servers)(
+    "is looked at before each start of %s, outside of its root: nobody may have swapped it",
+    (server) => {
+      const text = ofImage({ server });
+      expect(text.get("Service.ExecStartPre")).toEqual([
+        `+${execLine(["/bin/sh", "-c", imageGuard, "/var/backups/vm1.raw", "raw"])}`,
+      ]);
+      expect(text.get("Service.RootDirectoryStartOnly")).toEqual(["yes"]);
+      expect(unit({ server }).get("Service.ExecStartPre")).toBeUndefined();
+    },
+  );
+
+  it("has users of its own, but for a port that only the host's root can have", () => {
+    expect(ofImage({ port: 1024 }).get("Service.PrivateUsers")).toEqual(["yes"]);
+    expect(ofImage({ port: 1023 }).get("Service.PrivateUsers")).toBeUndefined();
+  });
 
   it("has all the other hardening of an export of a device", () => {
     const changed = /^Service\.(ExecStart|DynamicUser|SupplementaryGroups|DeviceAllow|ProtectHome)$/;

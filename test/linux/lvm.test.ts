@@ -2,17 +2,40 @@ import { describe, expect, it } from "vitest";
 import {
   createSnapshotCommand,
   deviceMapperNameProblem,
+  identified,
   logicalVolumeNameProblem,
   lvmFailure,
   lvmSilence,
+  parseLvs,
   parseSize,
   removeCommand,
   sizeInBytes,
   tagProblem,
   volumeGroupNameProblem,
 } from "../../provider/linux/lvm.js";
+import { recordedLvs } from "../support/recorded.js";
 
 const GiB = 1024 ** 3;
+
+describe("the volume of a UUID, which was in a group, is", () => {
+  const ours = parseLvs(recordedLvs("valid"));
+  const inGroup = (volumeGroup: string) => ours.map((lv) => ({ ...lv, volumeGroup }));
+  const [clone, another] = [inGroup("VgClone"), inGroup("VgElse")];
+  const uuid = ours[1]?.uuid ?? "";
+  const others = ours.filter((lv) => lv.uuid !== uuid);
+  it.each([
+    ["in that group", ours, ["VgVm"]],
+    ["in that group, whichever of a clone's is listed first", [...clone, ...ours], ["VgVm"]],
+    ["gone, where others are left of the group and a clone has it", [...clone, ...others], []],
+    ["in another, where nothing is left of the group", clone, ["VgClone"]],
+    ["one of several that nobody can tell apart, there", [...clone, ...another], ["VgClone", "VgElse"]],
+    ["gone, where no one has it", others, []],
+  ])("%s", (_what, all, expected) => {
+    const found = identified(all, { volumeGroup: "VgVm", uuid });
+    expect(found.map(({ volumeGroup }) => volumeGroup)).toEqual(expected);
+    expect(found.every((lv) => lv.uuid === uuid)).toBe(true);
+  });
+});
 
 describe("parseSize", () => {
   it.each([

@@ -7,7 +7,9 @@ import {
   nbdServers,
   nbdUri,
   parseNbdUri,
+  sameEndpoint,
   serverCommand,
+  uriWithCertificates,
 } from "../../provider/linux/nbd.js";
 
 describe("NBD URIs", () => {
@@ -28,19 +30,12 @@ describe("NBD URIs", () => {
     expect(parseNbdUri("nbd://server1/vm1").port).toBe(10809);
   });
 
-  it.each([
-    "",
-    "vm1",
-    "http://a/b",
-    "nbd:///x",
-    "nbd://a",
-    "nbd://a/",
-    "nbd://u@a/b",
-    "nbd://a/b?c=d",
-    "nbds://a/b",
-  ])("refuses %j and says what would be right", (uri) => {
-    expect(() => parseNbdUri(uri)).toThrow(/write nbd:\/\/SERVER/);
-  });
+  it.each(["", "vm1", "http://a/b", "nbd:///x", "nbd://a", "nbd://a/", "nbd://u@a/b", "nbd://a/b?c=d"])(
+    "refuses %j and says what would be right",
+    (uri) => {
+      expect(() => parseNbdUri(uri)).toThrow(/write nbd:\/\/SERVER/);
+    },
+  );
 });
 
 it("refuses a % that encodes nothing", () => {
@@ -117,4 +112,63 @@ it("attaches always with a timeout", () => {
     blockSize: 512,
   });
   expect(argv.join(" ")).toBe("nbd-client -N vm1 10.0.0.1 10809 /dev/nbd0 -timeout 30 -b 512 -C 2 -readonly");
+});
+
+describe("with TLS every server asks for the client's certificate", () => {
+  const serve = {
+    ...{ device: "/dev/VgVm/s", exportName: "vm1", listenAddress: "10.0.0.1", port: 1234, readOnly: true },
+    certificates: "/run/credentials/a\\x2cb,c",
+  };
+
+  it("nbdkit", () => {
+    const argv = serverCommand("nbdkit", serve, "");
+    expect(argv).toEqual(
+      expect.arrayContaining([
+        "--tls=require",
+        `--tls-certificates=${serve.certificates}`,
+        "--tls-verify-peer",
+      ]),
+    );
+  });
+
+  it("qemu-nbd, for which a comma ends a value", () => {
+    const argv = serverCommand("qemu-nbd", serve, "");
+    expect(argv[argv.indexOf("--object") + 1]).toBe(
+      "tls-creds-x509,id=tls0,endpoint=server,verify-peer=yes,dir=/run/credentials/a\\x2cb,,c",
+    );
+    expect(argv[argv.indexOf("--tls-creds") + 1]).toBe("tls0");
+  });
+
+  it("nbd-server, for which a backslash begins a character", () => {
+    expect(nbdServerConfig(serve).split("\n")).toEqual(
+      expect.arrayContaining([
+        "certfile=/run/credentials/a\\\\x2cb,c/server-cert.pem",
+        "keyfile=/run/credentials/a\\\\x2cb,c/server-key.pem",
+        "cacertfile=/run/credentials/a\\\\x2cb,c/ca-cert.pem",
+        "force_tls=true",
+      ]),
+    );
+  });
+
+  it("and a client knows its server by name and authority", () => {
+    const attach = {
+      ...{ server: "10.0.0.1", port: 1234, exportName: "vm1", device: "/dev/nbd0", readOnly: true },
+      ...{ connections: 1, timeoutSeconds: 30, blockSize: 512, certificates: "/c" },
+    };
+    expect(attachCommand(attach).slice(-8)).toEqual([
+      ...["-certfile", "/c/client-cert.pem", "-keyfile", "/c/client-key.pem"],
+      ...["-cacertfile", "/c/ca-cert.pem", "-tlshostname", "10.0.0.1"],
+    ]);
+  });
+});
+
+it("a URI tells TLS by its scheme", () => {
+  const endpoint = { server: "::1", port: 1, exportName: "a/b", tls: true };
+  expect(nbdUri(endpoint)).toBe("nbds://[::1]:1/a%2Fb");
+  expect(parseNbdUri(nbdUri(endpoint))).toEqual(endpoint);
+  expect(uriWithCertificates("nbds://a:1/b", "/etc/x\\x20y")).toBe(
+    "nbds://a:1/b?tls-certificates=/etc/x%5Cx20y",
+  );
+  expect(sameEndpoint(endpoint, { ...endpoint, tls: false })).toBe(true);
+  expect(sameEndpoint(endpoint, { ...endpoint, port: 2 })).toBe(false);
 });

@@ -3,6 +3,7 @@ import { parseFields } from "../../provider/linux/fields.js";
 import {
   deviceUnit,
   execLine,
+  hasDropIns,
   ownDirective,
   parseShow,
   pathUnit,
@@ -10,6 +11,16 @@ import {
 } from "../../provider/linux/systemd.js";
 import { unitName } from "../../provider/linux/unitName.js";
 import { fields } from "../support/fields.js";
+
+it.each([
+  ["", false],
+  ["/usr/lib/systemd/system/service.d/10-timeout-abort.conf", false],
+  ["/etc/systemd/system/lvm-nbd-export-vm1.service.d/override.conf", true],
+  ["/usr/lib/systemd/system/service.d/10-timeout-abort.conf /run/systemd/system/mnt.mount.d/x.conf", true],
+  ["/etc/systemd/system/lvm-nbd-.service.d/a.conf", true],
+])("the drop-ins %j are of this unit: %s", (DropInPaths, expected) => {
+  expect(hasDropIns({ DropInPaths })).toBe(expected);
+});
 
 describe("unit text", () => {
   it("quotes arguments and neutralises specifiers and variables", () => {

@@ -66,13 +66,19 @@ describe("check", () => {
     expect(inputs).toEqual({ ...news, added: 1 });
   });
 
-  it("tells problems by property, with the property in the text", async () => {
+  it("names a problem's property in the text alone: of one that is named the engine prints the value, were it a key", async () => {
     const { method } = recorder({
       check: async () => ({ inputs: {}, problems: [{ property: "size", reason: "is required" }] }),
     });
     expect((await method("check")({}, bag)).failures).toEqual([
-      { property: "size", reason: "size: is required" },
+      { property: "", reason: "size: is required" },
     ]);
+  });
+
+  it("takes null for nothing: so a secret output that is undefined arrives", async () => {
+    const { calls, method } = recorder();
+    await method("check")({}, { ...bag, tls: null });
+    expect(Object.keys(calls[0]?.[2] as object)).not.toContain("tls");
   });
 
   it("hands over the old inputs without Pulumi's own property", async () => {

@@ -47,6 +47,7 @@ const extents = Math.ceil(moment.length / extentBytes);
 const validVolumes = () => recordedLvs("valid").replaceAll('"67108864"', `"${moment.length}"`);
 const volume = { volumeGroup: "VgVm", name: "vm1" };
 const part = `lvmnbd-part-${sha256("/dev/VgVm/vm1").slice(0, 16)}`;
+const aside = asideOf(volume).name;
 
 let destination: CopyHost;
 let volumes: string;
@@ -103,6 +104,12 @@ function put(name: string, marks: readonly string[] = [], size = extents): void 
   writeFileSync(destination.volume(name, "tags"), marks.map((mark) => `${mark}\n`).join(""));
   mkdirSync(dirname(destination.device(name)), { recursive: true });
   writeFileSync(destination.device(name), "theirs");
+}
+
+/** An earlier copy that is still to be removed; writable. */
+function putAside(copyId: string, owner = "o/p/s/vm1"): void {
+  const facts = [`uuid=uuid-of-${aside}`, "sha256=0", "sizeBytes=1"].map((fact) => `lvm-nbd.fact.${fact}`);
+  put(aside, [`lvm-nbd.owner=${owner}`, `lvm-nbd.copy=${copyId}`, ...facts]);
 }
 
 describe("bad input is refused before any host is asked", () => {
@@ -431,17 +438,103 @@ describe("a copy that was made writable is a disk of its own", () => {
     return state;
   };
 
-  it("it is neither replaced nor removed, and says how it leaves the stack", async () => {
+  it("it is not replaced, and says how it leaves the stack", async () => {
     const state = await handedOver();
     const message =
-      /VOLUME_IN_USE.*VgVm\/vm1 was made writable since it was copied[\s\S]*pulumi state delete/;
-    await expect(handlers().remove(state)).rejects.toThrow(message);
+      /VOLUME_IN_USE.*VgVm\/vm1 was made writable since it was copied[\s\S]*out of the program: the volume stays/;
     for (const change of [{ triggers: [2] }, { uri: "nbd://10.0.0.1:10809/other" }]) {
       const anew = await checked(change, state);
       await expect(handlers().update(state, anew)).rejects.toThrow(message);
     }
     expect(destination.volumes()).toEqual(["vm1"]);
     expect(destination.started).toBe(1);
+  });
+
+  it("while its successor was copied: it keeps its name, and that waits verified", async () => {
+    const state = await made();
+    destination.serve(later);
+    destination.onCommand = ({ argv }) => {
+      if (argv[2]?.includes("lvrename")) rmSync(destination.volume("vm1", "ro"));
+      return undefined;
+    };
+    const anew = await checked({ triggers: [2] }, state);
+    await expect(handlers().update(state, anew)).rejects.toThrow(/VOLUME_IN_USE.*vm1 was made writable/);
+    expect(destination.volumes()).toEqual([part, "vm1"]);
+    expect(content()).toBe(padded(moment));
+    destination.onCommand = () => undefined;
+    writeFileSync(destination.volume("vm1", "ro"), "");
+    expect(await handlers().update(state, anew)).toMatchObject({ sha256: sha256(later) });
+    expect(destination.started).toBe(2);
+    expect(destination.volumes()).toEqual(["vm1"]);
+  });
+
+  it("while it is removed: LVM leaves it", async () => {
+    const state = await made();
+    destination.set("hands-over", "");
+    await handlers().remove(state);
+    expect(warnings.join()).toMatch(/vm1 was made writable.*NOT removed/);
+    expect(destination.volumes()).toEqual(["vm1"]);
+    expect(content()).toBe(padded(moment));
+  });
+
+  it("leaves the stack, open or not, and is nobody's then; what else was made beside it goes", async () => {
+    const state = await handedOver();
+    put(part, ["lvm-nbd.owner=o/p/s/vm1", `lvm-nbd.copy=${state.copyId}`, "lvm-nbd.run=1"]);
+    putAside(String(state.copyId));
+    writeFileSync(destination.volume(aside, "ro"), "");
+    writeFileSync(destination.volume("vm1", "open"), "");
+    appendFileSync(destination.volume("vm1", "tags"), "mine\n");
+    await handlers().remove(state);
+    expect(warnings.join()).toMatch(/VgVm\/vm1 was made writable.*NOT removed/);
+    expect(destination.volumes()).toEqual(["vm1"]);
+    expect(tags()).toEqual(["mine"]);
+    expect(content()).toBe(padded(moment));
+    await expect(made()).rejects.toThrow(/FOREIGN_RESOURCE/);
+  });
+
+  it("put aside, it is not removed with its successor", async () => {
+    const state = await made();
+    putAside(String(state.copyId));
+    await handlers().remove(state);
+    expect(warnings.join()).toMatch(/VgVm\/lvmnbd-old-.* was made writable.*NOT removed/);
+    expect(destination.volumes()).toEqual([aside]);
+    expect(content(aside)).toBe("theirs");
+  });
+
+  it("when its successor had its name already: it is left alone and named", async () => {
+    const state = await made();
+    putAside(String(state.copyId));
+    await handlers().update(state, await checked({}, state));
+    expect(warnings.join()).toMatch(/VgVm\/lvmnbd-old-.* was made writable and is left alone/);
+    expect(destination.volumes()).toEqual([aside, "vm1"]);
+    writeFileSync(destination.volume(aside, "ro"), "");
+    await handlers().update(state, await checked({}, state));
+    expect(destination.volumes()).toEqual(["vm1"]);
+  });
+
+  it("one that had its name inactive is read-only nevertheless, and not taken for it", async () => {
+    destination.onCommand = ({ argv }) => {
+      if (argv[2]?.includes("lvrename")) writeFileSync(destination.volume(part, "inactive"), "");
+      return undefined;
+    };
+    const state = await made();
+    expect(state).toMatchObject({ state: "complete" });
+    expect(existsSync(destination.volume("vm1", "ro"))).toBe(true);
+    expect(tags()).toContain("lvm-nbd.fact.readOnly=1");
+    await handlers().remove(state);
+    expect(destination.volumes()).toEqual([]);
+  });
+
+  it("one that never was read-only is not taken for it, and is not given up either", async () => {
+    const state = await handedOver();
+    const never = tags().filter((tag) => !tag.includes("readOnly"));
+    writeFileSync(destination.volume("vm1", "tags"), `${never.join("\n")}\n`);
+    expect(await handlers().read(state)).toMatchObject({ state: "complete" });
+    const anew = await checked({ triggers: [2] }, state);
+    await expect(handlers().update(state, anew)).rejects.toThrow(
+      /VOLUME_IN_USE.*was made writable[\s\S]*lvchange -p r/,
+    );
+    expect(destination.volumes()).toEqual(["vm1"]);
   });
 
   it("it is not taken back by a create", async () => {
@@ -467,6 +560,22 @@ it("a snapshot that was taken a moment ago keeps the copy that is to be removed"
   };
   await expect(handlers().remove(state)).rejects.toThrow(/VOLUME_IN_USE.*could not be removed/);
   expect(destination.volumes()).toContain("vm1");
+});
+
+it("somebody's snapshot of an unfinished copy keeps that, and is named with it", async () => {
+  destination.set("broken", "nbd: connection reset\n");
+  destination.onCommand = ({ argv }) => {
+    if (!argv[2]?.includes("CPUUsageNSec")) return undefined;
+    put("theirs");
+    writeFileSync(destination.volume("theirs", "origin"), uuid(part));
+    return undefined;
+  };
+  await expect(made()).rejects.toThrow(/COPY_FAILED/);
+  expect(warnings.join()).toMatch(/lvmnbd-part-.* is left on the host.*has snapshots/);
+  expect(destination.volumes()).toEqual([part, "theirs"]);
+  destination.onCommand = () => undefined;
+  await expect(made()).rejects.toThrow(/VOLUME_IN_USE.*lvmnbd-part-.*could not be removed/);
+  expect(destination.volumes()).toEqual([part, "theirs"]);
 });
 
 describe("a refresh", () => {
@@ -678,7 +787,7 @@ describe("whatever cuts it, the next up finishes the work", () => {
   });
 
   it.each([
-    ["put aside", asideOf({ volumeGroup: "VgVm", name: "vm1" }).name],
+    ["put aside", aside],
     ["verified", part],
   ])(
     "a copy that a cut left %s has its name again before another declaration is tried",
@@ -697,6 +806,79 @@ describe("whatever cuts it, the next up finishes the work", () => {
       expect(destination.volumes()).toEqual(["vm1"]);
     },
   );
+
+  it("an earlier copy from before the resource was renamed is removed as well, before its successor is copied", async () => {
+    const state = await made();
+    putAside(String(state.copyId), "o/p/s/former");
+    writeFileSync(destination.volume(aside, "ro"), "");
+    destination.set("extents", `${3 * extents - 1}\n`);
+    const wanted = await checked({ triggers: [2] }, state);
+    expect(await handlers().update(state, wanted)).toMatchObject({ state: "complete", triggers: [2] });
+    expect(destination.volumes()).toEqual(["vm1"]);
+  });
+
+  it.each([
+    ["somebody's volume", () => put(aside)],
+    ["another copy's", () => putAside("another", "o/p/s/former")],
+    ["one that was made writable", (state: Values) => putAside(String(state.copyId))],
+  ])(
+    "what lies where the earlier copy would be put aside is named before anything is copied: %s",
+    async (_what, lay) => {
+      const state = await made();
+      lay(state);
+      const wanted = await checked({ triggers: [2] }, state);
+      await expect(handlers().update(state, wanted)).rejects.toThrow(
+        /FOREIGN_RESOURCE.*VgVm\/lvmnbd-old-.* exists[\s\S]*lvrename VgVm lvmnbd-old-/,
+      );
+      expect(destination.started).toBe(1);
+      expect(destination.volumes()).toEqual([aside, "vm1"]);
+      expect(content(aside)).toBe("theirs");
+    },
+  );
+
+  describe.each([
+    ["put aside", aside],
+    ["verified", part],
+  ])("a copy that a cut left %s", (_what, left) => {
+    const cut = async () => {
+      const state = await made();
+      renameSync(dirname(destination.volume("vm1", "tags")), dirname(destination.volume(left, "tags")));
+      renameSync(destination.device("vm1"), destination.device(left));
+      return state;
+    };
+
+    it("is kept by a refresh, and has its name again by the next up, without a copy", async () => {
+      const seen = (await handlers().read(await cut())) as Values;
+      expect(seen).toMatchObject({ state: "stale", sha256: sha256(moment) });
+      expect(warnings.join()).toMatch(new RegExp(`lost its name to a cut, and is ${left} now`));
+      const wanted = await checked({}, seen);
+      expect((await handlers().diff(seen, wanted, none)).changes).toEqual([
+        { property: "state", effect: "update" },
+      ]);
+      expect(await handlers().update(seen, wanted)).toMatchObject({ state: "complete" });
+      expect(destination.volumes()).toEqual(["vm1"]);
+      expect(content()).toBe(padded(moment));
+      expect(destination.started).toBe(1);
+    });
+
+    it("goes with the resource", async () => {
+      await handlers().remove(await cut());
+      expect(destination.volumes()).toEqual([]);
+    });
+  });
+
+  it("a copy that a cut left put aside has its name again although it is open and has a snapshot", async () => {
+    const state = await made();
+    renameSync(dirname(destination.volume("vm1", "tags")), dirname(destination.volume(aside, "tags")));
+    renameSync(destination.device("vm1"), destination.device(aside));
+    writeFileSync(destination.volume(aside, "open"), "");
+    put("theirs");
+    writeFileSync(destination.volume("theirs", "origin"), uuid(aside));
+    const anew = await checked({ triggers: [3] }, state);
+    await expect(handlers().update(state, anew)).rejects.toThrow(/VOLUME_IN_USE.*VgVm\/vm1 is the origin/);
+    expect(destination.volumes()).toEqual(["theirs", "vm1"]);
+    expect(content()).toBe(padded(moment));
+  });
 
   it("a job that goes on is found, not started again", async () => {
     destination.set("hold", "");

@@ -1,13 +1,16 @@
 /** Restores from images: what is refused by looking, and the rest on a host whose scripts run in a real shell. */
+import { execFile, execFileSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { dirname } from "node:path";
+import { once } from "node:events";
+import { existsSync, mkdirSync, readFileSync, rmSync, statSync, utimesSync, writeFileSync } from "node:fs";
+import { dirname, join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
-import { ownerInTag } from "../../provider/core/owner.js";
+import { ownerInTag, ownerMark } from "../../provider/core/owner.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { restoreGeneration, restoreMarksAmong, restoreTagOf } from "../../provider/core/restoreMark.js";
+import { restoreJob, unfollowedMinutes } from "../../provider/linux/imageRestore.js";
 import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { CopyHost } from "../support/copyHost.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
@@ -32,7 +35,7 @@ const uri = "nbd://10.0.0.2:10809/vm1";
 const image = { uri, sha256: sha256(moment) };
 const declared = { host, owner, volumeGroup: "VgVm", origin: "vm1", image, overwrite: uuid };
 const complete = { ...declared, adopt: false, whenOpen: "refuse", triggers: [] as unknown[] };
-const markOf = (stage: "begun" | "writing" | "restored", more: object = {}) =>
+const markOf = (stage: "begun" | "merging" | "writing" | "restored", more: object = {}) =>
   restoreTagOf({
     ...{ generation: restoreGeneration([]), life: "0123abcd", stage, startedAt: 1000, thinId: 0 },
     ...{ seconds: stage === "restored" ? 60 : 0, source: image.sha256, owner: ownerInTag(owner), ...more },
@@ -128,6 +131,15 @@ describe("is refused, and nothing is touched, where", () => {
       /ORIGIN_UNSUITABLE.*is a snapshot, of "thin1"/,
     ],
     [
+      "it is a thin snapshot of ours, made writable",
+      report(
+        row("thin", "thin1-snap", { lv_uuid: uuid, lv_attr: "Vwi-a-tz--", lv_tags: ownerMark("o/p/s/x") }),
+        pool(),
+      ),
+      { origin: "thin1-snap" },
+      /ORIGIN_UNSUITABLE.*is a snapshot, of "thin1"/,
+    ],
+    [
       "it is a thin pool",
       report(pool({ lv_uuid: uuid })),
       { origin: "pool" },
@@ -167,7 +179,7 @@ describe("is refused, and nothing is touched, where", () => {
       "a COW snapshot of it would overflow",
       report(origin({ lv_attr: "owi-a-s---" }), store({ lv_size: String(8 * MiB), snap_percent: "50.00" })),
       {},
-      /RESTORE_OVERFLOWS.*writes \d+ MiB.*"vm1-snap" \(4\.0 MiB free\).*lvextend -l 100%ORIGIN/s,
+      /RESTORE_OVERFLOWS.*writes \d+ MiB.*"vm1-snap" \(4\.0 MiB free\).*lvextend -l 101%ORIGIN/s,
     ],
     [
       "its thin pool has too little room",
@@ -177,6 +189,16 @@ describe("is refused, and nothing is touched, where", () => {
       ),
       { origin: "thin1" },
       /NO_SPACE.*thin pool pool has 2\.0 MiB free, the restore may need \d+ MiB/,
+    ],
+    [
+      "its thin pool may have too little room: an inactive volume may share what it has",
+      report(
+        thin({ data_percent: "100.00", snap_percent: "", lv_size: String(size) }),
+        row("thin", "thin1", { lv_name: "thin2", lv_uuid: other, data_percent: "", snap_percent: "" }),
+        pool({ lv_size: String(size + MiB), data_percent: "99.00", snap_percent: "" }),
+      ),
+      { origin: "thin1" },
+      /NO_SPACE.*the restore may need.*activate "thin2" \(`lvchange -ay`\).*what they share with VgVm\/thin1/s,
     ],
     [
       "its thin pool takes no changes",
@@ -221,6 +243,42 @@ describe("is refused, and nothing is touched, where", () => {
     expect(asked.changes).toEqual([]);
   });
 
+  it.each([
+    [
+      "a cached volume, whose cache is warm",
+      [
+        origin({ lv_attr: "Cwi-a-C---", origin: "vm1_corig", origin_uuid: other, pool_lv: "fast_cpool" }),
+        origin({
+          lv_name: "fast_cpool",
+          lv_uuid: other,
+          lv_attr: "Cwi---C---",
+          lv_role: "private,cache,pool",
+        }),
+      ],
+      "vm1",
+      "",
+    ],
+    [
+      "a thin clone of a template",
+      [
+        thin({ origin: "template", origin_uuid: other, data_percent: "0.00", lv_size: String(size) }),
+        row("thin", "thin1", { lv_name: "template", lv_uuid: other }),
+        pool({ lv_size: String(4 * size) }),
+      ],
+      "thin1",
+      "pool",
+    ],
+  ])("nothing is: %s is restored as any volume", async (_what, rows, name, room) => {
+    const asked = showing(report(...rows));
+    await handlersOn("LvRestore", asked)
+      .create({ ...complete, origin: name })
+      .catch(() => undefined);
+    const [start] = asked.changes;
+    expect(start?.argv[2]).toContain("systemd-run");
+    // The pool that the job looks at, and what it needs of it.
+    expect(String(start?.stdin).split("\n")[0]).toMatch(new RegExp(` '?${room}'? '?\\d+'?$`));
+  });
+
   it("nothing is: what stays behind a smaller image, and what fills snapshots, is told", async () => {
     const full = store({ lv_size: String(size + MiB), snap_percent: "90.00" });
     const asked = showing(report(origin({ lv_attr: "owi-a-s---" }), full), answers(String(size - 512)));
@@ -254,6 +312,8 @@ const tags = () => readFileSync(server.volume("vm1", "tags"), "utf8").split("\n"
 const marks = () => restoreMarksAmong(tags());
 const open = () => writeFileSync(server.volume("vm1", "open"), "");
 const closed = () => rmSync(server.volume("vm1", "open"), { force: true });
+const merging = () => writeFileSync(server.volume("vm1", "merging"), "");
+const merged = () => rmSync(server.volume("vm1", "merging"), { force: true });
 const changes = () => server.commands.filter(({ kind }) => kind === "change");
 const starts = ({ argv }: RemoteCommand) => argv[2]?.includes("systemd-run") === true;
 const follows = ({ argv }: RemoteCommand) => argv[2]?.includes("CPUUsageNSec") === true;
@@ -265,6 +325,13 @@ function put(name: string, id: string, text: string): void {
   writeFileSync(server.volume(name, "tags"), "theirs\n");
   mkdirSync(dirname(server.device(name)), { recursive: true });
   writeFileSync(server.device(name), text);
+}
+
+/** A snapshot whose store has one chunk too few for a table beside the header and what is written. */
+function putLate(): void {
+  put("late", other, "");
+  writeFileSync(server.volume("late", "extents"), `${extents + 1}\n`);
+  writeFileSync(server.volume("late", "origin"), uuid);
 }
 
 beforeEach(() => {
@@ -302,6 +369,7 @@ describe("a restore", () => {
   it("writes what the image holds, keeps what lies behind it, and marks the volume", async () => {
     put("vm1-snap", other, "");
     writeFileSync(server.volume("vm1-snap", "origin"), uuid);
+    writeFileSync(server.volume("vm1-snap", "extents"), `${extents + 2}\n`);
     const state = await created();
     expectRestored();
     expect(warnings.join("\n")).toMatch(/fills the snapshots of it: "vm1-snap"/);
@@ -343,6 +411,91 @@ describe("a restore", () => {
       ...{ state: "restored", restoreId: state.restoreId, triggers: ["again"] },
     });
     expectRestored();
+  });
+
+  it.each([
+    ["is gone", () => []],
+    [
+      "is that of before the volume was read back",
+      (life: string, startedAt: number) => [markOf("writing", { life, startedAt })],
+    ],
+    [
+      "is that of the restore before it",
+      (life: string, startedAt: number) => [
+        markOf("restored", { life, startedAt: startedAt - 100, generation: restoreGeneration([2]) }),
+        // A merge has a life of its own.
+        markOf("restored", { life: "99999999", startedAt: startedAt - 200, source: other }),
+      ],
+    ],
+    [
+      "is that of a merge before it, whose end nobody has marked",
+      (_life: string, startedAt: number) => [
+        markOf("merging", {
+          life: "99999999",
+          startedAt: startedAt - 100,
+          source: other,
+          generation: restoreGeneration([2]),
+        }),
+      ],
+    ],
+    [
+      "is gone, beside one of a restore that nobody began to write",
+      (life: string) => [markOf("begun", { life, generation: restoreGeneration([2]) })],
+    ],
+  ])(
+    "whose mark %s is not made again: up puts the mark back, a removal removes what is left",
+    async (_what, left) => {
+      const took = await created();
+      const [done] = marks();
+      if (done === undefined) throw new Error("no mark");
+      // It has taken three seconds.
+      const before = ["theirs", restoreTagOf({ ...done, seconds: 3 })];
+      writeFileSync(server.volume("vm1", "tags"), [...before, ""].join("\n"));
+      const state = (await handlers().read(took)) ?? {};
+      expect(state).toMatchObject({ seconds: 3, state: "restored" });
+      const lose = () => {
+        const tagsLeft = left(String(state.restoreId), Date.parse(String(state.startedAt)) / 1000);
+        writeFileSync(server.volume("vm1", "tags"), ["theirs", ...tagsLeft, ""].join("\n"));
+      };
+      lose();
+      writeFileSync(server.device("vm1"), restoredTo("written since"));
+      const seen = await handlers().read(state);
+      expect(seen).toEqual({ ...state, state: "unmarked" });
+      expect(await up(seen)).toEqual(state);
+      expect(tags().sort()).toEqual(before.sort());
+      lose();
+      await handlers().remove(seen ?? {});
+      expect(tags()).toEqual(["theirs"]);
+      // A new one is a new restore.
+      expect(content()).toBe(restoredTo("written since"));
+      expect(server.started).toBe(1);
+      await created();
+      expectRestored();
+    },
+  );
+
+  it("whose state was not saved is not made again, though the host's clock had gone back before it", async () => {
+    const state = await created();
+    const [before] = marks();
+    if (before === undefined) throw new Error("no mark");
+    const later = restoreTagOf({
+      ...before,
+      generation: restoreGeneration([2]),
+      startedAt: before.startedAt - 100,
+    });
+    writeFileSync(server.volume("vm1", "tags"), `${later}\n`);
+    writeFileSync(server.device("vm1"), restoredTo("written since"));
+    expect(await up(state, { triggers: [2] })).toMatchObject({
+      state: "restored",
+      restoreId: state.restoreId,
+    });
+    expect(tags()).toEqual([later]);
+    // Nor where it stands beside the earlier one.
+    writeFileSync(server.volume("vm1", "tags"), `${later}\n${before.tag}\n`);
+    expect(await up(state, { triggers: [2] })).toMatchObject({ state: "restored", triggers: [2] });
+    expect(tags()).toEqual([later]);
+    expect(server.started).toBe(1);
+    expect(content()).toBe(restoredTo("written since"));
   });
 
   it("follows one from a snapshot of the same resource", async () => {
@@ -401,15 +554,86 @@ describe("nothing is written, and no mark is left, where", () => {
     expectUntouched();
   });
 
-  it("it is open already when the job is to start", async () => {
+  it("somebody takes a snapshot while the image is checked, which has too little room", async () => {
+    server.set("hold-reread", "");
     server.onCommand = (command) => {
-      if (starts(command)) open();
+      if (!follows(command)) return undefined;
+      putLate();
+      server.set("hold-reread", undefined);
       return undefined;
     };
     expect((await failed(undefined)).message).toMatch(
-      /VOLUME_IN_USE.*could not be started.*nothing was written/s,
+      /RESTORE_OVERFLOWS.*may overflow snapshots of it: late; nothing was written to VgVm\/vm1.*Extend or remove/s,
     );
-    closed();
+    rmSync(dirname(server.volume("late", "tags")), { recursive: true });
+    expectUntouched();
+  });
+
+  it("somebody begins to merge a snapshot into the volume while the image is checked", async () => {
+    server.set("hold-reread", "");
+    server.onCommand = (command) => {
+      if (!follows(command)) return undefined;
+      merging();
+      server.set("hold-reread", undefined);
+      return undefined;
+    };
+    const error = await failed(undefined);
+    expect(error.message).toMatch(/SNAPSHOT_MERGING.*is being merged into VgVm\/vm1; nothing was written/s);
+    merged();
+    expectUntouched();
+  });
+
+  it.each([
+    ["a merge", /SNAPSHOT_MERGING.*; nothing was written/s],
+    ["a snapshot that has too little room", /RESTORE_OVERFLOWS.*of it: late; nothing was written/s],
+  ])("%s is just being begun, until that is done", async (what, message) => {
+    const lock = join(server.disk, "..", "run", "lvm-nbd-restore.VgVm.vm1");
+    const holding = execFile("flock", [lock, "sh", "-c", "echo held; read end"]);
+    await once(holding.stdout ?? holding, "data");
+    let looks = 0;
+    server.onCommand = (command) => {
+      if (!follows(command) || ++looks !== 3) return undefined;
+      expect(content()).toBe(spoiled);
+      expect(marks().map(({ stage }) => stage)).toEqual(["begun"]);
+      if (what === "a merge") merging();
+      else putLate();
+      holding.stdin?.end("\n");
+      return undefined;
+    };
+    expect((await failed(undefined)).message).toMatch(message);
+    merged();
+    rmSync(dirname(server.volume("late", "tags")), { recursive: true, force: true });
+    expectUntouched();
+  });
+
+  it("its thin pool has run full while the image was checked", async () => {
+    server.set("hold-reread", "");
+    const run = server.run.bind(server);
+    let isTold = false;
+    server.run = async (command, signal) => {
+      if (follows(command) && !isTold) {
+        isTold = true;
+        const { unit } = restoreJob({ volumeGroup: "VgVm", uuid });
+        await run({ argv: ["systemctl", "stop", unit], kind: "change", deadlineSeconds: 10 });
+        writeFileSync(jobFile("failure"), "full: the thin pool VgVm/pool has 5 bytes free");
+      }
+      return run(command, signal);
+    };
+    expect((await failed(undefined)).message).toMatch(
+      /NO_SPACE.*full: the thin pool VgVm\/pool has 5 bytes free; nothing was written to VgVm\/vm1/s,
+    );
+    expectUntouched();
+  });
+
+  it("it is open already when the job is to start", async () => {
+    server.onCommand = (command) => {
+      if (!starts(command)) return undefined;
+      open();
+      return closed;
+    };
+    expect((await failed(undefined)).message).toMatch(
+      /VOLUME_IN_USE.*could not be started: it is open; nothing was written/s,
+    );
     expectUntouched();
   });
 
@@ -462,6 +686,21 @@ describe("a volume that is half-written is called so until it is restored", () =
     expectRestored();
   });
 
+  it("whatever a clone of its disk, with the same UUIDs, holds", async () => {
+    const run = server.run.bind(server);
+    server.run = async (command, signal) => {
+      const result = await run(command, signal);
+      if (command.argv[0] !== "lvs") return result;
+      const {
+        report: [{ lv }],
+      }: { report: [{ lv: Record<string, string>[] }] } = JSON.parse(result.stdout);
+      const clones = lv.map((row) => ({ ...row, vg_name: "VgClone", lv_tags: "" }));
+      return { ...result, stdout: JSON.stringify({ report: [{ lv: [...clones, ...lv] }] }) };
+    };
+    server.set("broken", "nbd: connection reset\n");
+    await expectHalfWritten(await failed(undefined), /COPY_FAILED/);
+  });
+
   it("the image is found spoiled when that is tried again: it is still half-written", async () => {
     server.set("broken", "nbd: connection reset\n");
     const kept = keptBy(await failed(undefined));
@@ -506,6 +745,33 @@ describe("a volume that is half-written is called so until it is restored", () =
     expect(await up(kept)).toMatchObject({ state: "restored" });
   });
 
+  it("somebody removes its mark while it is written: nobody says that nothing was", async () => {
+    server.set("hold", "");
+    server.onCommand = (command) => {
+      if (follows(command) && marks().some(({ stage }) => stage === "writing")) {
+        writeFileSync(server.volume("vm1", "tags"), "theirs\n");
+        server.set("hold", undefined);
+      }
+      return undefined;
+    };
+    expect((await failed(undefined)).message).toMatch(
+      /COPY_FAILED.*the mark of the restore was removed from VgVm\/vm1; whether VgVm\/vm1 was written to could not be found out.*Use nothing of VgVm\/vm1/s,
+    );
+    expect(content()).not.toBe(spoiled);
+  });
+
+  it("somebody merges a snapshot into it while it is written", async () => {
+    server.set("hold", "");
+    server.onCommand = (command) => {
+      if (follows(command) && marks().some(({ stage }) => stage === "writing")) {
+        merging();
+        server.set("hold", undefined);
+      }
+      return undefined;
+    };
+    await expectHalfWritten(await failed(undefined), /SNAPSHOT_MERGING/);
+  });
+
   it("it is cancelled: the job is ended", async () => {
     server.set("hold", "");
     server.onCommand = (command) => {
@@ -548,7 +814,94 @@ const released = () => {
   server.set("hold", undefined);
 };
 
+const jobFile = (name: string) =>
+  join(dirname(server.disk), restoreJob({ volumeGroup: "VgVm", uuid }).run, name);
+
+/** The job was last followed so long ago. */
+function unfollowedFor(minutes: number): void {
+  const when = Date.now() / 1000 - 60 * minutes;
+  for (const name of ["job", "followed"].map(jobFile)) if (existsSync(name)) utimesSync(name, when, when);
+}
+
+describe("a job that nobody follows any more", () => {
+  it("writes nothing, and gives up after a while; the next up restores", async () => {
+    await dyingAt("begun");
+    unfollowedFor(1);
+    released();
+    // It has read the whole image.
+    await expect.poll(() => readFileSync(jobFile("sum"), "utf8")).toContain("rc 0");
+    unfollowedFor(unfollowedMinutes + 1);
+    await server.jobsEnd();
+    expect(content()).toBe(spoiled);
+    expect(marks().map(({ stage }) => stage)).toEqual(["begun"]);
+    expect(await created()).toMatchObject({ state: "restored" });
+    expectRestored();
+  });
+
+  it("writes as soon as somebody follows it again", async () => {
+    await dyingAt("begun");
+    unfollowedFor(1);
+    released();
+    await expect.poll(() => readFileSync(jobFile("sum"), "utf8")).toContain("rc 0");
+    expect(marks().map(({ stage }) => stage)).toEqual(["begun"]);
+    expect(await created()).toMatchObject({ state: "restored" });
+    expect(server.started).toBe(1);
+  });
+
+  it("and has given up is explained to who comes back to it", async () => {
+    server.set("hold-reread", "");
+    let looks = 0;
+    const run = server.run.bind(server);
+    server.run = async (command, signal) => {
+      if (follows(command) && ++looks === 2) {
+        unfollowedFor(unfollowedMinutes + 1);
+        released();
+        await server.jobsEnd();
+      }
+      return run(command, signal);
+    };
+    expect((await failed(undefined)).message).toMatch(
+      /COPY_FAILED.*nobody had followed the restore for 10 min.*given up; nothing was written to VgVm\/vm1.*The next `pulumi up` begins anew/s,
+    );
+    expectUntouched();
+  });
+
+  it("and has begun to write goes on", async () => {
+    await dyingAt("writing");
+    unfollowedFor(unfollowedMinutes + 1);
+    released();
+    await server.jobsEnd();
+    expect(marks().map(({ stage }) => stage)).toEqual(["restored"]);
+  });
+});
+
 describe("a job that goes on by itself", () => {
+  it.each(["unreachable", "back when it is looked at"])(
+    "since the host is %s after a cancel, is told to, and how to end it",
+    async (answers) => {
+      server.set("hold-reread", "");
+      server.onCommand = (command) => {
+        if (follows(command)) cancel.abort();
+        if (!cancel.signal.aborted || (answers !== "unreachable" && command.kind === "read"))
+          return undefined;
+        throw new LvmNbdError("HOST_UNREACHABLE", { message: "no route" });
+      };
+      const { message } = await failed(undefined);
+      const stop = "`systemctl stop lvm-nbd-restore-[0-9a-f]{16}\\.service` on the host ends it";
+      expect(message).toMatch(new RegExp(`CANCELLED.*${stop}`, "s"));
+      expect(message).not.toMatch(/nothing was written to VgVm\/vm1(?! yet, but)/);
+      expect(warnings.join("\n")).toMatch(
+        new RegExp(
+          `could not be ended: .*goes on by itself and may OVERWRITE VgVm/vm1; ${stop}: HOST_UNREACHABLE`,
+        ),
+      );
+      expect(warnings.join("\n")).not.toContain("removes it");
+      released();
+      await server.jobsEnd();
+      expect(content()).toBe(restoredTo(moment));
+    },
+  );
+
   it.each(["begun", "writing"] as const)("is found in the stage %s, and not started again", async (stage) => {
     await dyingAt(stage);
     let looks = 0;
@@ -573,6 +926,47 @@ describe("a job that goes on by itself", () => {
     expect(server.started).toBe(1);
   });
 
+  it.each(["done", "broken off"])("and is %s leaves no certificate behind", async (end) => {
+    await dyingAt("writing");
+    mkdirSync(jobFile("tls"));
+    writeFileSync(jobFile("tls/client-key.pem"), "secret");
+    writeFileSync(jobFile("job"), "# secret\n", { flag: "a" });
+    utimesSync(jobFile("job"), 1_790_000_000, 1_790_000_000);
+    if (end !== "done") server.set("broken", "nbd: connection reset\n");
+    released();
+    await server.jobsEnd();
+    expect(existsSync(jobFile(end === "done" ? "result" : "failure"))).toBe(true);
+    expect(existsSync(jobFile("tls"))).toBe(false);
+    expect(readFileSync(jobFile("job"), "utf8")).toBe("");
+    expect(statSync(jobFile("job")).mtimeMs).toBe(1_790_000_000_000);
+    server.set("broken", undefined);
+    expect(await created()).toMatchObject({ state: "restored" });
+  });
+
+  it.each(["begun", "writing"] as const)(
+    "and is stopped in the stage %s leaves no certificate behind, and nothing that runs",
+    async (stage) => {
+      await dyingAt(stage);
+      await expect.poll(() => existsSync(jobFile("phase"))).toBe(true);
+      mkdirSync(jobFile("tls"));
+      const pid = Number(
+        readFileSync(
+          join(dirname(server.disk), "units", `${restoreJob({ volumeGroup: "VgVm", uuid }).unit}.pid`),
+          "utf8",
+        ),
+      );
+      // The whole unit, as systemd does.
+      process.kill(-pid, "SIGTERM");
+      const left = () => execFileSync("ps", ["-eo", "pgid=,stat="], { encoding: "utf8" });
+      await expect.poll(left, { timeout: 20_000 }).not.toMatch(new RegExp(`^ *${pid} +[^Z]`, "m"));
+      expect(existsSync(jobFile("tls"))).toBe(false);
+      expect(existsSync(jobFile("result"))).toBe(false);
+      expect(marks().map((mark) => mark.stage)).toEqual([stage]);
+      released();
+      expect(await created()).toMatchObject({ state: "restored" });
+    },
+  );
+
   it("of another run that ended in the meantime is not made a second time", async () => {
     let looks = 0;
     server.onCommand = ({ argv }) => {
@@ -595,7 +989,10 @@ describe("a job that goes on by itself", () => {
             server.onCommand = () => undefined;
           }
         : undefined;
-    const ended = () => expect.poll(() => marks()[0]?.stage, { timeout: 20_000 }).toBe("restored");
+    const ended = async () => {
+      await expect.poll(() => marks()[0]?.stage, { timeout: 20_000 }).toBe("restored");
+      await server.jobsEnd();
+    };
     const run = server.run.bind(server);
     let waited = false;
     server.run = async (command, signal) => {
@@ -654,11 +1051,69 @@ describe("a job that goes on by itself", () => {
     expect(server.started).toBe(1);
   });
 
-  it("is not ended for a volume that must not be overwritten", async () => {
+  it("is not ended for a volume that must not be overwritten, once it is being written", async () => {
     await dyingAt("writing");
-    expect((await failed(undefined, { overwrite: other })).message).toMatch(/IDENTITY_MISMATCH/);
+    const { message } = await failed(undefined, { overwrite: other });
+    expect(message).toMatch(
+      /IDENTITY_MISMATCH.*an earlier restore of VgVm\/vm1 from an image goes on and OVERWRITES it.*systemctl stop lvm-nbd-restore-/s,
+    );
+    expect(message).not.toContain("Nothing was touched");
     released();
     await expect.poll(() => marks().map(({ stage }) => stage), { timeout: 20_000 }).toEqual(["restored"]);
+  });
+
+  it.each([
+    [
+      "the export of another image does not answer",
+      { image: { uri, sha256: sha256("x") } },
+      /EXPORT_UNREACHABLE/,
+    ],
+    [
+      "there is no such snapshot",
+      { image: undefined, overwrite: undefined, snapshot: { name: "vm1-snap", uuid: other } },
+      /SNAPSHOT_NOT_FOUND/,
+    ],
+  ])(
+    "is not ended while it writes, where what is declared now is not possible: %s",
+    async (_what, change, code) => {
+      await dyingAt("writing");
+      server.serve(undefined);
+      const { message } = await failed(undefined, { ...change, triggers: [2] });
+      expect(message).toMatch(code);
+      expect(message).toMatch(/goes on and OVERWRITES it/);
+      expect(message).not.toContain("Nothing was touched");
+      server.serve(moment);
+      released();
+      await expect.poll(() => marks().map(({ stage }) => stage), { timeout: 20_000 }).toEqual(["restored"]);
+    },
+  );
+
+  it("has left the volume half-written, and what fails afterwards says so", async () => {
+    await dyingAt("writing");
+    server.serve("x");
+    open();
+    server.holders = `mount\t${Buffer.from("/mnt").toString("base64")}\n`;
+    const changed = { image: { uri, sha256: sha256("x") } };
+    const halfWritten =
+      /VOLUME_IN_USE.*mounted at \/mnt; VgVm\/vm1 is HALF-WRITTEN.*what to do: Use nothing of VgVm\/vm1 until it is restored\. Shut the VM/s;
+    expect((await failed(undefined, changed)).message).toMatch(halfWritten);
+    expect(lines.join("\n")).toContain("ending an earlier restore");
+    // Nor is it forgotten while there is no job any more.
+    expect((await failed(undefined, changed)).message).toMatch(halfWritten);
+    closed();
+    server.holders = "";
+    released();
+    expect(await created(changed)).toMatchObject({ state: "restored", restoredImage: sha256("x") });
+  });
+
+  it("is ended for it before anything is written", async () => {
+    await dyingAt("begun");
+    expect((await failed(undefined, { overwrite: other })).message).toMatch(
+      /IDENTITY_MISMATCH.*Nothing was touched/s,
+    );
+    released();
+    await server.jobsEnd();
+    expectUntouched();
   });
 
   it("is ended by a removal", async () => {

@@ -6,6 +6,7 @@ import { resourceType } from "../../provider/core/registry.js";
 import { restoreGeneration, restoreTagOf } from "../../provider/core/restoreMark.js";
 import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { type Answer, type FakeHost, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { fields } from "../support/fields.js";
 import { recordedLvs } from "../support/recorded.js";
 
 const MiB = 1024 ** 2;
@@ -36,12 +37,15 @@ const declared = {
   snapshot: { name: "vm1-snap", uuid },
 };
 const complete = { ...declared, adopt: false, whenOpen: "refuse", triggers: [] as unknown[] };
-const markOf = (stage: "begun" | "merging" | "restored", more: object = {}) =>
+const markOf = (stage: "begun" | "merging" | "writing" | "restored", more: object = {}) =>
   restoreTagOf({
     ...{ generation: restoreGeneration([]), life: "0123abcd", stage, startedAt: 1000, thinId: 0 },
     ...{ seconds: stage === "restored" ? 60 : 0, source: uuid, owner: ownerInTag(declared.owner) },
     ...more,
   });
+/** Of an image. */
+const theirs = (stage: "begun" | "writing") =>
+  markOf(stage, { owner: "o/p/other/r", life: "99999999", source: "a".repeat(64) });
 const none: ReadonlySet<string> = new Set();
 const begins = ({ argv }: RemoteCommand) => argv[2]?.includes("lvconvert") === true;
 const ends = ({ argv, kind }: RemoteCommand) => kind === "change" && argv[2]?.includes("started=$5") === true;
@@ -186,6 +190,12 @@ describe("is refused, and nothing is touched, where", () => {
       /SNAPSHOT_MERGING.*another snapshot is being merged/,
     ],
     [
+      "another resource's image has left the origin half-written",
+      report(origin({ lv_tags: theirs("writing") }), snapshot()),
+      {},
+      /ORIGIN_UNSUITABLE.*VgVm\/vm1 is HALF-WRITTEN by o\/p\/other\/r.*Use nothing of it/s,
+    ],
+    [
       "a younger COW snapshot would overflow",
       report(
         origin(),
@@ -260,6 +270,83 @@ describe("is refused, and nothing is touched, where", () => {
     });
     await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(message);
     expect(asked.changes).toEqual([]);
+  });
+});
+
+it("is refused while another resource's image is about to be written, but not for what its job has left", async () => {
+  const lvs = report(origin({ lv_tags: theirs("begun") }), snapshot());
+  const withJob = (active: string) =>
+    showing(lvs, ({ argv }) => {
+      if (!argv[2]?.includes("emit recordDigest")) return "";
+      const record = JSON.stringify({ generation: theirs("begun"), verify: true });
+      return fields({ active, recordDigest: "d", record, end: "" });
+    });
+  const running = withJob("active");
+  await expect(handlersOn("LvRestore", running).create(complete)).rejects.toThrow(
+    /VOLUME_IN_USE.*is being restored from an image by o\/p\/other\/r/,
+  );
+  expect(running.changes).toEqual([]);
+  const ended = withJob("inactive");
+  await handlersOn("LvRestore", ended)
+    .create(complete)
+    .catch(() => undefined);
+  expect(ended.changes.some(begins)).toBe(true);
+});
+
+describe("a clone of the disk, with the same UUIDs in a group of its own,", () => {
+  /** As vgimportclone(8) makes it. */
+  const clone = (one: Row): Row => ({
+    ...one,
+    vg_name: "VgClone",
+    lv_path: one.lv_path?.replace("VgVm", "VgClone") ?? "",
+  });
+  const young = { lv_uuid: "other", lv_name: "young", lv_time: "9999999999", lv_size: "4194304" };
+
+  it("is not what is restored, and what holds or would overflow there stops nothing", async () => {
+    const there = [
+      clone(origin({ lv_device_open: "1", lv_attr: "owi-aos---" })),
+      clone(snapshot()),
+      clone(snapshot(young)),
+    ];
+    const full = report(...there, origin(), snapshot({ snap_percent: "60.00" }));
+    const asked = turning(
+      ...Array.from({ length: 4 }, () => full),
+      gone(markOf("merging")),
+      gone(markOf("restored")),
+    );
+    await handlersOn("LvRestore", asked).create(complete);
+    expect(asked.changes.filter(begins)).toHaveLength(1);
+  });
+
+  it("tells nothing of a restore, whatever its marks", async () => {
+    const elsewhere = clone(origin({ lv_tags: markOf("merging"), lv_attr: "-wi-a-----", origin_size: "" }));
+    const {
+      report: [{ lv }],
+    }: { report: [{ lv: Row[] }] } = JSON.parse(gone(markOf("restored")));
+    expect(await handlersOn("LvRestore", showing(report(elsewhere, ...lv))).read(state)).toEqual(state);
+    // Somebody removed the origin itself.
+    const left = showing(report(elsewhere, snapshot({ lv_uuid: "other" })));
+    expect(await handlersOn("LvRestore", left).read(state)).toBeUndefined();
+  });
+
+  it("keeps its mark where nothing of the group is there", async () => {
+    const one = report(clone(origin({ lv_tags: markOf("restored") })));
+    const away = { exitCode: 5, stderr: '  Volume group "VgVm" not found\n' };
+    const asked = showing(one, ({ argv }) => (argv[0] === "vgs" ? away : ""));
+    await expect(handlersOn("LvRestore", asked).remove(state)).rejects.toThrow(
+      /IDENTITY_MISMATCH.*VgClone\/vm1 has the UUID of what was in VgVm/,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("cannot be told from another where the group is gone, and that is an error", async () => {
+    const one = origin({ lv_tags: markOf("restored") });
+    const two = report(clone(one), { ...clone(one), vg_name: "VgElse" });
+    const gone = { exitCode: 5, stderr: '  Volume group "VgVm" not found\n' };
+    const asked = showing(two, ({ argv }) => (argv[0] === "vgs" ? gone : ""));
+    await expect(handlersOn("LvRestore", asked).read(state)).rejects.toThrow(
+      /IDENTITY_MISMATCH.*of VgClone\/vm1 and of VgElse\/vm1/,
+    );
   });
 });
 
@@ -439,6 +526,72 @@ describe("what is there already", () => {
   });
 });
 
+describe("a restore for other triggers that was cut off as it began, after one that has ended", () => {
+  const begun = markOf("begun", {
+    ...{ generation: restoreGeneration(["again"]), life: "99999999", startedAt: 2000 },
+  });
+  const pending = report(origin({ lv_tags: begun }), snapshot());
+  const unmarked = { ...state, state: "unmarked" };
+  const cuts = [
+    ["its snapshot is there", pending, /cut off before it wrote anything/],
+    ["its snapshot is gone", gone(begun), /cut off .*gone since: whether it was merged/],
+  ] as const;
+
+  it.each(cuts)("does not lose the state of the ended one in a refresh: %s", async (_what, lvs, why) => {
+    const handlers = handlersOn("LvRestore", showing(lvs));
+    expect(await handlers.read(state)).toEqual(unmarked);
+    expect(handlers.warnings).toEqual([expect.stringMatching(why)]);
+    expect(await handlers.read(unmarked)).toEqual(unmarked);
+  });
+
+  it.each(cuts)("is not made up for where nobody asks for one more: %s", async (_what, lvs) => {
+    for (const old of [state, unmarked]) {
+      const asked = showing(lvs);
+      await expect(
+        handlersOn("LvRestore", asked).update(old, { ...complete, owner: "o/p/s/renamed" }),
+      ).rejects.toThrow(/RESTORE_UNCERTAIN.*lvchange --deltag '[^']*:b2000\+0:/s);
+      expect(asked.changes).toEqual([]);
+    }
+  });
+
+  it("is not either where the mark is of the ended one, as vgcfgrestore brings it back", async () => {
+    const asked = showing(report(origin({ lv_tags: markOf("begun") }), snapshot()));
+    await expect(handlersOn("LvRestore", asked).update(unmarked, complete)).rejects.toThrow(
+      /RESTORE_UNCERTAIN/,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it.each([["again"], ["once more"]])("is gone on with by an up for `%s`", async (trigger) => {
+    const generation = restoreGeneration([trigger]);
+    const asked = turning(
+      ...Array.from({ length: 5 }, () => pending),
+      gone(markOf("merging", { generation })),
+      gone(markOf("restored", { generation })),
+    );
+    await handlersOn("LvRestore", asked).update(unmarked, { ...complete, triggers: [trigger] });
+    expect(asked.changes.filter(begins)).toHaveLength(1);
+  });
+
+  it("is an error for a new resource where it may have been merged", async () => {
+    const other = snapshot({ lv_uuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" });
+    const asked = showing(report(origin({ lv_tags: begun }), other));
+    const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: other.lv_uuid } };
+    await expect(handlersOn("LvRestore", asked).create(wanted)).rejects.toThrow(
+      /RESTORE_UNCERTAIN.*once more/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("is not kept where it is the state's own, or of another volume: it goes on by itself", async () => {
+    const own = report(origin({ lv_tags: markOf("begun") }), snapshot());
+    const another = { ...state, originUuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" };
+    for (const old of [{ ...state, state: "merging" }, another]) {
+      expect(await handlersOn("LvRestore", showing(own)).read(old)).toBeUndefined();
+    }
+  });
+});
+
 describe("a difference", () => {
   const changesOf = async (wanted: object, kept: object = {}, unknown: ReadonlySet<string> = none) =>
     (
@@ -503,6 +656,14 @@ describe("a refresh", () => {
     expect(handlers.warnings).toEqual([]);
   });
 
+  it("is not quiet where another resource's image has left the origin half-written since", async () => {
+    const handlers = handlersOn("LvRestore", showing(gone(`${markOf("restored")},${theirs("writing")}`)));
+    expect(await handlers.read(state)).toEqual(state);
+    expect(handlers.warnings.join("\n")).toMatch(
+      /VgVm\/vm1 is HALF-WRITTEN by o\/p\/other\/r.*Use nothing of it until that restore is done: run `pulumi up`/,
+    );
+  });
+
   it("names what has become of one", async () => {
     const handlers = handlersOn("LvRestore", showing(gone(markOf("restored"))));
     await handlers.read({ ...state, state: "scheduled" });
@@ -514,8 +675,97 @@ describe("a refresh", () => {
     expect(await handlersOn("LvRestore", showing(renamed)).read(state)).toMatchObject({ origin: "vm9" });
   });
 
-  it("misses one whose mark is gone", async () => {
-    expect(await handlersOn("LvRestore", showing(valid)).read(state)).toBeUndefined();
+  it("misses one whose origin is gone, though another volume has its name", async () => {
+    const another = origin({ lv_uuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" });
+    for (const lvs of [report(snapshot()), report(another)])
+      expect(await handlersOn("LvRestore", showing(lvs)).read(state)).toBeUndefined();
+  });
+});
+
+describe("one whose mark was removed", () => {
+  it("is not gone: a refresh names it, and up writes that very mark and nothing else", async () => {
+    const handlers = handlersOn("LvRestore", showing(valid));
+    const seen = await handlers.read(state);
+    expect(seen).toEqual({ ...state, state: "unmarked", snapshotRemoved: false });
+    expect(handlers.warnings.join("\n")).toMatch(
+      /the mark of the restore was removed from VgVm\/vm1; `pulumi up` puts it back and writes nothing/,
+    );
+    const { changes } = await handlers.diff(seen ?? {}, complete, none);
+    expect(changes).toEqual([{ property: "state", effect: "update" }]);
+    expect(await handlers.read(seen ?? {})).toEqual(seen);
+    const asked = turning(gone(""), gone(markOf("restored")));
+    expect(await handlersOn("LvRestore", asked).update(seen ?? {}, complete)).toEqual(state);
+    expect(asked.changes.map(({ argv }) => argv.join(" "))).toEqual([
+      `lvchange -y --addtag ${markOf("restored")} -S lv_uuid="${originUuid}" VgVm/vm1`,
+    ]);
+  });
+
+  it("is restored again only for other triggers", async () => {
+    const asked = showing(valid, () => new Error("begun"));
+    const unmarked = { ...state, state: "unmarked" };
+    await expect(
+      handlersOn("LvRestore", asked).update(unmarked, { ...complete, triggers: ["again"] }),
+    ).rejects.toThrow("begun");
+    expect(asked.changes).toEqual([]);
+    const merged = turning(
+      ...Array.from({ length: 4 }, () => valid),
+      gone(markOf("merging", { generation: restoreGeneration(["again"]) })),
+      gone(markOf("restored", { generation: restoreGeneration(["again"]) })),
+    );
+    await handlersOn("LvRestore", merged).update(unmarked, { ...complete, triggers: ["again"] });
+    expect(merged.changes.filter(begins)).toHaveLength(1);
+  });
+
+  const again = { generation: restoreGeneration(["again"]), life: "99999999" };
+
+  it.each(["restored", "merging"] as const)(
+    "is none where a later restore has an earlier time, since the host's clock had gone back: %s, it is not restored again",
+    async (stage) => {
+      // The LvSnapshot was taken anew since.
+      const seen = report(
+        origin({ lv_tags: markOf(stage, { ...again, startedAt: 500 }) }),
+        snapshot({ lv_uuid: "new" }),
+      );
+      const done = seen.replace(":m500+0:", ":r500+60:");
+      const asked = turning(...(stage === "restored" ? [seen] : [seen, seen]), done);
+      const handlers = handlersOn("LvRestore", asked);
+      const wanted = { ...complete, triggers: ["again"], snapshot: { name: "vm1-snap", uuid: originUuid } };
+      expect(await handlers.update(state, wanted)).toMatchObject({
+        ...{
+          state: "restored",
+          triggers: ["again"],
+          startedAt: "1970-01-01T00:08:20.000Z",
+          restoreId: "99999999",
+        },
+      });
+      expect(asked.changes.filter((command) => !ends(command))).toEqual([]);
+      expect(asked.changes.length).toBe(stage === "restored" ? 0 : 1);
+      expect(handlers.warnings.join("\n")).toMatch(/restored for these `triggers` already.*00:08:20/);
+    },
+  );
+
+  it("is none, and nothing is restored, where state and mark tell of different ones and nobody asks for another", async () => {
+    const mark = markOf("restored", { ...again, startedAt: 2000 });
+    const asked = showing(report(origin({ lv_tags: mark }), snapshot()));
+    const renamed = { ...complete, owner: "o/p/s/renamed" };
+    await expect(handlersOn("LvRestore", asked).update(state, renamed)).rejects.toThrow(
+      new RegExp(
+        `RESTORE_UNCERTAIN.*at 1970-01-01T00:16:40.*at 1970-01-01T00:33:20.*--deltag '${mark.replaceAll("+", "\\+")}'`,
+        "s",
+      ),
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("is removed by doing nothing", async () => {
+    const asked = showing(gone(""));
+    await handlersOn("LvRestore", asked).remove({ ...state, state: "unmarked" });
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("is none while the restore has not ended", async () => {
+    const kept = { ...state, state: "merging", restoredAt: "" };
+    expect(await handlersOn("LvRestore", showing(valid)).read(kept)).toBeUndefined();
   });
 });
 

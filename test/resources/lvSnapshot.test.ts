@@ -2,6 +2,7 @@ import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { PartialFailure } from "../../provider/core/handlers.js";
 import { generationMark, ownerMark } from "../../provider/core/owner.js";
+import { restoreTagOf } from "../../provider/core/restoreMark.js";
 import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { recordedLvs, suitableOrigins } from "../support/recorded.js";
@@ -152,7 +153,30 @@ function recordedHost(
   state: Parameters<typeof recordedLvs>[0],
   edit: (report: string) => string = (report) => report,
 ) {
-  return fakeHost(({ kind }) => (kind === "read" ? edit(recordedLvs(state)) : ""));
+  return fakeHost(({ kind, argv }) => {
+    const report = edit(recordedLvs(state));
+    if (argv[0] === "vgs") return vgs(report, argv.at(-1));
+    return kind === "read" ? report : "";
+  });
+}
+
+/** What vgs tells of a group: it is there unless there are volumes, all of others. */
+function vgs(report: string, group: string | undefined): Answer {
+  if (!report.includes('"vg_name"') || report.includes(`"vg_name":"${group}"`)) return `  ${group}\n`;
+  return { exitCode: 5, stderr: `  Volume group "${group}" not found\n` };
+}
+
+/** Beside what is there, its clone: what vgimportclone(8) makes of a copy of the disk, listed first. */
+function withClone(report: string): string {
+  const own: { report: [{ lv: Record<string, string>[] }] } = JSON.parse(report);
+  const [{ lv }] = own.report;
+  const clones = lv.map((row) => ({
+    ...row,
+    vg_name: "VgClone",
+    lv_path: row.lv_path?.replace("VgVm", "VgClone"),
+    lv_dm_path: row.lv_dm_path?.replace("VgVm", "VgClone"),
+  }));
+  return JSON.stringify({ report: [{ lv: [...clones, ...lv] }] });
 }
 
 const complete = { adopt: false, readOnly: true, chunkSize: 65536, triggers: [], ...declared };
@@ -176,6 +200,64 @@ async function stateOf(state: Parameters<typeof recordedLvs>[0], edit?: (report:
   const handlers = handlersOn("LvSnapshot", recordedHost(state, edit));
   return { read: await handlers.read(kept), warnings: handlers.warnings, kept };
 }
+
+/** As while a script takes the snapshot, or as one that was killed has left it. */
+const making = recordedLvs("valid").replace(
+  ',mine"',
+  `,mine,${generationMark(["vm1", 65536, []])},lvm-nbd.making"`,
+);
+const quiesce = { freeze: "true", thaw: "true", timeoutSeconds: 5 };
+
+describe("what is left of a quiesced snapshot that was cut off", () => {
+  const asked = () => fakeHost(({ kind }) => (kind === "read" ? making : { exitCode: 143 }));
+  const wanted = { ...complete, quiesce };
+
+  it("stays in the state, through a refresh too, and the next up takes it anew", async () => {
+    const failure = await handlersOn("LvSnapshot", asked())
+      .create(wanted)
+      .catch((error: unknown) => error);
+    expect(failure).toBeInstanceOf(PartialFailure);
+    const { state } = failure as PartialFailure;
+    expect(state).toMatchObject({ state: "unfinished", name: "vm1-snap" });
+    const read = await handlersOn("LvSnapshot", asked()).read(state);
+    expect(read).toEqual(state);
+    const { changes } = await handlersOn("LvSnapshot", asked()).diff(state, wanted, none);
+    expect(changes).toEqual([{ property: "state", effect: "update" }]);
+  });
+
+  it("is kept, and no VM frozen again, where the script that takes it goes on and says that it is made", async () => {
+    let waited = false;
+    const host = fakeHost(({ kind }) => {
+      if (kind === "change") waited = true;
+      return waited ? making.replace(",lvm-nbd.making", "") : making;
+    });
+    const { state } = await handlersOn("LvSnapshot", host).create(wanted);
+    expect(state).toMatchObject({ state: "valid" });
+    expect(host.changes.map(({ argv }) => argv[4])).toEqual(["/run/lvm-nbd-quiesce.VgVm.vm1"]);
+  });
+
+  it("is left as it is while a script that does not end has it locked", async () => {
+    const host = fakeHost(({ kind }) =>
+      kind === "read" ? making : { exitCode: 1, stderr: "is being taken" },
+    );
+    await expect(handlersOn("LvSnapshot", host).create(wanted)).rejects.toThrow(/is being taken/);
+    expect(host.changes).toHaveLength(1);
+  });
+
+  it("is removed with the resource", async () => {
+    const { lv_uuid: uuid } = JSON.parse(making).report[0].lv.find(
+      (lv: { lv_name: string }) => lv.lv_name === "vm1-snap",
+    );
+    let removed = false;
+    const host = fakeHost(({ kind }) => {
+      if (kind === "change") removed = true;
+      return removed ? recordedLvs("empty") : making;
+    });
+    const { kept } = await stateOf("valid");
+    await handlersOn("LvSnapshot", host).remove({ ...kept, ...wanted, uuid, state: "unfinished" });
+    expect(host.changes.map(programOf)).toEqual(["lvremove"]);
+  });
+});
 
 describe("create looks first", () => {
   const create = (state: Parameters<typeof recordedLvs>[0], change: object) => {
@@ -219,6 +301,34 @@ describe("create looks first", () => {
     const { asked, made } = create(state, change);
     await expect(made).rejects.toThrow(message);
     expect(asked.changes).toEqual([]);
+  });
+
+  it("an origin that somebody's restore from an image has left half-written is refused, also to adopt", async () => {
+    const mark = restoreTagOf({
+      ...{ generation: "0123456789ab", life: "0123abcd", stage: "writing", startedAt: 1000, seconds: 0 },
+      ...{ thinId: 0, source: "a".repeat(64), owner: "o/p/other/r" },
+    });
+    const marked = (report: string) => report.replace('"lv_tags":""', `"lv_tags":"theirs,${mark}"`);
+    const message =
+      /ORIGIN_UNSUITABLE.*VgVm\/vm1 is HALF-WRITTEN by o\/p\/other\/r, .*Use nothing of it until .* `pulumi up`/s;
+    for (const [state, change] of [
+      ["valid", { name: "x" }],
+      ["overflowed", {}],
+      ["inactive", { adopt: true }],
+    ] as const) {
+      const asked = recordedHost(state, marked);
+      const made = handlersOn("LvSnapshot", asked).create({ ...complete, ...change });
+      await expect(made, state).rejects.toThrow(message);
+      expect(asked.changes).toEqual([]);
+    }
+    // What was taken before that is good, also where its resource was renamed.
+    await handlersOn("LvSnapshot", recordedHost("valid", marked)).create(complete);
+    const { kept } = await stateOf("valid");
+    const asked = recordedHost("valid", marked);
+    await handlersOn("LvSnapshot", asked)
+      .update(kept, { ...complete, owner: "o/p/s/renamed" })
+      .catch(() => undefined);
+    expect(asked.changes.map(({ argv }) => argv.join(" ")).join()).toContain(ownerMark("o/p/s/renamed"));
   });
 
   it("an origin that does not exist among many is told with a few of them", async () => {
@@ -277,6 +387,21 @@ describe("create looks first", () => {
     const asked = recordedHost("valid", (report) => asPlain(report, ",mine,lvm-nbd.making"));
     await expect(handlersOn("LvSnapshot", asked).create(complete)).rejects.toThrow(/it was made, but/);
     expect(asked.changes.map(programOf).slice(0, 2)).toEqual(["lvremove", "lvcreate"]);
+  });
+
+  it("its own that was cut off before it was known to be of a frozen VM is taken anew", async () => {
+    const changesOf = async (more: Record<string, unknown>) => {
+      const asked = fakeHost(({ kind }) => (kind === "read" ? making : {}));
+      await handlersOn("LvSnapshot", asked)
+        .create({ ...complete, ...more })
+        .catch(() => undefined);
+      return asked.changes;
+    };
+    const [wait, first, second] = await changesOf({ quiesce });
+    expect(wait?.argv.slice(4)).toEqual(["/run/lvm-nbd-quiesce.VgVm.vm1", "150"]);
+    expect(first?.argv.slice(0, 1)).toEqual(["lvremove"]);
+    expect(second?.argv).toContain("VgVm");
+    expect((await changesOf({})).map(({ argv }) => argv[0])).toEqual(["lvchange"]);
   });
 
   it("a plain volume that carries its marks, as of a snapshot that was split off, is left alone", async () => {
@@ -409,6 +534,67 @@ describe("refresh", () => {
     );
     expect(read).toMatchObject({ volumeGroup: "VgElse" });
     expect(warnings).toEqual([expect.stringContaining("its volume group is now VgElse")]);
+  });
+
+  describe("beside a clone of the group's disk", () => {
+    const cloned = (edit: (report: string) => string = (report) => report) =>
+      edit(withClone(recordedLvs("valid")));
+    const withoutOwn = (report: string) => {
+      const {
+        report: [{ lv }],
+      }: { report: [{ lv: Record<string, string>[] }] } = JSON.parse(report);
+      const left = lv.filter(({ vg_name, lv_name }) => vg_name !== "VgVm" || lv_name !== "vm1-snap");
+      return JSON.stringify({ report: [{ lv: left }] });
+    };
+
+    it("is the one in its own group, and only that is removed", async () => {
+      const { read, warnings, kept } = await stateOf("valid", () => cloned());
+      expect(read).toMatchObject({ volumeGroup: "VgVm" });
+      expect(warnings).toEqual([]);
+      const asked = recordedHost("valid", (report) =>
+        asked.changes.length > 0 ? withoutOwn(withClone(report)) : withClone(report),
+      );
+      await handlersOn("LvSnapshot", asked).remove(kept);
+      expect(asked.changes.map(({ argv }) => argv.at(-1))).toEqual(["VgVm/vm1-snap"]);
+    });
+
+    it("is gone when it is gone from its own group, and the clone's is left alone", async () => {
+      const { read, kept } = await stateOf("valid", () => cloned(withoutOwn));
+      expect(read).toBeUndefined();
+      const asked = recordedHost("valid", () => cloned(withoutOwn));
+      await handlersOn("LvSnapshot", asked).remove(kept);
+      expect(asked.changes).toEqual([]);
+    });
+
+    it("is gone, and the clone's left alone, also where its group has no volume any more", async () => {
+      const clone = cloned((report) => withClone(report).replaceAll('"VgVm"', '"VgClone"'));
+      const { kept } = await stateOf("valid");
+      const asked = fakeHost(({ argv }) => (argv[0] === "vgs" ? "  VgVm\n" : clone));
+      await handlersOn("LvSnapshot", asked).remove(kept);
+      expect(asked.changes).toEqual([]);
+    });
+
+    it("is not removed where nothing of its group is there: that may be renamed, or its disk away", async () => {
+      const { kept } = await stateOf("valid");
+      const clone = (report: string) => report.replaceAll('"vg_name":"VgVm"', '"vg_name":"VgClone"');
+      const asked = recordedHost("valid", clone);
+      await expect(handlersOn("LvSnapshot", asked).remove(kept)).rejects.toThrow(
+        /IDENTITY_MISMATCH.*VgClone\/vm1-snap has the UUID of what was in VgVm.*disk is away.*`pulumi refresh`/s,
+      );
+      expect(asked.changes).toEqual([]);
+      // A refresh has told of it.
+      const again = recordedHost("valid", clone);
+      const { read } = await stateOf("valid", clone);
+      await expect(handlersOn("LvSnapshot", again).remove({ ...read })).rejects.toThrow(/is still there/);
+      expect(again.changes.map(({ argv }) => argv.at(-1))).toEqual(["VgClone/vm1-snap"]);
+    });
+
+    it("is neither, and that is an error, where its own group is gone and two others have it", async () => {
+      const elsewhere = cloned((report) => report.replaceAll('"vg_name":"VgVm"', '"vg_name":"VgElse"'));
+      await expect(stateOf("valid", () => elsewhere)).rejects.toThrow(
+        /IDENTITY_MISMATCH.*of VgClone\/vm1-snap and of VgElse\/vm1-snap.*none of them is in VgVm.*vgrename/s,
+      );
+    });
   });
 
   it("tells renamed, re-tagged and made writable, each by name", async () => {
@@ -613,6 +799,17 @@ describe("a change in place", () => {
   it("grows the store", async () => {
     expect(await update({ size: "32M" })).toEqual(["lvextend -y -L 33554432b VgVm/vm1-snap"]);
     expect(await update({ size: "50%ORIGIN" })).toEqual(["lvextend -y -l 50%ORIGIN VgVm/vm1-snap"]);
+  });
+
+  it("grows a store for all of its origin with its tables, which lvextend's own 100 % leaves out", async () => {
+    const need = `${64 * MiB + 2 * 64 * 1024}b`;
+    expect(await update({ size: "100%ORIGIN" })).toEqual([`lvextend -y -L ${need} VgVm/vm1-snap`]);
+    const grown = (bytes: number) => (report: string) =>
+      report.replace(`"lv_size":"${16 * MiB}"`, `"lv_size":"${bytes}"`);
+    expect(await update({ size: "100%ORIGIN" }, grown(64 * MiB))).toEqual([
+      `lvextend -y -L ${need} VgVm/vm1-snap`,
+    ]);
+    expect(await update({ size: "100%ORIGIN" }, grown(68 * MiB))).toEqual([]);
   });
 
   it("does not grow a store that LVM rounded to its extents, or that is as large as it can be", async () => {

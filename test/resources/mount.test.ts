@@ -207,6 +207,20 @@ describe("is refused before anything is touched", () => {
     await refused({}, /NOT_MOUNTABLE.*btrfs b-1, of which \/dev\/nbd3 is mounted/s);
   });
 
+  it.each(["/srv/alice", "/srv/alice/made"])(
+    "%s below a folder that others than root can change",
+    async (below) => {
+      mkdirSync(host.real("/srv/alice"));
+      // A folder of somebody's own may well be mounted on, but for what is above it.
+      host.set("theirs", host.real("/srv/alice"));
+      if (below === "/srv/alice") host.set("theirs", host.real("/srv"));
+      await refused(
+        { path: below },
+        /MOUNT_POINT_UNSUITABLE.*\/srv(\/alice)? \(alice, drwxr-xr-x\) can be changed by others than root/s,
+      );
+    },
+  );
+
   it("a mount point that holds files, is none, is mounted on, or in fstab", async () => {
     host.write("/srv/full/letter", "");
     await refused({ path: "/srv/full" }, /MOUNT_POINT_UNSUITABLE.*not empty: it holds letter/s);

@@ -1,4 +1,5 @@
 import { describe, expect, it } from "vitest";
+import { makeCertificates } from "../../provider/core/certificateAuthority.js";
 import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
@@ -521,4 +522,69 @@ it("remove detaches what is there, and is done where nothing is", async () => {
   const empty = world({});
   await handlersOn("NbdAttachment", empty).remove({ ...state });
   expect(empty.changes).toEqual([]);
+});
+
+describe("of an export with TLS", () => {
+  const uri = "nbds://10.0.0.1:10809/vm1";
+  const certificates = async () => {
+    const made = await makeCertificates("vm1", ["10.0.0.1"], new Date());
+    const { caCertificate, clientCertificate: certificate, clientPrivateKey: privateKey } = made;
+    return { caCertificate, certificate, privateKey };
+  };
+
+  it("needs its certificates, and one without it none", async () => {
+    const tls = await certificates();
+    expect(await problems({ uri })).toEqual([expect.stringMatching(/^tls: is missing.*`clientTls`/)]);
+    expect(await problems({ tls })).toEqual([expect.stringMatching(/^tls: goes only with an nbds/)]);
+    expect(await problems({ uri, tls })).toEqual([]);
+    expect(await problems({ uri, tls: { ...tls, privateKey: "x" } })).toEqual([
+      expect.stringMatching(/^tls\.privateKey: is no private key/),
+    ]);
+    const later = await handlersOn("NbdAttachment", untouchedHost()).check(
+      undefined,
+      { ...declared, uri },
+      new Set(["tls"]),
+    );
+    expect(later.problems).toEqual([]);
+  });
+
+  it("is asked and attached with them, and they travel on stdin alone", async () => {
+    const tls = await certificates();
+    const asked = world({});
+    const handlers = handlersOn("NbdAttachment", asked);
+    await handlers.create({ ...complete, uri, tls });
+    expect(asked.changes[0]?.stdin).toContain("PRIVATE KEY");
+    expect(asked.changes[1]?.stdin).toMatch(
+      /-certfile "\/etc\/lvm-nbd\/lvm-nbd-attach-vm1~\S* .*-tlshostname 10\.0\.0\.1/,
+    );
+    const look = asked.commands.find(({ argv }) => argv.join("\n").includes("emit missing"));
+    expect(look?.stdin).toContain("PRIVATE KEY");
+    expect(look?.argv.at(-1)).toMatch(/^nbds:.*\?tls-certificates=@LVM-NBD/);
+    const shown = asked.commands.flatMap(({ argv }) => argv).concat(handlers.lines, handlers.warnings);
+    expect(shown.join("\n")).not.toMatch(/PRIVATE|BEGIN/);
+  });
+
+  it("other certificates are brought in place, and so is the same export with TLS or without", async () => {
+    const [first, second] = [await certificates(), await certificates()];
+    const handlers = handlersOn("NbdAttachment", untouchedHost());
+    const kept = { ...state, uri, tls: first };
+    const effects = async (before: object, wanted: object) =>
+      (await handlers.diff({ ...before }, { ...complete, ...wanted }, none)).changes;
+    expect(await effects(kept, { uri, tls: second })).toEqual([{ property: "tls", effect: "update" }]);
+    expect(await effects(kept, {})).toEqual([
+      { property: "uri", effect: "update" },
+      { property: "tls", effect: "update" },
+    ]);
+    expect(await effects(kept, { uri: "nbds://10.0.0.2:10809/vm1", tls: first })).toEqual([
+      { property: "uri", effect: "replace" },
+    ]);
+  });
+
+  it("what was brought is taken away again when it cannot be attached", async () => {
+    const asked = world({ applied: [0, 75, 75] });
+    await expect(
+      handlersOn("NbdAttachment", asked).create({ ...complete, uri, tls: await certificates() }),
+    ).rejects.toThrow(/NO_FREE_DEVICE/);
+    expect(asked.changes.at(-1)?.argv.join("\n")).toContain('|| rm -rf "$2"');
+  });
 });

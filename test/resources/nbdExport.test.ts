@@ -1,8 +1,9 @@
 import { describe, expect, it } from "vitest";
+import { makeCertificates } from "../../provider/core/certificateAuthority.js";
 import { type ExportPlan, exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
-import { recordedImageInfo } from "../support/recorded.js";
+import { recordedQcow2Header } from "../support/recorded.js";
 
 const host = {
   address: "192.0.2.1",
@@ -20,7 +21,7 @@ const plan = {
   server: "nbdkit" as "nbdkit" | "nbd-server" | "qemu-nbd",
 };
 const declared = { host, ...plan };
-const complete = { adopt: false, ...declared };
+const complete = { adopt: false, triggers: [], clientsEnforcedElsewhere: false, ...declared };
 const state = { ...complete, uri: "nbd://10.0.0.1:10809/vm1", sizeBytes: 1048576, state: "serving" };
 const none: ReadonlySet<string> = new Set();
 
@@ -136,9 +137,24 @@ interface World {
   listeners?: string;
   show?: string;
   applied?: number;
+  /** What the host's kernel does about clients, as the look at it tells; undefined: it enforces them. */
+  unenforced?: string;
+  clientsProven?: boolean;
+  systemd?: string;
+  /** Exit code of the proof. */
+  proof?: number;
+  proven?: boolean;
+  nbdkitTls?: string;
+  /** Seconds since 1970. */
+  now?: number;
+  /** What was brought, by its names. */
+  certificates?: Readonly<Record<string, string>>;
   /** What the looks at an image tell beside or instead of what is usual. */
   image?: Readonly<Record<string, string | undefined>>;
 }
+
+/** What only the proof of the clients by itself has. */
+const proof = '\nprove_clients "$1"';
 
 /** A host with that unit; answers the look, the preflight and the changes of an export. */
 function world(at: World) {
@@ -146,10 +162,19 @@ function world(at: World) {
   return fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
     if (kind === "change") {
+      const parts = argv.indexOf("ca-cert.pem");
+      if (text.includes("refused()")) {
+        if (at.proof === 0) at.proven = true;
+        return { exitCode: at.proof ?? 0, stderr: "a client without TLS got in" };
+      }
+      if (parts > 0) at.certificates = broughtCertificates(argv.slice(parts), stdin ?? "");
+      const isUnenforced = at.unenforced !== undefined && argv.includes("elsewhere");
+      const told = isUnenforced ? `unenforced: ${at.unenforced}\n` : "";
       if (text.includes("systemctl restart")) {
         if (at.applied === undefined) at.unit = stdin ?? "";
-        return { exitCode: at.applied ?? 0, stderr: "the log" };
+        return { exitCode: at.applied ?? 0, stdout: told, stderr: "the log" };
       }
+      if (text.includes(proof)) return { exitCode: at.applied ?? 0, stdout: told, stderr: "got in" };
       if (text.includes("systemctl disable")) taken = true;
       else if (text.includes("systemctl enable")) {
         at.enabled = "enabled";
@@ -168,6 +193,9 @@ function world(at: World) {
         route: at.route ?? `local ${argv[6]} dev lo src ${argv[6]} uid 0`,
         listeners: at.listeners ?? "",
         pid: "7",
+        systemd: at.systemd ?? "252",
+        nbdkitTls: at.nbdkitTls ?? "yes",
+        now: String(at.now ?? Math.floor(Date.now() / 1000)),
         end: "",
       });
     }
@@ -175,9 +203,18 @@ function world(at: World) {
     return fields({
       ...(at.unit === undefined || taken ? {} : { unit: at.unit }),
       ...(at.conf === undefined ? {} : { conf: at.conf }),
+      ...(at.clientsProven === false || at.unenforced !== undefined ? {} : { clientsProven: "yes" }),
       show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
       ...(at.deviceSize === null || at.image ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
-      ...(at.image && known({ fileSize: "1048576", ...at.image })),
+      ...(at.image && imageFields(at)),
+      ...(at.certificates && {
+        ca: at.certificates["ca-cert.pem"] ?? "",
+        serverCert: at.certificates["server-cert.pem"] ?? "",
+        clientCert: at.certificates["client-cert.pem"] ?? "",
+        clientKey: at.certificates["client-key.pem"] ?? "",
+        ...(at.proven === false ? {} : { proven: "yes" }),
+        now: String(at.now ?? Math.floor(Date.now() / 1000)),
+      }),
       ...(active === "active"
         ? {
             size: at.size ?? "1048576",
@@ -192,6 +229,17 @@ function world(at: World) {
   });
 }
 
+function broughtCertificates(parts: readonly string[], stdin: string): Record<string, string> {
+  let from = 0;
+  const files: Record<string, string> = {};
+  for (let index = 0; index < parts.length; index += 2) {
+    const bytes = Number(parts[index + 1]);
+    files[parts[index] ?? ""] = stdin.slice(from, from + bytes);
+    from += bytes;
+  }
+  return files;
+}
+
 function known(values: Readonly<Record<string, string | undefined>>): Record<string, string> {
   return Object.fromEntries(
     Object.entries(values).flatMap(([name, value]) => (value === undefined ? [] : [[name, value]])),
@@ -204,6 +252,8 @@ function imageFields({ image }: World): Record<string, string> {
     folder: "yes",
     kind: "regular file",
     realPath: "/b/vm1.raw",
+    exposed: "",
+    fileId: "12:1790000000",
     mountPoint: "/",
     fileSize: "1048576",
   };
@@ -251,6 +301,24 @@ describe("create finds out first what would make it fail", () => {
     expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
   });
 
+  it("an export of whose clients that cannot be told is taken down, and not said to be open to everybody", async () => {
+    const asked = world({ applied: 72 });
+    const made = handlersOn("NbdExport", asked).create(complete);
+    await expect(made).rejects.toThrow(/COMMAND_FAILED.*whether the host enforces them cannot be told/s);
+    await expect(made).rejects.not.toThrow(/everybody/);
+    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+  });
+
+  it.each([
+    ["refuse", {}],
+    ["elsewhere", { clientsEnforcedElsewhere: true }],
+    ["none", { listenAddress: "127.0.0.1" }],
+  ])("its clients' guard is %s for %j", async (guard, change) => {
+    const asked = world({});
+    await handlersOn("NbdExport", asked).create({ ...complete, ...change });
+    expect(asked.changes[0]?.argv[8]).toBe(guard);
+  });
+
   it("another owner's export of that name is refused with its owner named", async () => {
     const asked = world({ unit: renderExportUnit({ ...plan, owner: "o/p/s/other" }) });
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
@@ -271,6 +339,77 @@ describe("create finds out first what would make it fail", () => {
     expect((await handlersOn("NbdExport", asked).create(complete)).state).toEqual(state);
     expect(asked.changes).toHaveLength(1);
     expect(asked.changes[0]?.stdin).toBe(renderExportUnit(plan));
+  });
+});
+
+describe("clients that something else than the host enforces", () => {
+  const elsewhere = { ...complete, clientsEnforcedElsewhere: true };
+
+  it("are told as a warning each time that the host is found not to enforce them", async () => {
+    const at: World = { unenforced: "a process got in" };
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create(elsewhere);
+    expect(made).toMatchObject({ state: "serving", clientsEnforcedElsewhere: true });
+    const warning = expect.stringMatching(
+      /kernel does not enforce `clients` \(a process got in\).*something else keeps all others out/,
+    );
+    const ofThem = () => handlers.warnings.filter((line) => line.includes("enforce"));
+    expect(ofThem()).toEqual([warning]);
+    await handlers.update(made, { ...elsewhere, port: 10810 });
+    expect(ofThem()).toEqual([warning, warning]);
+    delete at.unenforced;
+    await handlers.update(made, { ...elsewhere, port: 10811 });
+    expect(ofThem()).toHaveLength(2);
+  });
+
+  it("are declared, and no more, without a restart; the host is looked at if it was not yet", async () => {
+    const at: World = { unit: renderExportUnit(plan) };
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const change = [{ property: "clientsEnforcedElsewhere", effect: "update" }];
+    expect((await handlers.diff(state, elsewhere, none)).changes).toEqual(change);
+    expect(await handlers.update(state, elsewhere)).toEqual({ ...state, clientsEnforcedElsewhere: true });
+    expect(asked.changes).toEqual([]);
+
+    at.unenforced = "a process got in";
+    expect(await handlers.update(state, elsewhere)).toMatchObject({ state: "serving" });
+    expect(asked.changes.map(({ argv }) => argv.slice(4))).toEqual([
+      ["lvm-nbd-export-vm1.service", "nbd://10.0.0.1:10809/vm1", "elsewhere", "10809"],
+    ]);
+    expect(handlers.warnings).toEqual([expect.stringContaining("does not enforce `clients`")]);
+
+    at.applied = 71;
+    await expect(handlers.update({ ...state, clientsEnforcedElsewhere: true }, complete)).rejects.toThrow(
+      /CLIENTS_NOT_ENFORCED.*clientsEnforcedElsewhere: true/s,
+    );
+    expect(asked.changes[1]?.argv.at(-2)).toBe("refuse");
+  });
+
+  it("a run that was cut before the host was looked at is gone on with", async () => {
+    const asked = world({ unit: renderExportUnit(plan), clientsProven: false });
+    await handlersOn("NbdExport", asked).create(complete);
+    expect(asked.changes.map(({ argv }) => argv.slice(-2))).toEqual([["refuse", "10809"]]);
+    expect(asked.changes[0]?.argv[2]).not.toContain("systemctl restart");
+  });
+
+  it.each([
+    ["was stopped", 72, /COMMAND_FAILED.*cannot be told; the export was stopped/s],
+    [
+      "goes on serving",
+      73,
+      /COMMAND_FAILED.*cannot be told; the export goes on serving, since a client is connected/s,
+    ],
+    ["goes on serving", 1, /COMMAND_FAILED.*cannot be told; the export goes on serving\n/s],
+  ])("an export that serves already %s where that cannot be told: %i", async (_what, applied, message) => {
+    const asked = world({ unit: renderExportUnit(plan), clientsProven: false, applied });
+    await expect(handlersOn("NbdExport", asked).update(state, complete)).rejects.toThrow(message);
+    expect(asked.changes).toHaveLength(1);
+  });
+
+  it("a state of before the property was there differs in nothing", async () => {
+    const { clientsEnforcedElsewhere: _, ...before } = state;
+    expect((await handlersOn("NbdExport", world({})).diff(before, complete, none)).changes).toEqual([]);
   });
 });
 
@@ -549,13 +688,15 @@ it("remove stops and removes what is there, and is done where nothing is", async
 describe("of an image", () => {
   const { device: _device, owner, ...terms } = plan;
   // The order of the keys is that of the record in the unit.
-  const imagePlan: ExportPlan = { owner, file: "/b/vm1.raw", format: "raw", ...terms };
+  const withoutId = { owner, file: "/b/vm1.raw", format: "raw", ...terms } as const;
+  const fileId = "12:1790000000";
+  const imagePlan: ExportPlan = { ...withoutId, fileId };
   const { device: _, ...common } = complete;
   const wanted = { ...common, file: "/b/vm1.raw" };
   const kept = { ...wanted, format: "raw", uri: state.uri, sizeBytes: 1048576, state: "serving" };
   const qcow2 = { ...wanted, format: "qcow2", server: "qemu-nbd" };
-  const info = (name: Parameters<typeof recordedImageInfo>[0]) => ({
-    ...{ image: recordedImageInfo(name), "image.rc": "0", fileSize: undefined },
+  const header = (name: Parameters<typeof recordedQcow2Header>[0]) => ({
+    ...{ header: recordedQcow2Header(name), fileSize: "196616" },
   });
   /** What a create does to the host; throws if it changes anything before it fails. */
   const created = async (at: World, inputs: object = wanted) => {
@@ -579,7 +720,9 @@ describe("of an image", () => {
     const handlers = handlersOn("NbdExport", asked);
     const { state: made } = await handlers.create({ ...wanted });
     expect(made).toEqual(kept);
-    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([renderExportUnit({ ...imagePlan, ...found })]);
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([
+      renderExportUnit({ ...withoutId, ...found, fileId }),
+    ]);
     // And that is no change.
     await handlers.update({ ...made }, { ...wanted });
     expect(asked.changes).toHaveLength(1);
@@ -603,7 +746,16 @@ describe("of an image", () => {
       { leads: "/c/vm1.raw" },
       /FILE_UNSUITABLE.*symbolic link: give \/c\/vm1\.raw/s,
     ],
-    ["that is somebody else's", { "read.rc": "1" }, /FILE_UNSUITABLE.*Permission denied.*chown root/s],
+    [
+      "that others can change",
+      { exposed: "/b (bob, drwxr-xr-x)" },
+      /FILE_UNSUITABLE.*others than root can change \/b \(bob, drwxr-xr-x\).*chown root.*chmod go-w/s,
+    ],
+    [
+      "that even its owner cannot read",
+      { "read.rc": "1" },
+      /FILE_UNSUITABLE.*Permission denied.*chmod u\+r/s,
+    ],
     ["that is empty", { fileSize: "0" }, /FILE_UNSUITABLE.*holds 0 bytes/s],
     ["with half a sector", { fileSize: "1048577" }, /FILE_UNSUITABLE.*1048577 bytes.*multiple of 512/s],
   ])("is refused where it is one %s, and nothing is touched", async (_what, image, message) => {
@@ -622,52 +774,79 @@ describe("of an image", () => {
   });
 
   it("in qcow2 has the size of its content", async () => {
-    const at = { size: "16777216", image: info("plain") };
+    const at = { size: "16777216", image: header("plain") };
     const { made } = await created(at, qcow2);
     expect(made).toMatchObject({ sizeBytes: 16777216, format: "qcow2", state: "serving" });
   });
 
   it.each([
-    [
-      "a backing file",
-      info("backingFile"),
-      /FILE_UNSUITABLE.*names a backing file, \/srv\/back ups\/other\.raw/s,
-    ],
-    ["a data file", info("dataFile"), /FILE_UNSUITABLE.*names a data file, \/srv\/back ups\/ext\.raw/s],
-    [
-      "another format",
-      { image: "Image is not in qcow2 format", "image.rc": "1" },
-      /FILE_UNSUITABLE.*not in qcow2 format/s,
-    ],
-    ["an answer that cannot be read", { image: "{", "image.rc": "0" }, /OUTPUT_UNREADABLE/],
+    ["a backing file", header("backingFile"), /FILE_UNSUITABLE.*names a backing file/s],
+    ["a data file", header("dataFile"), /FILE_UNSUITABLE.*names a data file/s],
+    ["another format", { header: "00".repeat(80) }, /FILE_UNSUITABLE.*is no qcow2 image/s],
   ])("in qcow2 is refused for %s", async (_what, image, message) => {
     await expect(created({ image }, qcow2)).rejects.toThrow(message);
   });
 
-  it("asks qemu-img nothing of a raw image: it is not probed", async () => {
-    for (const [inputs, programs] of [
-      [wanted, ["raw", "setpriv"]],
-      [qcow2, ["qcow2", "setpriv", "qemu-img"]],
+  it("lets no program on the host interpret what is in it", async () => {
+    for (const [inputs, at] of [
+      [wanted, { image: {} }],
+      [qcow2, { image: header("plain"), size: "16777216" }],
     ] as const) {
-      const asked = world({ size: "16777216", image: info("plain") });
+      const asked = world(at);
       await handlersOn("NbdExport", asked).create({ ...inputs });
-      expect(asked.commands.find(({ argv }) => argv.join().includes("emit_missing"))?.argv.slice(9)).toEqual(
-        programs,
-      );
+      const commands = asked.commands.map(({ argv }) => argv.join("\n"));
+      expect(commands.some((text) => text.includes("look_at_image"))).toBe(true);
+      expect(commands.join()).not.toContain("qemu-img");
     }
   });
 
+  const qcow2Plan: ExportPlan = { ...imagePlan, format: "qcow2", server: "qemu-nbd" };
   it.each([
-    ["whose file is gone", { fileSize: undefined, replaced: "yes" }],
-    ["whose file has grown", { fileSize: "2097152" }],
-    ["whose name another file has taken", { replaced: "yes" }],
-    ["in qcow2 that needs another file by now", info("backingFile")],
-    ["in qcow2 that qemu-img cannot read", { image: "no", "image.rc": "1", fileSize: undefined }],
-  ])("is told not to be served: one %s", async (_what, image) => {
-    const size = "image" in image ? { size: "16777216" } : {};
-    const handlers = handlersOn("NbdExport", world({ unit: renderExportUnit(imagePlan), image, ...size }));
-    expect(await handlers.read({ ...kept })).toMatchObject({ file: "/b/vm1.raw", state: "notServing" });
-    expect(handlers.warnings).toEqual([expect.stringContaining("is notServing")]);
+    ["whose file is gone", imagePlan, { kind: undefined, realPath: undefined }, "does not exist"],
+    ["whose file has grown", imagePlan, { fileSize: "2097152" }, undefined],
+    ["whose name another file has taken", imagePlan, { replaced: "yes" }, "is another file than"],
+    [
+      "that was replaced while it stood still",
+      imagePlan,
+      { fileId: "13:1790000000" },
+      "is another file than",
+    ],
+    ["whose place a link has taken", imagePlan, { leads: "/etc/shadow" }, "is a symbolic link"],
+    [
+      "in others' hands",
+      imagePlan,
+      { exposed: "/b (bob, drwxr-xr-x)" },
+      "others than root can change /b (bob",
+    ],
+    ["in qcow2 that needs another file by now", qcow2Plan, header("backingFile"), "names a backing file"],
+    ["in qcow2 that is none by now", qcow2Plan, { header: "" }, "is no qcow2 image"],
+  ])("is told not to be served, and why: one %s", async (_what, served, image, why) => {
+    const asked = world({
+      ...{ unit: renderExportUnit(served), image },
+      ...(served === qcow2Plan ? { size: "16777216" } : {}),
+    });
+    const handlers = handlersOn("NbdExport", asked);
+    const { format, server } = served as typeof qcow2;
+    const before = { ...kept, format, server };
+    expect(await handlers.read(before)).toMatchObject({ file: "/b/vm1.raw", state: "notServing" });
+    expect(handlers.warnings).toEqual([
+      expect.stringContaining("is notServing"),
+      ...(why === undefined ? [] : [expect.stringContaining(why)]),
+    ]);
+  });
+
+  it("that was replaced is examined by the next update, and served; what is not safe is left as it is", async () => {
+    const asked = world({ unit: renderExportUnit(imagePlan), image: { fileId: "13:1790000000" } });
+    const handlers = handlersOn("NbdExport", asked);
+    expect(await handlers.update({ ...kept, state: "notServing" }, { ...wanted })).toEqual(kept);
+    expect(asked.changes.map(({ stdin }) => stdin)).toEqual([
+      renderExportUnit({ ...imagePlan, fileId: "13:1790000000" }),
+    ]);
+    const theirs = world({ unit: renderExportUnit(imagePlan), image: { exposed: "/b (bob, drwxr-xr-x)" } });
+    await expect(
+      handlersOn("NbdExport", theirs).update({ ...kept, state: "notServing" }, { ...wanted }),
+    ).rejects.toThrow(/FILE_UNSUITABLE.*others than root/s);
+    expect(theirs.changes).toEqual([]);
   });
 
   it("finds no drift where all is as declared, and tells another file", async () => {
@@ -700,5 +879,181 @@ describe("of an image", () => {
       ...["device replace", "file replace", "format replace"],
     ]);
     expect((await handlers.diff({ ...kept }, { ...wanted, format: "raw" }, none)).changes).toEqual([]);
+  });
+});
+
+describe("with TLS", () => {
+  const secured = { ...complete, tls: true };
+  const day = 86_400;
+
+  it.each([
+    ["a systemd that cannot hand over keys", { systemd: "245" }, /TLS_UNSUPPORTED.*systemd 245/s],
+    ["an nbdkit without TLS", { nbdkitTls: "no" }, /TLS_UNSUPPORTED.*nbdkit was built without/s],
+  ])("%s is refused and nothing is changed", async (_what, at: World, message) => {
+    const asked = world(at);
+    await expect(handlersOn("NbdExport", asked).create(secured)).rejects.toThrow(message);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("keys travel on stdin alone, before the unit that needs them", async () => {
+    const at: World = {};
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create(secured);
+    expect(made).toMatchObject({ uri: "nbds://10.0.0.1:10809/vm1", state: "serving", tls: true });
+    expect(made.clientTls).toEqual({
+      caCertificate: at.certificates?.["ca-cert.pem"],
+      certificate: at.certificates?.["client-cert.pem"],
+      privateKey: at.certificates?.["client-key.pem"],
+    });
+    const [brought, applied] = asked.changes;
+    expect(brought?.stdin).toContain("PRIVATE KEY");
+    expect(applied?.stdin).toMatch(
+      /LoadCredential=server-key\.pem:\/etc\/lvm-nbd\/lvm-nbd-export-vm1~[0-9a-f]{32}\/server-key\.pem\n/,
+    );
+    const shown = asked.commands
+      .flatMap(({ argv }) => argv)
+      .concat(handlers.lines, handlers.warnings, applied?.stdin ?? "");
+    expect(shown.join("\n")).not.toMatch(/PRIVATE|BEGIN/);
+    expect(handlers.warnings).toEqual([]);
+
+    const { changes } = await handlers.diff(made, secured, none);
+    expect(changes).toEqual([]);
+    const before = asked.changes.length;
+    await handlers.update(made, { ...secured, port: 10810 });
+    // Those that are there go on being right for another port.
+    const did = (from: number) =>
+      asked.changes.slice(from).map(({ argv }) => {
+        const text = argv.join("\n");
+        return ["refused()", "systemctl restart"].find((one) => text.includes(one)) ?? "bring";
+      });
+    expect(did(before)).toEqual(["systemctl restart", "refused()"]);
+    const then = asked.changes.length;
+    await handlers.update(made, { ...secured, triggers: ["new"] });
+    expect(did(then)).toEqual(["bring", "systemctl restart", "refused()"]);
+  });
+
+  it("certificates are told to expire, and are made anew once they have, or for another address", async () => {
+    const at: World = {};
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create(secured);
+    const start = Date.now() / 1000;
+    at.now = start + 380 * day;
+    const seen = await handlers.read(made);
+    expect(seen).toMatchObject({ state: "serving" });
+    expect(handlers.warnings).toEqual([
+      expect.stringMatching(/expire on .*, in 1[67] days: change a value of `triggers`/),
+    ]);
+    expect((await handlers.diff(seen ?? {}, secured, none)).changes).toEqual([]);
+    at.now = start + 400 * day;
+    const late = await handlers.read(made);
+    expect(late).toMatchObject({ state: "expired" });
+    const renewed = await handlers.update(late ?? {}, secured);
+    expect(renewed).toMatchObject({ state: "serving" });
+    expect(renewed.clientTls).not.toEqual(made.clientTls);
+    const moved = await handlers.update(renewed, { ...secured, listenAddress: "10.0.0.9" });
+    expect(moved.clientTls).not.toEqual(renewed.clientTls);
+  });
+
+  it("certificates that are not what the unit was made with are put right", async () => {
+    const at: World = {};
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create(secured);
+    delete at.certificates;
+    const seen = await handlers.read(made);
+    expect(seen).toMatchObject({ state: "edited", tls: true });
+    expect(seen).not.toHaveProperty("clientTls");
+    expect(await handlers.update(seen ?? {}, secured)).toMatchObject({ state: "serving" });
+  });
+
+  it("a server that lets others in is stopped, and nothing of it is left", async () => {
+    const asked = world({ proof: 72 });
+    await expect(handlersOn("NbdExport", asked).create(secured)).rejects.toThrow(
+      /TLS_NOT_ENFORCED.*without TLS/s,
+    );
+    const down = asked.changes.at(-1)?.argv.join("\n");
+    expect(down).toContain("systemctl disable");
+    expect(down).toContain("tidy_certificates");
+  });
+
+  it("what was brought for a unit that was not written is taken away again", async () => {
+    const asked = world({ applied: 77 });
+    await expect(handlersOn("NbdExport", asked).create(secured)).rejects.toThrow(/FOREIGN_RESOURCE/);
+    expect(asked.changes.at(-1)?.argv.join("\n")).toContain('|| rm -rf "$2"');
+  });
+
+  it.each([
+    ["not for its address", ["10.0.0.2"], undefined, /^tls\.certificate: is not for 10\.0\.0\.1/],
+    ["without their key", ["10.0.0.1"], "x", /^tls\.privateKey: is no private key/],
+  ])(
+    "own certificates %s are refused before any host is asked",
+    async (_what, names, privateKey, message) => {
+      const own = await makeCertificates("vm1", names, new Date());
+      expect(
+        await problems({ tls: { ...own, ...(privateKey === undefined ? {} : { privateKey }) } }),
+      ).toEqual([expect.stringMatching(message)]);
+    },
+  );
+
+  it("own certificates that have expired are refused by the host's clock", async () => {
+    const own = await makeCertificates("vm1", ["10.0.0.1"], new Date());
+    const asked = world({ now: Date.now() / 1000 + 500 * day });
+    await expect(handlersOn("NbdExport", asked).create({ ...complete, tls: own })).rejects.toThrow(
+      /INVALID_INPUT.*certificates expired on/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("without it an export beyond loopback says that its bytes travel in clear", async () => {
+    const open = handlersOn("NbdExport", world({}));
+    const { state: made } = await open.create(complete);
+    expect(open.warnings).toEqual([
+      expect.stringMatching(/travels unencrypted from 10\.0\.0\.1.*`tls: true`/),
+    ]);
+    await open.update(made, complete);
+    expect(open.warnings).toHaveLength(1);
+    const inside = handlersOn("NbdExport", world({}));
+    await inside.create({ ...complete, listenAddress: "127.0.0.1", clients: [] });
+    expect(inside.warnings).toEqual([]);
+  });
+
+  it("what was not proven, for a run that was cut, is proven by the next one, without a restart", async () => {
+    const at: World = {};
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create(secured);
+    at.proven = false;
+    const before = asked.changes.length;
+    await handlers.create(secured);
+    expect(asked.changes.slice(before).map(({ argv }) => argv.join().includes("refused()"))).toEqual([true]);
+    at.proven = true;
+    await handlers.update(made, secured);
+    expect(asked.changes).toHaveLength(before + 1);
+  });
+
+  it("own certificates that have expired since are refused before the server is touched, and its clients cut", async () => {
+    const own = await makeCertificates("vm1", ["10.0.0.1"], new Date());
+    const at: World = {};
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: made } = await handlers.create({ ...complete, tls: own });
+    at.now = Date.now() / 1000 + 500 * day;
+    const seen = await handlers.read(made);
+    expect(seen).toMatchObject({ state: "expired" });
+    const before = asked.changes.length;
+    await expect(handlers.update(seen ?? {}, { ...complete, tls: own })).rejects.toThrow(
+      /INVALID_INPUT.*expired on/s,
+    );
+    expect(asked.changes).toHaveLength(before);
+  });
+
+  it("its uri is known at a preview, also while its certificates are not", async () => {
+    const handlers = handlersOn("NbdExport", untouchedHost());
+    const secure = await handlers.check(undefined, { ...declared, tls: true }, none);
+    expect(secure.inputs.uri).toBe("nbds://10.0.0.1:10809/vm1");
+    const later = await handlers.check(undefined, declared, new Set(["tls"]));
+    expect(later.inputs.uri).toBe("nbds://10.0.0.1:10809/vm1");
   });
 });

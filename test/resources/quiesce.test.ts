@@ -1,6 +1,14 @@
 /** The script around a quiesced snapshot, run by a real shell with an lvcreate of ours. */
 import { type ChildProcess, execFileSync, spawn } from "node:child_process";
-import { chmodSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
@@ -54,10 +62,15 @@ async function commandOfTwo(freeze: string, thaw: string): Promise<readonly stri
   return (asked.changes[0]?.argv ?? []).map((argument) => argument.replace("/run/", `${folder}/`));
 }
 
-function start(argv: readonly string[], lvcreate: string, lvs = "exit 5"): ChildProcess {
+function start(
+  argv: readonly string[],
+  lvcreate: string,
+  lvs = "exit 5",
+  originTags = "exit 0",
+): ChildProcess {
   for (const [name, text] of Object.entries({
     lvcreate,
-    lvs,
+    lvs: `case " $* " in *" lv_tags "*) ${originTags};; *) ${lvs};; esac`,
     vgs: "exit 0",
     lvchange: "exit 0",
     lvremove: note('"lvremove $*"'),
@@ -103,6 +116,32 @@ it("tells a failed thaw of a snapshot that was taken", async () => {
   expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
 });
 
+it("says that the snapshot is made also where only the thaw fails", async () => {
+  const argv = await command(note("freeze"), `${note("thaw")}; false`);
+  const child = start(argv, note("lvcreate"));
+  writeFileSync(join(folder, "lvchange"), `#!/bin/sh\n${note('"lvchange $*"')}\n`);
+  expect(await ended(child)).toBe(91);
+  const said = expect.stringMatching(/^lvchange .*--deltag lvm-nbd\.making VgVm\/vm1-snap$/);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw", said]);
+});
+
+it("takes back what was taken while a restore had begun to write an image onto the origin", async () => {
+  const argv = await commandOfTwo(note("freeze"), note("thaw"));
+  const mark = `lvm-nbd.restore=${"0".repeat(12)}:0123abcd:w1000+0:${"a".repeat(64)}:o/p/s/r`;
+  const child = start(argv, note("lvcreate"), "exit 5", `echo "  mine,${mark}"`);
+  expect(await ended(child)).toBe(77);
+  expect(log().slice(0, 4)).toEqual(["freeze", "lvcreate", "lvcreate", "thaw"]);
+  expect(log().slice(4)).toEqual(
+    ["a", "b"].map((name) => expect.stringMatching(`^lvremove .* VgVm/${name}$`)),
+  );
+});
+
+it("tells of a failed look at the origin's marks, and takes back what it has made", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  expect(await ended(start(argv, making(":"), isMade(), "exit 3"))).toBe(3);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw", takenBack]);
+});
+
 it("stops a freeze that hangs, and thaws", async () => {
   const argv = await command(`${note("freeze")}; sleep 100`, note("thaw"), 1);
   expect(await ended(start(argv, note("lvcreate")))).toBe(90);
@@ -122,6 +161,90 @@ it.each(["SIGTERM", "SIGHUP", "SIGINT"] as const)(
     expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
   },
 );
+
+/** An lvcreate that has made its snapshot when it ends, and the lvs that tells of it. */
+const making = (how: string) => `${note("lvcreate")}; ${how}; touch '${folder}/made'`;
+const isMade = () => `test -e '${folder}/made' || exit 5`;
+const takenBack = expect.stringMatching(/^lvremove -y -S lv_tags=\{"lvm-nbd.making"\} VgVm\/vm1-snap$/);
+
+it("takes back, thawed, what lvcreate has made all the same when it is stopped", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  const child = start(argv, making("trap '' TERM; sleep 0.5"), isMade());
+  const end = ended(child);
+  await vi.waitFor(() => expect(log()).toContain("lvcreate"), { timeout: 10_000 });
+  execFileSync("kill", ["-s", "TERM", "--", `-${child.pid}`]);
+  expect(await end).toBe(143);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw", takenBack]);
+});
+
+it("leaves alone what somebody else has made by that name meanwhile", async () => {
+  const argv = await command(note("freeze"), note("thaw"));
+  const exists = `echo 'Logical Volume "vm1-snap" already exists in volume group "VgVm"' >&2; exit 5`;
+  expect(await ended(start(argv, `${making(":")}; ${exists}`, isMade()))).toBe(5);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
+});
+
+/** An lvcreate that a TERM does not end. */
+const stubborn = () => `${note("lvcreate")}; trap '' TERM; while :; do sleep 0.1; done`;
+
+it("is thawed where lvcreate ignores that it is stopped and all are killed; nobody freezes meanwhile", async () => {
+  const argv = await command(note("freeze"), `sleep 0.5; ${note("thaw")}`);
+  const child = start(argv, stubborn());
+  const end = ended(child);
+  await vi.waitFor(() => expect(log()).toContain("lvcreate"), { timeout: 10_000 });
+  for (const signal of ["TERM", "KILL"]) execFileSync("kill", ["-s", signal, "--", `-${child.pid}`]);
+  expect(await end).toBe(null);
+  expect(await ended(start(argv, note("lvcreate")))).toBe(0);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw", "freeze", "lvcreate", "thaw"]);
+  await vi.waitFor(() => expect(readdirSync(folder).filter((name) => /\.\d+\.\d/.test(name))).toEqual([]));
+});
+
+/** Kills the whole group as soon as this is in the log. */
+async function killAt(child: ChildProcess, line: string): Promise<void> {
+  const end = ended(child);
+  await vi.waitFor(() => expect(log()).toContain(line), { timeout: 10_000 });
+  execFileSync("kill", ["-s", "KILL", "--", `-${child.pid}`]);
+  expect(await end).toBe(null);
+}
+const nothingLeft = { timeout: 10_000, interval: 50 };
+
+it("thaws after a freeze that outlives the script, not beneath it", async () => {
+  const argv = await command(`${note("freezing")}; sleep 1; ${note("frozen")}`, note("thaw"));
+  await killAt(start(argv, note("lvcreate")), "freezing");
+  await vi.waitFor(() => expect(log()).toEqual(["freezing", "frozen", "thaw"]), nothingLeft);
+});
+
+it("waits for no program that the freeze leaves running", async () => {
+  const argv = await command(`sleep 12 >/dev/null 2>&1 & ${note("freeze")}`, note("thaw"));
+  await killAt(start(argv, stubborn()), "lvcreate");
+  await vi.waitFor(() => expect(log()).toEqual(["freeze", "lvcreate", "thaw"]), nothingLeft);
+});
+
+it("tries a thaw again that fails after the script was killed", async () => {
+  const argv = await command(
+    note("freeze"),
+    `${note("thaw")}; test -e '${folder}/n' || { : >'${folder}/n'; exit 1; }`,
+  );
+  await killAt(start(argv, stubborn()), "lvcreate");
+  await vi.waitFor(() => expect(log()).toEqual(["freeze", "lvcreate", "thaw", "thaw"]), nothingLeft);
+  await vi.waitFor(() => expect(readdirSync(folder).filter((name) => /\.\d+\.\d/.test(name))).toEqual([]));
+});
+
+it("thaws when the snapshots take too long, and keeps none of them", async () => {
+  const argv = (await commandOfTwo(note("freeze"), note("thaw"))).map((one) => (one === "130" ? "1" : one));
+  const lvcreate = `case "$*" in *"-n a"*) ${note("a")}; exit 0;; esac; until grep -q thaw '${folder}/log'; do sleep 0.05; done; ${note("b")}`;
+  expect(await ended(start(argv, lvcreate))).toBe(93);
+  const removed = (name: string) => expect.stringMatching(new RegExp(`^lvremove .* VgVm/${name}$`));
+  expect(log()).toEqual(["freeze", "a", "thaw", "b", removed("a"), removed("b")]);
+});
+
+it("thaws itself what took too long where the watch could not", async () => {
+  const thaw = `test -e '${folder}/created'; rc=$?; ${note("thaw")}; exit "$rc"`;
+  const argv = (await command(note("freeze"), thaw)).map((one) => (one === "130" ? "1" : one));
+  const lvcreate = `until grep -q thaw '${folder}/log'; do sleep 0.05; done; touch '${folder}/created'`;
+  expect(await ended(start(argv, lvcreate))).toBe(93);
+  expect(log().slice(0, 3)).toEqual(["freeze", "thaw", "thaw"]);
+});
 
 it("freezes nothing while another snapshot of the origin is being taken, and then finds it made", async () => {
   const argv = await command(note("freeze"), note("thaw"));
@@ -163,11 +286,18 @@ it("freezes no second time what could not be thawed, and says that it stands sti
   expect(log()).toEqual(["freeze", "thaw"]);
 });
 
-it("that could not say that it is made tells so", async () => {
+it("that could not say that it is made tells so, and takes back what it has made", async () => {
   const argv = await command(note("freeze"), note("thaw"));
-  const child = start(argv, note("lvcreate"));
+  const child = start(argv, making(":"), isMade());
   writeFileSync(join(folder, "lvchange"), "#!/bin/sh\nexit 5\n");
   expect(await ended(child)).toBe(5);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw", takenBack]);
+});
+
+it("that said that it is made is kept, also where it is thawed with an error", async () => {
+  const argv = await command(note("freeze"), `${note("thaw")}; false`);
+  expect(await ended(start(argv, making(":"), isMade()))).toBe(91);
+  expect(log()).toEqual(["freeze", "lvcreate", "thaw"]);
 });
 
 it("gives up when LVM's lock is taken from it again and again, thawed", async () => {

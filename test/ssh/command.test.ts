@@ -7,14 +7,14 @@ const command: RemoteCommand = { argv: ["lvs", "vg 0"], deadlineSeconds: 30, kin
 
 test("a command goes out with its environment, its marker and its deadline, each word quoted", () => {
   expect(wireCommand(command, false, "mark")).toBe(
-    "env LC_ALL=C LVM_SUPPRESS_FD_WARNINGS=1 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin " +
+    "env LC_ALL=C LVM_SUPPRESS_FD_WARNINGS=1 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LVM_NBD_RUN=mark " +
       `sh -c 'echo "$1 $$" >&2; shift; exec timeout "$@"' sh mark -k 5 30 lvs 'vg 0'`,
   );
 });
 
 test("with sudo all of it runs as root, and so does what ends it", () => {
   expect(wireCommand(command, true, "mark")).toBe(`sudo -n -- ${wireCommand(command, false, "mark")}`);
-  expect(killCommand(7, 5, true)).toBe(`sudo -n -- ${killCommand(7, 5, false)}`);
+  expect(killCommand(7, 5, true, "mark")).toContain("exec sudo -n -- env");
 });
 
 test.each([

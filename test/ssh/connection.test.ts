@@ -1,5 +1,13 @@
 import { spawn } from "node:child_process";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -396,7 +404,8 @@ test("a server that says nothing is given up in bounded time", async () => {
 /** The SSH layer as plain JavaScript, for a process of its own. */
 function buildSsh(into: string): string {
   const root = join(__dirname, "../..");
-  for (const name of ["command", "config", "connection", "hostKeys", "quoting", "../core/errors"]) {
+  const own = readdirSync(join(root, "provider/ssh")).map((name) => name.replace(/\.ts$/, ""));
+  for (const name of [...own, "../core/errors", "../core/hostCommands"]) {
     const source = readFileSync(join(root, "provider/ssh", `${name}.ts`), "utf8");
     const file = join(into, "ssh", `${name}.js`);
     mkdirSync(dirname(file), { recursive: true });

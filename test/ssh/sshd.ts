@@ -26,6 +26,15 @@ export interface Sshd {
 export interface SshdOptions {
   readonly maxSessions?: number;
   readonly maxStartups?: string;
+  /** File of the private key that certifies the host's, and more for ssh-keygen. */
+  readonly certificate?: {
+    readonly authority: string;
+    readonly options: readonly string[];
+    /** Of a second host key, of this type, instead of the first one's. */
+    readonly type?: string;
+  };
+  /** File of the public key whose user certificates it takes. */
+  readonly userAuthority?: string;
 }
 
 export async function startSshd(options: SshdOptions = {}): Promise<Sshd> {
@@ -38,6 +47,15 @@ export async function startSshd(options: SshdOptions = {}): Promise<Sshd> {
     return readFileSync(`${file(name)}.pub`, "utf8").trim();
   };
   const hostKey = makeKey("host_key", "");
+  const { certificate } = options;
+  const certified = certificate?.type === undefined ? "host_key" : "second_key";
+  if (certificate !== undefined) {
+    const how = ["-q", "-s", certificate.authority, "-I", "sshd", "-h", ...certificate.options];
+    const { type } = certificate;
+    if (type !== undefined)
+      execFileSync("ssh-keygen", ["-q", "-t", type, "-N", "", "-C", "", "-f", file(certified)]);
+    execFileSync("ssh-keygen", [...how, `${file(certified)}.pub`], { stdio: "pipe" });
+  }
   const accepted = [makeKey("key", ""), makeKey("encrypted", passphrase)];
   writeFileSync(file("authorized_keys"), `${accepted.join("\n")}\n`, { mode: 0o600 });
   chmodSync(folder, 0o700);
@@ -48,7 +66,11 @@ export async function startSshd(options: SshdOptions = {}): Promise<Sshd> {
     [
       `ListenAddress 127.0.0.1:${port}`,
       `HostKey ${file("host_key")}`,
+      ...(certificate === undefined
+        ? []
+        : [`HostKey ${file(certified)}`, `HostCertificate ${file(`${certified}-cert.pub`)}`]),
       `AuthorizedKeysFile ${file("authorized_keys")}`,
+      ...(options.userAuthority === undefined ? [] : [`TrustedUserCAKeys ${options.userAuthority}`]),
       "PidFile none",
       "UsePAM no",
       // The folder lies in /tmp, which everybody may write to.

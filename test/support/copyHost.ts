@@ -3,7 +3,7 @@
  * findmnt are stand-ins of a few lines, everything else is the machine's. For cuts that a lab cannot make one by one.
  */
 import { spawn, spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { LvmNbdError } from "../../provider/core/errors.js";
@@ -14,7 +14,7 @@ import { ShellHost } from "./shellHost.js";
 
 /**
  * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
- * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `name` (the host's). Of a copy onto a device the
+ * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `type` (the file system's), `name` (the host's). Of a copy onto a device the
  * second time is the first.
  */
 const standIns: Readonly<Record<string, string>> = {
@@ -40,6 +40,14 @@ const standIns: Readonly<Record<string, string>> = {
   uname: `
     if [ "$1" = -n ] && [ -e "$SANDBOX/name" ]; then exec cat "$SANDBOX/name"; fi
     PATH=\${PATH#*:} exec uname "$@"`,
+  // All is root's, and nobody else can change the folders down to that of the images, whoever runs this.
+  stat: `
+    case "$1 $2" in
+      "-c %u") echo 0; exit;;
+      "-c %u %A") case $3 in "$SANDBOX"/disk/*|.) set -- "$1" "0 %A" "$3";; *) echo "0 drwxr-xr-x"; exit;; esac;;
+      "-f "*) if [ -e "$SANDBOX/type" ]; then exec cat "$SANDBOX/type"; fi;;
+    esac
+    PATH=\${PATH#*:} exec stat "$@"`,
   // Nothing here loses its power.
   sync: `for file; do [ -e "$file" ] || exit 1; done`,
   ip: `echo "10.0.0.1 dev eth0 src 10.0.0.2 uid 0"`,
@@ -130,6 +138,13 @@ export class CopyHost extends ShellHost implements Host {
     while (!existsSync(join(this.folder, "hold")) && pids().some(runs)) await delay(5);
   }
 
+  /** So many hours have passed since any job did something. */
+  waited(hours: number): void {
+    const then = Date.now() / 1000 - hours * 3600;
+    const run = join(this.folder, "run");
+    for (const file of readdirSync(run, { recursive: true })) utimesSync(join(run, String(file)), then, then);
+  }
+
   /** The volumes of the group, by name. */
   volumes(): string[] {
     return readdirSync(join(this.folder, "lvm"))
@@ -137,8 +152,11 @@ export class CopyHost extends ShellHost implements Host {
       .sort();
   }
 
-  /** A file of a volume's: `tags`, a line each; `uuid`; `extents`; `open` if somebody has it open. */
-  volume(name: string, part: "tags" | "uuid" | "extents" | "open" | "ro" | "origin"): string {
+  /** A file of a volume's: `tags`, a line each; `uuid`; `extents`; `open` if somebody has it open; `inactive`; `merging` if a snapshot is merged into it. */
+  volume(
+    name: string,
+    part: "tags" | "uuid" | "extents" | "open" | "ro" | "origin" | "inactive" | "merging",
+  ): string {
     return join(this.folder, "lvm", name, part);
   }
 
@@ -150,7 +168,10 @@ export class CopyHost extends ShellHost implements Host {
   /** All that lies where copies are made, as paths from there. */
   left(): string[] {
     const files = readdirSync(this.disk, { recursive: true }).map(String);
-    const runs = readdirSync(join(this.folder, "run")).filter((file) => file !== "lvm-nbd.lock");
+    const runs = readdirSync(join(this.folder, "run")).filter(
+      // Locks.
+      (file) => file !== "lvm-nbd.lock" && !file.startsWith("lvm-nbd-restore."),
+    );
     return [...files, ...runs.map((file) => `/run/${file}`)].sort();
   }
 

@@ -13,8 +13,8 @@ const functions = `
   extents_free() { free=$(cat "$SANDBOX/extents"); for one in */extents; do [ -e "$one" ] && free=$((free - $(cat "$one"))); done; echo $free; }
   tags() { paste -sd, "$1/tags" 2>/dev/null; }
   no_origin() { [ -z "$(grep -lxF -- "$(cat "$1/uuid")" */origin 2>/dev/null)" ]; }
-  selected() { case $1 in *' && !(lv_role={"origin"})') selected "\${1%% && *}" "$2" && no_origin "$2"; return;; esac
-    case $1 in lv_uuid=*) value=\${1#lv_uuid=}; [ "\\"$(cat "$2/uuid")\\"" = "$value" ];; lv_name=*) [ "\\"$2\\"" = "\${1#lv_name=}" ];;
+  selected() { case $1 in *' && '*) selected "\${1%% && *}" "$2" && selected "\${1#* && }" "$2"; return;; esac
+    case $1 in '!(lv_role={"origin"})') no_origin "$2";; 'lv_attr=~"^s"') [ -e "$2/origin" ];; 'lv_attr=~"^.[rR]"') [ -e "$2/ro" ];; lv_uuid=*) value=\${1#lv_uuid=}; [ "\\"$(cat "$2/uuid")\\"" = "$value" ];; lv_name=*) [ "\\"$2\\"" = "\${1#lv_name=}" ];;
     origin_uuid=*) [ "\\"$(cat "$2/origin" 2>/dev/null)\\"" = "\${1#origin_uuid=}" ];; *) fail "selection $1";; esac; }`;
 
 const row = (open: string) => `
@@ -43,18 +43,20 @@ export const lvmStandIns: Readonly<Record<string, string>> = {
       done
       echo ']}]}'; exit;;
     esac
-    selection=; fields=
-    while [ $# -gt 1 ]; do case $1 in -S) selection=$2; shift 2;; -o) fields=$2; shift 2;; *) shift;; esac; done
+    selection= fields= between=' '
+    while [ $# -gt 1 ]; do case $1 in --separator) between=$2; shift 2;; -S) selection=$2; shift 2;; -o) fields=$2; shift 2;; *) shift;; esac; done
     group "$1"
     for lv in *; do
       [ -e "$lv/uuid" ] && selected "$selection" "$lv" || continue
-      line=" "
+      line=
       for field in $(echo $fields | tr , ' '); do
-        case $field in lv_uuid) line="$line $(cat $lv/uuid)";; lv_name) line="$line $lv";; lv_tags) line="$line $(tags $lv)";;
-          lv_permissions) if [ -e $lv/ro ]; then line="$line read-only"; else line="$line writeable"; fi;;
-          lv_device_open) if [ -e $lv/open ]; then line="$line 1"; else line="$line 0"; fi;; *) fail "field $field";; esac
+        case $field in lv_uuid) value=$(cat $lv/uuid);; lv_name) value=$lv;; lv_tags) value=$(tags $lv);;
+          lv_attr) if [ -e $lv/merging ]; then value=Owi-a-s---; elif [ -e $lv/origin ]; then value=swi-a-s---; elif [ -e $lv/ro ]; then value=-ri-a-----; else value=-wi-a-----; fi;; lv_size) value=$(($(cat $lv/extents) * ${extentBytes}));; snap_percent) value=50.08;; chunk_size) value=4096;;
+          lv_permissions) if [ -e $lv/ro ]; then value=read-only; elif [ -e $lv/inactive ]; then value=unknown; else value=writeable; fi;;
+          lv_device_open) if [ -e $lv/open ]; then value=1; else value=0; fi;; *) fail "field $field";; esac
+        line="$line\${line:+$between}$value"
       done
-      echo "$line"
+      echo "  $line"
     done`,
   lvcreate: `${functions}
     extents= name= marks=
@@ -93,7 +95,8 @@ export const lvmStandIns: Readonly<Record<string, string>> = {
     [ -e "$2" ] || fail "Existing logical volume \\"$2\\" not found in volume group \\"VgVm\\""
     [ ! -e "$3" ] || fail "Logical volume \\"$3\\" already exists in volume group \\"VgVm\\""
     mv "$SANDBOX/dev/VgVm/$2" "$SANDBOX/dev/VgVm/$3" && mv "$2" "$3"`,
-  udevadm: ``,
+  // `hands-over`: meanwhile somebody makes all volumes writable.
+  udevadm: `[ ! -e "$SANDBOX/hands-over" ] || rm -f "$SANDBOX"/lvm/*/ro`,
   // What is open stays so: nothing is gained by waiting.
   sleep: `PATH=\${PATH#*:} exec sleep 0.02`,
   blockdev: `case $1 in --getss) echo 512;; --getsize64) stat -c %s "$2";; esac`,

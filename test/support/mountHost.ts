@@ -17,7 +17,7 @@ import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { type Kill, ShellHost } from "./shellHost.js";
 
-/** Their switches: `attached`, `dead`, `busy`, `refused`, `no-module`. */
+/** Their switches: `attached`, `dead`, `busy`, `refused`, `no-module`, `theirs`. */
 const standIns: Readonly<Record<string, string>> = {
   // A mount unit is active while its path is in the list of mounts. "loaded" is systemd's view of the files.
   systemctl: `
@@ -59,6 +59,11 @@ const standIns: Readonly<Record<string, string>> = {
     cat "$SANDBOX/content/\${last##*/}$offset"`,
   partx: `cat "$SANDBOX/table" 2>/dev/null`,
   dd: `[ ! -e "$SANDBOX/dead" ]`,
+  // Root's are all folders but the one that this switch names.
+  stat: `
+    for folder; do :; done
+    if [ "$folder" = "$(cat "$SANDBOX/theirs" 2>/dev/null)" ]; then owner="1000 alice,"; else owner="0 root,"; fi
+    case $2 in %u*) echo "\${owner%% *} drwxr-xr-x";; *) echo "\${owner#* } drwxr-xr-x";; esac`,
   journalctl: "echo 'what the unit said'",
   modprobe: "[ ! -e $SANDBOX/no-module ]",
 };

@@ -44,9 +44,15 @@ export function recordedPreview(
   return readFileSync(join(process.cwd(), "test", "recorded", "preview", `${state}.jsonl`), "utf8");
 }
 
-/** What `qemu-img info --output=json` (QEMU 7.2) printed of a qcow2 image without or with another file. */
-export function recordedImageInfo(name: "plain" | "backingFile" | "dataFile"): string {
-  return readFileSync(join(process.cwd(), "test", "recorded", `imageInfo.${name}.json`), "utf8");
+/**
+ * The first 80 bytes, in hexadecimal digits, of a qcow2 image of 16 MiB, without or with another file, or of the format's
+ * second version, as qemu-img (QEMU 7.2) made them.
+ */
+export function recordedQcow2Header(name: "plain" | "backingFile" | "dataFile" | "version2"): string {
+  const headers: Record<typeof name, string> = JSON.parse(
+    readFileSync(join(process.cwd(), "test", "recorded", "qcow2Headers.json"), "utf8"),
+  );
+  return headers[name];
 }
 
 /** The unit of an export of a device, as versions wrote it that knew no other. */

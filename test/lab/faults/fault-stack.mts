@@ -21,7 +21,7 @@ const root = join(import.meta.dirname, "..", "..", "..");
 export interface Declared {
   readonly type:
     | ("LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount" | "VolumeCopy" | "BackupImage")
-    | ("VmBackup" | "LvRestore");
+    | ("VmBackup" | "LvRestore" | "HostSetup");
   readonly name: string;
   readonly args: Values;
   readonly dependsOn?: readonly string[];
@@ -30,6 +30,11 @@ export interface Declared {
 /** For `args`: that output of a resource which is declared before. */
 export function output(name: string, property: string): unknown {
   return { $output: [name, property] };
+}
+
+/** A host that is made ready. */
+export function hostSetup(name: string, host: "server1" | "server2", args: Values): Declared {
+  return { type: "HostSetup", name, args: { host, ...args } };
 }
 
 /** A snapshot on server1, of an origin in VgVm, unless `args` say otherwise. */
@@ -177,7 +182,7 @@ export class FaultStack {
     symlinkSync(built, join(projectDir, "node_modules", "pulumi-lvm-nbd"));
     const stack = await PulumiStack.create({
       ...{ projectDir, stackName: "faults", backendDir: join(folder, "backend") },
-      env: { ...env, LVM_NBD_SSH_CONFIG: lab.sshConfigPath },
+      env: { ...env, LVM_NBD_SSH_CONFIG: lab.operatorConfigPath },
       config: program.config ?? {},
     });
     return new FaultStack(stack, folder);

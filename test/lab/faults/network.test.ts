@@ -326,7 +326,7 @@ it("sshd is restarted and its sessions are killed in the middle of a create: the
     ...base,
     slow(
       "cut",
-      "if [ ! -e /run/cut.once ]; then touch /run/cut.once /run/cut.go; systemctl restart ssh; pkill -KILL -f '^sshd: root'; fi;",
+      "if [ ! -e /run/cut.once ]; then touch /run/cut.once /run/cut.go; systemctl restart ssh; pkill -KILL -f '^sshd: (root|operator)'; fi;",
     ),
   );
   (await stack.up()).succeeded("1 created");

@@ -208,12 +208,15 @@ afterAll(() => stack?.close());
       },
       {
         name: "sudo denied: nothing is run, the other user's resources go on",
-        broken: () => lab.server2.run("mv /etc/sudoers.d/operator /root/"),
+        broken: () =>
+          lab.server2.run(
+            "cp /etc/sudoers.d/lvm-nbd-operator /root/ && sed -i '/take-snapshots-[0-9a-f]*,/d' /etc/sudoers.d/lvm-nbd-operator",
+          ),
         told: (run) => {
           run.failedWith("SUDO_DENIED", "LvSnapshot denied", "server2-operator", "operator", "sudo -n");
           run.said("NbdAttachment good created");
         },
-        mended: () => lab.server2.run("mv /root/operator /etc/sudoers.d/"),
+        mended: () => lab.server2.run("mv /root/lvm-nbd-operator /etc/sudoers.d/"),
         healed: async () => {
           expect(await checksum(lab.server2, "/dev/VgVm/denied")).toBe(
             await checksum(lab.server2, "/dev/VgVm/LV-FAR"),

@@ -38,7 +38,12 @@ export function together(
         }
       }
       for (const { mended } of faults) await mended?.();
-      healing = await runs.next();
+      try {
+        healing = await runs.next();
+      } catch (error) {
+        // Often what the first run met is the reason.
+        throw new Error([...failures.values(), error].map(String).join("\n\nand then: "), { cause: error });
+      }
     });
 
     for (const fault of faults) {

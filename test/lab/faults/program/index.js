@@ -1,5 +1,6 @@
 // Declares what the configuration lists: `resources` is a list of { type, name, args, dependsOn? }. A value
-// { "$output": ["NAME", "PROPERTY"] } inside `args` is that output of a resource listed before. A VmBackup is told what
+// { "$output": ["NAME", "PROPERTY"] } inside `args` is that output of a resource listed before, { "$env": "NAME" } what the
+// environment has. A VmBackup is told what
 // there is in its folder, and may be told what day it is.
 const pulumi = require("@pulumi/pulumi");
 const { listImages, ...types } = require("pulumi-lvm-nbd");
@@ -9,6 +10,7 @@ const made = new Map();
 function resolved(value) {
   if (Array.isArray(value)) return value.map(resolved);
   if (typeof value !== "object" || value === null) return value;
+  if (value.$env !== undefined) return process.env[value.$env];
   if (value.$output !== undefined) {
     const [name, property] = value.$output;
     return made.get(name)[property];

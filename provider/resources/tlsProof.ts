@@ -1,0 +1,87 @@
+/** The proof that an export with TLS lets nobody in who has no certificate of its own authority: one tries. */
+import { makeCertificates } from "../core/certificateAuthority.js";
+import { failure } from "../core/command.js";
+import { hostScript, script } from "../core/hostCommands.js";
+import type { Context } from "../core/resource.js";
+import { askedUri, type ExportPlan, exportCertificates, exportUnitName } from "../linux/exportUnit.js";
+import {
+  certificatesArguments,
+  certificatesFolders,
+  certificatesFunctions,
+  certificatesInput,
+  provenPath,
+  type TlsRecord,
+} from "../linux/tls.js";
+import { unitFunctions } from "../linux/unitScript.js";
+import type { RemoteCommand } from "../ssh/types.js";
+
+/**
+ * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, the file of the proof, those
+ * of `receive_certificates` for a client of another authority (stdin). Exit code 72: somebody got in, and the export was stopped.
+ */
+const proveScript = hostScript(
+  "prove-tls",
+  "change",
+  `${unitFunctions}${certificatesFunctions}
+unit=$1 uri=$2 folder=$3 folders=$4 proven=$5; shift 5
+file=/etc/systemd/system/$unit
+work=$(mktemp -d /run/lvm-nbd-proof.XXXXXXXX) || exit 1
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' HUP INT TERM
+receive_certificates "$work/stranger" "$@" && mkdir "$work/none" && cp "$folder/ca-cert.pem" "$work/none" &&
+  cp "$folder/ca-cert.pem" "$work/stranger" || exit 1
+ask() { said=$(timeout 75 nbdinfo --size "$1" 2>&1); }
+ask "$uri" || { printf '%s\\n' "$said" >&2; exit 1; }
+refused() {
+  ask "$1"
+  case $? in
+  0) systemctl disable --quiet --now "$unit"; echo "$2 got in" >&2; exit 72;;
+  1) ;;
+  *) echo "whether $2 gets in cannot be told" >&2; exit 1;;
+  esac
+}
+plain=\${uri%%\\?*}
+refused "nbd\${plain#nbds}" "a client without TLS"
+refused "$plain?tls-certificates=$work/none" "a client without a certificate"
+refused "$plain?tls-certificates=$work/stranger" "a client with another authority's certificate"
+lock
+[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$proven"; }
+`,
+);
+
+/** Raises TLS_NOT_ENFORCED. Removes the certificates of before as well. */
+export async function proveTls(
+  context: Context,
+  plan: ExportPlan & { readonly tls: TlsRecord },
+): Promise<void> {
+  const unit = exportUnitName(plan.exportName);
+  const stranger = await makeCertificates("stranger", [], new Date());
+  const files = {
+    "client-cert.pem": stranger.clientCertificate,
+    "client-key.pem": stranger.clientPrivateKey,
+  };
+  context.progress(`seeing that nobody gets into ${plan.exportName} without its certificate`);
+  const command: RemoteCommand = {
+    argv: script(
+      ...([
+        proveScript,
+        unit,
+        askedUri(plan),
+        exportCertificates(plan) ?? "",
+        certificatesFolders(unit),
+      ] as const),
+      ...[provenPath(plan.tls), ...certificatesArguments(files)],
+    ),
+    stdin: certificatesInput(files),
+    kind: "change",
+    // Four questions and the lock.
+    deadlineSeconds: 480,
+  };
+  const result = await context.host.run(command, context.signal);
+  if (result.exitCode === 0) return;
+  const isOpen = result.exitCode === 72;
+  const what = isOpen
+    ? `tls: ${plan.server} lets clients in without TLS or without a certificate of the export's authority`
+    : "whether the export lets in clients without its certificate could not be found out";
+  throw failure(context, command, result, what, isOpen ? "TLS_NOT_ENFORCED" : "COMMAND_FAILED");
+}

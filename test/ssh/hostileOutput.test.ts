@@ -1,0 +1,125 @@
+/** What a host that was taken over prints: it costs bounded memory, and ends in an error that can be read. */
+import { afterEach, expect, it } from "vitest";
+import { createHandlers } from "../../provider/core/handlers.js";
+import { resourceType } from "../../provider/core/registry.js";
+import { createHostPool } from "../../provider/ssh/pool.js";
+import { type Arrived, type FakeServer, startFakeServer } from "./fakeServer.js";
+
+const MiB = 1024 ** 2;
+
+let server: FakeServer | undefined;
+let stopped = false;
+const pool = createHostPool();
+afterEach(async () => {
+  pool.close();
+  await server?.close();
+});
+
+/** Writes that again and again as fast as it is read, until so many bytes are out. */
+function pour(
+  command: Arrived,
+  text: string | Buffer,
+  bytes: number,
+  into = command.channel as NodeJS.WritableStream,
+) {
+  const piece = Buffer.concat(Array<Buffer>(Math.ceil(30_000 / text.length)).fill(Buffer.from(text)));
+  let left = bytes;
+  const more = () => {
+    if (!command.channel.writable || command.socket.destroyed) return;
+    if (left <= 0 || stopped) return command.exit();
+    left -= piece.length;
+    into.write(piece, () => setImmediate(more));
+  };
+  more();
+}
+
+const answers = (text: string | Buffer) => (command: Arrived) => {
+  command.started();
+  command.channel.write(text);
+  command.exit();
+};
+
+const escapes = "\u001b]0;owned\u0007\u001b[2J\u001b[31m\u009b1m";
+
+it.each<[what: string, code: string, run: (command: Arrived) => void]>([
+  ["nothing", "OUTPUT_UNREADABLE", answers("")],
+  ["JSON that breaks off", "OUTPUT_UNREADABLE", answers('{"report": [{"lv": [')],
+  ["JSON of another shape", "OUTPUT_UNREADABLE", answers('{"report": [{"lv": [{"lv_name": 5}]}]}')],
+  ["JSON that is nested without end", "OUTPUT_UNREADABLE", answers("[".repeat(2 * MiB))],
+  ["no report at all", "OUTPUT_UNREADABLE", answers('{"report": []}')],
+  ["escape codes", "OUTPUT_UNREADABLE", answers(escapes)],
+  ["NUL bytes", "OUTPUT_UNREADABLE", answers(Buffer.alloc(4096))],
+  [
+    "bytes that are no UTF-8",
+    "OUTPUT_UNREADABLE",
+    answers(Buffer.from([0x7b, 0xff, 0xfe, 0xc3, 0x28, 0x7d])),
+  ],
+  [
+    "a line of 100 MB",
+    "OUTPUT_TOO_LARGE",
+    (command) => {
+      command.started();
+      pour(command, "x", 100 * MiB);
+    },
+  ],
+  [
+    "without end",
+    "OUTPUT_TOO_LARGE",
+    (command) => {
+      command.started();
+      pour(command, `${escapes}\n`, Number.POSITIVE_INFINITY);
+    },
+  ],
+  [
+    "errors without end",
+    "OUTPUT_TOO_LARGE",
+    (command) => {
+      command.started();
+      pour(command, `${escapes}\n`, Number.POSITIVE_INFINITY, command.channel.stderr);
+    },
+  ],
+  [
+    "errors full of escape codes",
+    "COMMAND_FAILED",
+    (command) => {
+      command.started();
+      command.channel.stderr.write(`${escapes}\n`.repeat(10_000));
+      command.exit(5);
+    },
+  ],
+])("a host that prints %s: %s", async (_what, code, run) => {
+  stopped = false;
+  const kill = (command: Arrived) => {
+    stopped = true;
+    command.exit();
+  };
+  server = await startFakeServer({ run, kill });
+  const handlers = createHandlers(resourceType("LvSnapshot"), {
+    openHost: (host) => pool.get(host),
+    progress: () => undefined,
+    warn: () => undefined,
+    signal: new AbortController().signal,
+  });
+  const { inputs } = await handlers.check(
+    undefined,
+    {
+      ...{ owner: "o/p/s/vm1", volumeGroup: "VgVm", origin: "vm1", name: "vm1-snap", size: "8M" },
+      host: { address: "127.0.0.1", port: server.port, password: "x", hostKey: server.publicKey },
+    },
+    new Set(),
+  );
+  const before = process.memoryUsage.rss();
+  let most = 0;
+  const watching = setInterval(() => {
+    most = Math.max(most, process.memoryUsage.rss());
+  }, 20);
+  const error = await handlers.create(inputs).catch((reason: unknown) => reason);
+  clearInterval(watching);
+  expect(error).toMatchObject({ code });
+  const text = String(error);
+  expect(text).toMatch(/what to do: \S/);
+  expect(text.length).toBeLessThan(10_000);
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what must not be there
+  expect(text).not.toMatch(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f]/);
+  expect(most - before).toBeLessThan(300 * MiB);
+});
