@@ -12,12 +12,13 @@ const algorithm = { name: "ECDSA", namedCurve: "P-256", hash: "SHA-256" } as con
 
 /**
  * Makes an authority with the certificates of a server, reached by `serverNames` (addresses or names), and of its client.
- * `now`: by the server's clock.
+ * `now`: by the server's clock. `namesake`: another authority's certificate, whose name this one takes.
  */
 export async function makeCertificates(
   exportName: string,
   serverNames: readonly string[],
   now: Date,
+  namesake?: string,
 ): Promise<ServerTls> {
   // Only here: it takes a while to load, and most runs make no certificate.
   await import("reflect-metadata");
@@ -35,7 +36,10 @@ export async function makeCertificates(
   const authority = await x509.X509CertificateGenerator.createSelfSigned({
     ...common,
     serialNumber: "01",
-    name: [{ CN: [[...`lvm-nbd export ${exportName}`].slice(0, 64).join("")] }],
+    name:
+      namesake === undefined
+        ? [{ CN: [[...`lvm-nbd export ${exportName}`].slice(0, 64).join("")] }]
+        : new x509.X509Certificate(namesake).subjectName,
     keys: authorityKeys,
     extensions: [
       new x509.BasicConstraintsExtension(true, 0, true),

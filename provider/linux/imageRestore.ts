@@ -16,6 +16,7 @@ import {
   volumeIsFunction,
 } from "./deviceCopy.js";
 import { emitFunctions } from "./fields.js";
+import { openLock } from "./lockFile.js";
 import { type LogicalVolume, storeNeed } from "./lvm.js";
 import { mergeLock, leftBytes as usedBytes } from "./merge.js";
 import { missingFunction } from "./programs.js";
@@ -111,7 +112,7 @@ used_bytes() {
 }
 require_pool() {
   [ -n "$pool" ] || return 0
-  exec 8>"${mergeLock("$pool")}" && flock -w 120 8 || fail "the thin pool $group/$pool is being looked at for more than 120 s"
+  ${openLock(8, `"${mergeLock("$pool")}"`)} && flock -w 120 8 || fail "the thin pool $group/$pool is being looked at for more than 120 s"
   sharing=$(lvs --noheadings -o lv_name -S "origin_uuid=\\"$uuid\\" && lv_attr=~\\"^......t\\"" "$group" 8>&- 9>&-) &&
     found=$(lvs --noheadings --units b --nosuffix --separator : -o lv_size,data_percent,lv_health_status "$group/$pool" 8>&- 9>&-) &&
     thin=$(lvs --noheadings --units b --nosuffix --separator : -o lv_uuid,lv_size,data_percent -S "pool_lv=\\"$pool\\"" "$group" 8>&- 9>&-) ||
@@ -192,7 +193,7 @@ before_write() {
   waited=0
   while :; do
     require_followed
-    exec 9>>"${mergeLock("$name")}" && flock -w 120 9 || fail "a merge into $group/$name is being begun for more than 120 s"
+    ${openLock(9, `"${mergeLock("$name")}"`)} && flock -w 120 9 || fail "a merge into $group/$name is being begun for more than 120 s"
     require_room "$size" "$room"
     ! require_pool || break
     exec 9>&-

@@ -4,6 +4,7 @@
  */
 import { hostScript } from "../core/hostCommands.js";
 import { bytesPhrase, secondsPhrase } from "./copyJob.js";
+import { openLock } from "./lockFile.js";
 import { type LogicalVolume, lvchange } from "./lvm.js";
 import { changedMeanwhile } from "./unitScript.js";
 
@@ -24,7 +25,7 @@ export const beginMergeScript = hostScript(
   "change",
   `
 group=$1 origin=$2 originUuid=$3 snapshot=$4 uuid=$5 head=$6 tail=$7 only=$8; shift 8
-exec 9>>"${mergeLock("$origin")}" && flock -w 120 9 || { echo "another restore of the origin is being begun for more than 120 s" >&2; exit 1; }
+${openLock(9, `"${mergeLock("$origin")}"`)} && flock -w 120 9 || { echo "another restore of the origin is being begun for more than 120 s" >&2; exit 1; }
 attributes() { lvs -a --noheadings -o lv_attr -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-; }
 change() { changed=$1; shift; lvchange -y "$@" -S "lv_uuid=\\"$changed\\"" </dev/null 9>&-; }
 attr=$(attributes) || exit 1

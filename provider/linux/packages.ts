@@ -1,6 +1,7 @@
 /** Installing packages: apt-get(8), dnf(8), zypper(8), each without a question, and bounded. */
 import { type HostScript, hostScript } from "../core/hostCommands.js";
 import { emitFunctions } from "./fields.js";
+import { openLock } from "./lockFile.js";
 import type { PackageManager } from "./programs.js";
 
 /** What a host says of its distribution (os-release(5)). */
@@ -116,7 +117,7 @@ function installScript(manager: PackageManager): HostScript {
     "setup",
     `
 record=$1 text=$2; shift 2
-exec 9>>/run/lvm-nbd-packages.lock && flock -w ${installSeconds} 9 || { echo "packages are being installed for more than ${installSeconds} s" >&2; exit 1; }
+${openLock(9, "/run/lvm-nbd-packages.lock")} && flock -w ${installSeconds} 9 || { echo "packages are being installed for more than ${installSeconds} s" >&2; exit 1; }
 unit=lvm-nbd-packages.service log=/run/lvm-nbd-packages.log
 # One that a lost link left behind goes on by itself.
 end=$(( $(date +%s) + ${installSeconds} ))

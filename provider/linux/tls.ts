@@ -179,10 +179,8 @@ sh -c ${quote(text)} sh "$@" </dev/null
 `;
 }
 
-/** What says, until the next boot, that nobody gets in without these certificates. */
-export function provenPath({ digest: id }: TlsRecord): string {
-  return `/run/lvm-nbd-tls-proven-${id}`;
-}
+/** Beside the certificates: says that the server which runs lets nobody in without them. It goes when the unit is written anew. */
+export const provenFile = "proven";
 
 /** Where a job has its certificates: below /run, so on no disk, and removed with it. */
 export function jobCertificates(run: string): string {

@@ -1,4 +1,5 @@
 /** What the scripts that write units share. */
+import { openLock } from "./lockFile.js";
 
 /** Exit code of a script that found another unit than the one that was seen, and changed nothing. */
 export const changedMeanwhile = 77;
@@ -13,7 +14,7 @@ export const unitFunctions = `
 no_link() { [ ! -L "$1" ] || { echo "$1 is a symbolic link, and nothing was written through it: put what it leads to in its place, or remove it" >&2; exit 1; }; }
 lock() {
   no_link /run/lvm-nbd.lock
-  exec 9>/run/lvm-nbd.lock && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit 1; }
+  ${openLock(9, "/run/lvm-nbd.lock")} && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit 1; }
 }
 own() { sed -n '/^\\[X-LvmNbd\\]/,$s/^'"$1"'=//p' "$2"; }
 guard() {
@@ -27,6 +28,14 @@ receive() {
   rm -f "$1"; echo "what was to be written did not arrive whole" >&2; return 1
 }
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
+`;
+
+/** Shell function. `cut_off UNIT`: it stops, and starts at no boot; fails where it goes on. */
+export const cutOffFunction = `
+cut_off() {
+  systemctl disable --quiet --now "$1" && return
+  systemctl stop "$1" && systemctl disable --quiet "$1"
+}
 `;
 
 /** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */

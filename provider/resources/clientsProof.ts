@@ -5,18 +5,25 @@ import { hostScript, script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { isLoopback } from "../linux/addresses.js";
 import { askedUri, type ExportPlan, exportUnitName } from "../linux/exportUnit.js";
-import { unitFunctions } from "../linux/unitScript.js";
+import { cutOffFunction, unitFunctions } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 
-/** Of a host, since its last boot. */
-export const clientsProof = "/run/lvm-nbd-clients-enforced";
+/** Of a host: the kernel with which it was seen, and its command line. Booted with others, it is looked at again. */
+export const clientsProof = "/var/lib/lvm-nbd/clients-enforced";
 
-/** Exit code of `prove_clients`: they are not enforced, and the export was stopped. */
-const clientsNotEnforced = 71;
-/** Exit code of `prove_clients`: whether they are enforced cannot be told, and the export was stopped. */
-const clientsUntold = 72;
-/** Exit code of `prove_clients`: that cannot be told, and the export goes on serving. */
-const clientsUntoldInUse = 73;
+/** Exit codes of `prove_clients`, and what they mean. */
+const outcomes: Readonly<Record<number, readonly [what: string, code: ErrorCode]>> = {
+  71: ["the host does not enforce them; the export was stopped", "CLIENTS_NOT_ENFORCED"],
+  72: ["whether the host enforces them cannot be told; the export was stopped", "COMMAND_FAILED"],
+  73: [
+    "whether the host enforces them cannot be told; the export goes on serving, since a client is connected or may be",
+    "COMMAND_FAILED",
+  ],
+  74: [
+    "the host does not enforce them, or that cannot be told, and the export could NOT be stopped: stop it",
+    "CLIENTS_NOT_ENFORCED",
+  ],
+};
 
 /** Seconds that `prove_clients` takes at most. */
 export const clientsProofSeconds = 840;
@@ -31,54 +38,80 @@ export function clientsGuard(
 }
 
 /**
- * `prove_clients UNIT URI GUARD [PORT]`. systemd starts a unit whose address filter it cannot apply. So the unit that runs must have one,
- * and once a boot a process under such a filter must be seen to be kept out, and one without it to get in. The filter drops what is
- * sent: who is kept out waits, and waits for longer than who gets in takes on this host, with this server and with TLS, before and
- * after: a server that has become slow keeps nobody out. `clients_enforced UNIT URI SECONDS` (those that are waited in addition)
- * returns 1 where they are not, 2 where it cannot be told: that is tried again, more patiently. `PORT`: of an export
- * that serves already; a disk in use is not cut off for what cannot be told, nor is one of which `ss` cannot tell whether it is.
+ * For looks. `clients_proven`: it was seen that the kernel which runs enforces them. `clients_declared SHOWN FILE`: what systemd shows of
+ * a unit's IPAddressAllow= and IPAddressDeny= lets in no more than its file says; 1 if it does, 2 if that cannot be told.
  */
-export const clientsFunctions = `
-clients_enforced() {
-  case " $(systemctl show -p IPAddressDeny --value "$1") " in
+export const clientsLookFunctions = `
+clients_proven() { [ -e ${clientsProof} ] && [ "$(cat /proc/version /proc/cmdline)" = "$(cat ${clientsProof})" ]; }
+clients_declared() {
+  denied=$(printf '%s\\n' "$1" | sed -n 's/^IPAddressDeny=//p')
+  allowed=$(printf '%s\\n' "$1" | sed -n 's/^IPAddressAllow=//p')
+  declared=$(sed -n 's/^IPAddressAllow=//p' "$2") || { why="$2 cannot be read"; return 2; }
+  case " $denied " in
   *" 0.0.0.0/0 "*"::/0 "*|*" ::/0 "*"0.0.0.0/0 "*) ;;
   *) why="what the unit denies (IPAddressDeny=) is overridden on this host"; return 1;;
   esac
-  declared=" $(sed -n 's/^IPAddressAllow=//p' "/etc/systemd/system/$1") "
-  for allowed in $(systemctl show -p IPAddressAllow --value "$1"); do
-    case $allowed:$declared in
+  why="what the unit allows (IPAddressAllow=) is overridden on this host"
+  most=0 more=0
+  # localhost stands for a network of each family.
+  for one in $declared; do case $one in localhost) most=$((most+2));; *) most=$((most+1));; esac; done
+  for one in $allowed; do
+    case $one:" $declared " in
     0.0.0.0/0:*" 0.0.0.0/0 "*|::/0:*" ::/0 "*) ;;
-    0.0.0.0/0:*|::/0:*) why="what the unit allows (IPAddressAllow=) is overridden on this host"; return 1;;
+    0.0.0.0/0:*|::/0:*) return 1;;
     esac
+    more=$((more+1))
   done
-  [ ! -e ${clientsProof} ] || return 0
+  [ "$more" -le "$most" ] || return 1
+}
+`;
+
+/**
+ * `prove_clients UNIT URI GUARD [PORT]`. systemd starts a unit whose address filter it cannot apply. So the unit that runs must have one,
+ * and once for a kernel a process under such a filter must be seen to be kept out, and one without it to get in. The filter drops what is
+ * sent: who is kept out waits, and waits for longer than who gets in takes on this host, with this server and with TLS, before and
+ * after: a server that has become slow keeps nobody out. `clients_enforced UNIT URI SECONDS` (those that are waited in addition)
+ * returns 1 where they are not, 2 where it cannot be told: that is tried again, more patiently. `PORT`: of an export
+ * that serves already, or did until now; a disk in use is not cut off for what cannot be told, nor is one of which `ss` cannot tell
+ * whether it is.
+ */
+export const clientsFunctions = `${clientsLookFunctions}${cutOffFunction}
+clients_enforced() {
+  shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$1") &&
+    above=$(systemctl show -p IPAddressAllow --value -- system.slice -.slice) ||
+    { why="systemctl does not tell what the unit allows and denies"; return 2; }
+  clients_declared "$shown" "/etc/systemd/system/$1" || return
+  for one in $above; do why="a slice above the unit allows more addresses (IPAddressAllow= of system.slice or -.slice)"; return 1; done
+  ! clients_proven || return 0
   began=$(date +%s)
-  answer=$(systemd-run -q --wait --pipe timeout 75 nbdinfo --size "$2" 2>&1) ||
+  answer=$(systemd-run -q --collect --wait --pipe timeout 75 nbdinfo --size "$2" 2>&1) ||
     { why="a process without an address filter does not get in, so one with it proves nothing: $answer"; return 2; }
   limit=$(( ($(date +%s) - began) * 2 + $3 ))
-  answer=$(systemd-run -q --wait --pipe -p IPAddressDeny=any timeout "$limit" nbdinfo --size "$2" 2>&1)
+  # The clock may be set meanwhile.
+  [ "$limit" -ge "$3" ] && [ "$limit" -le 170 ] || limit=170
+  answer=$(systemd-run -q --collect --wait --pipe -p IPAddressDeny=any timeout "$limit" nbdinfo --size "$2" 2>&1)
   case $?:$answer in
-  1:*"Operation not permitted"*) : >${clientsProof};;
-  124:*)
-    answer=$(systemd-run -q --wait --pipe timeout "$limit" nbdinfo --size "$2" 2>&1) ||
-      { why="a process without an address filter does not always get in within $limit s, so one with it proves nothing: $answer"; return 2; }
-    : >${clientsProof};;
+  1:*nbdinfo:*"Operation not permitted"*|124:*) ;;
   0:*) why="a process that may reach no address (IPAddressDeny=any) got in"; return 1;;
   *) why="whether a process that may reach no address gets in cannot be told: $answer"; return 2;;
   esac
+  answer=$(systemd-run -q --collect --wait --pipe timeout "$limit" nbdinfo --size "$2" 2>&1) ||
+    { why="a process without an address filter does not always get in within $limit s, so one with it proves nothing: $answer"; return 2; }
+  mkdir -p ${clientsProof.replace(/\/[^/]*$/, "")} && cat /proc/version /proc/cmdline >${clientsProof}.new && mv -f ${clientsProof}.new ${clientsProof} ||
+    { why="that they are could not be noted"; return 2; }
 }
 prove_clients() {
   [ "$3" != none ] || return 0
   clients_enforced "$1" "$2" 3
   known=$?
   [ "$known" != 2 ] || { sleep 2; clients_enforced "$1" "$2" 20; known=$?; }
-  case $known in 0) return 0;; 1) known=unenforced code=${clientsNotEnforced};; *) known=untold code=${clientsUntold};; esac
+  case $known in 0) return 0;; 1) known=unenforced code=71;; *) known=untold code=72;; esac
   if [ "$3" = elsewhere ]; then printf '%s: %s\\n' "$known" "$why"; return 0; fi
   printf '%s\\n' "$why" >&2
-  if [ "$code" = ${clientsUntold} ] && [ -n "\${4-}" ]; then
-    connected=$(ss -Htn state established "( sport = :$4 )") && [ -z "$connected" ] || exit ${clientsUntoldInUse}
+  if [ "$code" = 72 ] && [ -n "\${4-}" ]; then
+    connected=$(ss -Htn state established "( sport = :$4 )") && [ -z "$connected" ] || exit 73
   fi
-  systemctl disable --quiet --now "$1"
+  cut_off "$1" || exit 74
   exit "$code"
 }
 `;
@@ -100,15 +133,8 @@ export function clientsFailure(
   command: RemoteCommand,
   result: CommandResult,
 ): LvmNbdError | undefined {
-  const raised = (what: string, code: ErrorCode) => failure(context, command, result, what, code);
-  if (result.exitCode === clientsNotEnforced)
-    return raised("clients: the host does not enforce them", "CLIENTS_NOT_ENFORCED");
-  if (result.exitCode === clientsUntold)
-    return raised(
-      "clients: whether the host enforces them cannot be told; the export was stopped",
-      "COMMAND_FAILED",
-    );
-  return undefined;
+  const outcome = outcomes[result.exitCode];
+  return outcome && failure(context, command, result, `clients: ${outcome[0]}`, outcome[1]);
 }
 
 const proveScript = hostScript(
@@ -135,8 +161,7 @@ export async function proveClients(context: Context, plan: ExportPlan, elsewhere
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode !== 0) {
-    const inUse = result.exitCode === clientsUntoldInUse ? ", since a client is connected or may be" : "";
-    const what = `clients: whether the host enforces them cannot be told; the export goes on serving${inUse}`;
+    const what = "clients: whether the host enforces them could not be found out";
     throw (
       clientsFailure(context, command, result) ?? failure(context, command, result, what, "COMMAND_FAILED")
     );

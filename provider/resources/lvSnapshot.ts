@@ -26,6 +26,7 @@ import {
 } from "../core/resource.js";
 import { restoreDuring, restoreTag, writingAmong } from "../core/restoreMark.js";
 import { serially } from "../core/serial.js";
+import { openLock } from "../linux/lockFile.js";
 import {
   activateCommand,
   createSnapshotCommand,
@@ -362,7 +363,7 @@ thaw() {
 # It keeps the locks, so that nobody freezes what it is about to thaw.
 stand_by() {
   frozen=$freeze_lock.$$.$tries
-  rm -f "$frozen" && exec 7>"$frozen" && flock 7 && setsid -f sh -c "$watch" watch "$longest" "$frozen" "$$" "$limit" "$thaw" </dev/null >/dev/null 2>&1 7>&-
+  rm -f "$frozen" && ${openLock(7, '"$frozen"')} && flock -n 7 && setsid -f sh -c "$watch" watch "$longest" "$frozen" "$$" "$limit" "$thaw" </dev/null >/dev/null 2>&1 7>&-
 }
 # With the locks kept. What is not known to be whole, and of a VM that stood still, nobody can use.
 leave() {
@@ -372,7 +373,7 @@ leave() {
 begun=''
 trap 'leave' EXIT
 trap 'exit 143' HUP INT TERM
-exec 9>>"$origin_lock" && flock -w 120 9 && exec 8>>"$freeze_lock" && flock -w 120 8 ||
+${openLock(9, '"$origin_lock"')} && flock -w 120 9 && ${openLock(8, '"$freeze_lock"')} && flock -w 120 8 ||
   { echo "another snapshot of the origin is being taken for more than 120 s" >&2; exit 1; }
 refuse_there() { if lvs "$1/$2" >/dev/null 2>&1 8>&- 9>&-; then exit ${changedMeanwhile}; fi; }
 await_lock() { vgs "$1" >/dev/null 8>&- 9>&-; }
@@ -427,7 +428,7 @@ const awaitScript = hostScript(
   "await-snapshots-quiesced",
   "change",
   `
-exec 9>>"$1" && flock -w "$2" 9 ||
+${openLock(9, '"$1"')} && flock -w "$2" 9 ||
   { echo "a snapshot of the origin is being taken for more than $2 s" >&2; exit 1; }
 `,
 );

@@ -52,6 +52,7 @@ import {
   isCertificateFor,
   isExpired,
   nameProblem,
+  provenFile,
   type SeenCertificates,
   type ServerTls,
   serverFiles,
@@ -66,7 +67,7 @@ import {
   clientsFailure,
   clientsFunctions,
   clientsGuard,
-  clientsProof,
+  clientsLookFunctions,
   clientsProofSeconds,
   proveClients,
   warnOfClients,
@@ -176,11 +177,12 @@ const outputs = z.object({
     .describe("With `tls`: when the first of the certificates expires (ISO 8601)."),
   sizeBytes: z.number().describe("Size that a client sees, in bytes."),
   state: z
-    .enum(["serving", "stopped", "failed", "notServing", "disabled", "edited", "expired"])
+    .enum(["serving", "stopped", "failed", "notServing", "disabled", "edited", "expired", "unproven"])
     .describe(
       "`serving` (proven by a handshake); `stopped`; `failed` (the server ends by itself); `notServing` (runs, but the handshake " +
         "fails or shows another size, or the image is not what was examined: replaced, or in others' hands); `disabled` (would not come back after a " +
-        "reboot); `edited` (its unit or its certificates were changed by hand); `expired` (its certificates are; `pulumi up` makes new ones).",
+        "reboot); `edited` (its unit or its certificates were changed by hand); `expired` (its certificates are; `pulumi up` makes new ones); " +
+        "`unproven` (nobody has tried yet, with the kernel that runs, whether it keeps out who may not connect; `pulumi up` does).",
     ),
 });
 
@@ -209,25 +211,28 @@ interface Observed {
   readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
   /** `undefined` without TLS, and where they are not what the unit was made with. */
   readonly certificates: (SeenCertificates & { readonly client: ClientTls }) | undefined;
-  /** Somebody has tried, since the last boot, that they are asked for. */
+  /** Somebody has tried, of the unit as it is, that they are asked for. */
   readonly proven: boolean;
-  /** It was seen, since the last boot, that the host's kernel enforces the clients of units. */
+  /** It was seen that the kernel which runs enforces the clients of units, and nothing lets in more than the unit says. */
   readonly clientsProven: boolean;
 }
 
 const observeScript = hostScript(
   "observe-export",
   "observe",
-  `${emitFunctions}${unitFunctions}${imageGuardFunctions}${lookAtImageFunction}${certificatesFunctions}
+  `${emitFunctions}${unitFunctions}${imageGuardFunctions}${lookAtImageFunction}${certificatesFunctions}${clientsLookFunctions}
 unit=$1 conf=$2 file=/etc/systemd/system/$1
 cd /etc/systemd/system || exit 1
 if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
 if [ -L "$file" ]; then emit linked yes; fi
 if [ -e "$conf" ]; then emit_file conf "$conf"; fi
-if [ -e ${clientsProof} ]; then emit clientsProven yes; fi
-show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
+show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID -p IPAddressAllow -p IPAddressDeny "$unit") || exit 1
 emit show "$show"
 if [ -e "$file" ]; then
+  if clients_proven; then
+    clients_declared "$show" "$file"
+    case $? in 0) emit clientsProven yes;; 1) ;; *) echo "$why" >&2; exit 1;; esac
+  fi
   # Enabling makes several links, and may have been cut between them.
   for target in $(sed -n 's/^WantedBy=//p' "$file"); do
     [ -L "/etc/systemd/system/$target.wants/$unit" ] || emit unwanted "$target"
@@ -240,7 +245,7 @@ if [ -e "$file" ]; then
     emit_file serverCert "$folder/server-cert.pem"
     emit_file clientCert "$folder/client-cert.pem"
     emit_file clientKey "$folder/client-key.pem"
-    if [ -e "/run/lvm-nbd-tls-proven-\${folder##*~}" ]; then emit proven yes; fi
+    if [ -e "$folder/${provenFile}" ]; then emit proven yes; fi
     emit now "$(date +%s)"
   fi
   if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
@@ -444,8 +449,9 @@ function servedOf({ device, file, format = "raw" }: Pick<Inputs, "device" | "fil
   throw new LvmNbdError("INVALID_INPUT", { message: "device: is required, or `file`", property: "device" });
 }
 
-function stateOf(seen: Observed): State["state"] {
-  const { ActiveState: active, UnitFileState: file } = seen.show;
+/** `elsewhere`: `clientsEnforcedElsewhere`. */
+function stateOf(seen: Observed, elsewhere: boolean): State["state"] {
+  const { ActiveState: active } = seen.show;
   if (active === "failed" || active === "activating") return "failed";
   if (active !== "active") return "stopped";
   if (seen.edited) return "edited";
@@ -456,7 +462,18 @@ function stateOf(seen: Observed): State["state"] {
   if (seen.probe === undefined || seen.probe.sizeBytes !== seen.contentSizeBytes) return "notServing";
   if (seen.imageProblem !== undefined) return "notServing";
   if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
-  return file === "enabled" && seen.wanted ? "serving" : "disabled";
+  if (needsProof(seen.plan, seen, elsewhere)) return "unproven";
+  return isEnabled(seen) ? "serving" : "disabled";
+}
+
+function isEnabled({ show, wanted }: Observed): boolean {
+  return show.UnitFileState === "enabled" && wanted;
+}
+
+function needsProof(plan: ExportPlan, seen: Observed, elsewhere: boolean): boolean {
+  return (
+    (clientsGuard(plan, elsewhere) === "refuse" && !seen.clientsProven) || (hasTls(plan) && !seen.proven)
+  );
 }
 
 const preflightScript = hostScript(
@@ -673,14 +690,14 @@ function requireImage(
 }
 
 /**
- * Writes the unit (stdin), starts it and waits for a handshake. Exit code 70: the server does not serve, or
- * that of `prove_clients`.
+ * Writes the unit (stdin), starts it and waits for a handshake. The last argument is the port of an export that was there before.
+ * Exit code 70: the server does not serve, or that of `prove_clients`.
  */
 const applyScript = hostScript(
   "apply-export",
   "change",
   `${unitFunctions}${certificatesFunctions}${clientsFunctions}
-unit=$1 conf=$2 config=$3 uri=$4 clients=$5 mark=$6 seen=$7 bytes=$8 folders=$9 folder=\${10} file=/etc/systemd/system/$1
+unit=$1 conf=$2 config=$3 uri=$4 clients=$5 mark=$6 seen=$7 bytes=$8 folders=$9 folder=\${10} port=\${11} file=/etc/systemd/system/$1
 # Of an export that had TLS before; where it has, those that were before go when the new ones are proven.
 tidy() { [ -n "$folder" ] || { lock; [ -n "$(own Certificates "$file")" ] || tidy_certificates "$folders"; }; }
 lock
@@ -694,16 +711,28 @@ fi
 mv -fT "$file.new" "$file" || exit 1
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
+[ -z "$folder" ] || rm -f "$folder/${provenFile}"
 exec 9>&-
-# enable reloads systemd's view of the units as well
-systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
+# What nobody has seen to keep others out starts at no boot. enable reloads systemd's view of the units as well.
+reload="systemctl enable --quiet"
+if [ "$clients" = refuse ] && ! clients_proven; then
+  reload="systemctl daemon-reload"
+  [ -n "$port" ] || trap 'systemctl stop "$unit"; exit 1' HUP INT TERM
+fi
+begin() { case $reload in *enable*) $reload "$unit";; *) $reload;; esac && systemctl restart "$unit"; }
+begin || {
   last_words "$unit" 15; exit 70; }
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
 end=$(( $(date +%s) + 80 ))
 while :; do
   if answer=$(timeout 75 nbdinfo --size "$uri" 2>&1); then
     bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
-    [ "$bytes" = 512 ] && { prove_clients "$unit" "$uri" "$clients"; tidy; exit; }
+    [ "$bytes" = 512 ] && {
+      prove_clients "$unit" "$uri" "$clients" "$port"
+      case $reload in *enable*) ;; *) systemctl enable --quiet "$unit" || exit 1;; esac
+      tidy
+      exit
+    }
     answer="the handshake succeeds, but nothing can be read"
     break
   fi
@@ -739,7 +768,8 @@ async function apply(
     await withCertificates(context, unit, expectedMarks(ownerMark(plan.owner), seen), folder, files, () =>
       writeUnit(context, plan, seen, elsewhere),
     );
-  if (hasTls(plan)) await proveTls(context, plan);
+  const caCertificate = files?.["ca-cert.pem"] ?? seen?.certificates?.client.caCertificate;
+  if (hasTls(plan) && caCertificate !== undefined) await proveTls(context, plan, caCertificate);
 }
 
 function hasTls(plan: ExportPlan): plan is ExportPlan & { readonly tls: TlsRecord } {
@@ -768,6 +798,7 @@ async function writeUnit(
       String(Buffer.byteLength(unit)),
       certificatesFolders(unitName),
       folder ?? "",
+      seen === undefined ? "" : String(plan.port),
     ),
     stdin: unit,
     kind: "change",
@@ -790,6 +821,12 @@ async function writeUnit(
   );
 }
 
+/** After these a new export is taken down: what does not serve would keep restarting on a host nobody looks at. */
+const takenBack: readonly ErrorCode[] = [
+  ...(["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "TLS_NOT_ENFORCED"] as const),
+  ...(["COMMAND_FAILED", "COMMAND_TIMED_OUT"] as const),
+];
+
 async function create(context: Context, wanted: Inputs): Promise<void> {
   const prepared = await preflight(context, wanted, undefined);
   const { plan } = prepared;
@@ -797,13 +834,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
   try {
     await apply(context, prepared, undefined, wanted.clientsEnforcedElsewhere);
   } catch (error) {
-    // What does not serve is not left behind: it would keep restarting on a host nobody looks at.
-    if (
-      error instanceof LvmNbdError &&
-      ["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "TLS_NOT_ENFORCED", "COMMAND_FAILED"].includes(
-        error.code,
-      )
-    ) {
+    if (error instanceof LvmNbdError && takenBack.includes(error.code)) {
       await takeDown(context, plan, ownerMark(plan.owner)).catch((cleanup: unknown) => {
         context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
       });
@@ -819,16 +850,13 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
     seen.plan !== undefined &&
     renderExportUnit(seen.plan) === renderExportUnit(declared) &&
     (kept !== undefined || !wanted.tls);
-  const state = stateOf(seen);
-  if (asDeclared && state === "serving") {
+  const state = stateOf(seen, wanted.clientsEnforcedElsewhere);
+  if (asDeclared && (state === "serving" || state === "unproven" || state === "disabled")) {
     // A run that was cut may not have come to it; nor has one for which something else enforces the clients.
-    if (seen.plan !== undefined && !seen.clientsProven && !isLoopback(seen.plan.listenAddress))
-      await proveClients(context, seen.plan, wanted.clientsEnforcedElsewhere);
-    if (seen.plan !== undefined && hasTls(seen.plan) && !seen.proven) await proveTls(context, seen.plan);
+    if (seen.plan !== undefined) await prove(context, seen.plan, seen, wanted.clientsEnforcedElsewhere);
+    if (!isEnabled(seen)) await enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner));
     return;
   }
-  if (asDeclared && state === "disabled")
-    return enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner));
   const prepared = await preflight(context, wanted, seen);
   const { plan } = prepared;
   context.progress(
@@ -837,6 +865,14 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
       : `starting the export ${plan.exportName} again (it was ${state})`,
   );
   await apply(context, prepared, seen, wanted.clientsEnforcedElsewhere);
+}
+
+/** Of an export that serves: whatever nobody has tried of it yet. */
+async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhere: boolean): Promise<void> {
+  if (!seen.clientsProven && clientsGuard(plan, elsewhere) !== "none")
+    await proveClients(context, plan, elsewhere);
+  if (hasTls(plan) && !seen.proven && seen.certificates !== undefined)
+    await proveTls(context, plan, seen.certificates.client.caCertificate);
 }
 
 /** The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. */
@@ -900,7 +936,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
     certificatesExpireAt: certificates && expiryTime(certificates),
     sizeBytes:
       seen.probe?.sizeBytes ?? seen.contentSizeBytes ?? ("sizeBytes" in declared ? declared.sizeBytes : 0),
-    state: stateOf(seen),
+    state: stateOf(seen, declared.clientsEnforcedElsewhere),
   };
 }
 
@@ -1066,13 +1102,14 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   },
   drift(state, seen) {
     const expiry = seen.certificates && expiryPhrase(seen.certificates);
+    const now = toState(state, seen);
     return [
       ...unitDrift(
         state,
-        toState(state, seen),
+        now,
         ["device", "file", "format", "listenAddress", "port", "readOnly", "server", "clients"],
         "serving",
-        "start it as declared",
+        now.state === "unproven" ? "see whether it keeps out who may not connect" : "start it as declared",
       ),
       ...(seen.imageProblem === undefined ? [] : [seen.imageProblem]),
       ...(expiry === undefined ? [] : [`${expiry}: ${renewal(state)}`]),

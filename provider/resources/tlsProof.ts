@@ -9,21 +9,21 @@ import {
   certificatesFolders,
   certificatesFunctions,
   certificatesInput,
-  provenPath,
+  provenFile,
   type TlsRecord,
 } from "../linux/tls.js";
-import { unitFunctions } from "../linux/unitScript.js";
+import { cutOffFunction, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
 
 /**
- * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, the file of the proof, those
- * of `receive_certificates` for a client of another authority (stdin). Exit code 72: somebody got in, and the export was stopped.
+ * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, those of `receive_certificates`
+ * for a client of another authority (stdin). Exit code 72: somebody got in, and the export was stopped; 74: it could not be.
  */
 const proveScript = hostScript(
   "prove-tls",
   "change",
-  `${unitFunctions}${certificatesFunctions}
-unit=$1 uri=$2 folder=$3 folders=$4 proven=$5; shift 5
+  `${unitFunctions}${cutOffFunction}${certificatesFunctions}
+unit=$1 uri=$2 folder=$3 folders=$4; shift 4
 file=/etc/systemd/system/$unit
 work=$(mktemp -d /run/lvm-nbd-proof.XXXXXXXX) || exit 1
 trap 'rm -rf "$work"' EXIT
@@ -31,11 +31,13 @@ trap 'exit 1' HUP INT TERM
 receive_certificates "$work/stranger" "$@" && mkdir "$work/none" && cp "$folder/ca-cert.pem" "$work/none" &&
   cp "$folder/ca-cert.pem" "$work/stranger" || exit 1
 ask() { said=$(timeout 75 nbdinfo --size "$1" 2>&1); }
+running() { systemctl show -p MainPID --value "$unit"; }
+server=$(running) || exit 1
 ask "$uri" || { printf '%s\\n' "$said" >&2; exit 1; }
 refused() {
   ask "$1"
   case $? in
-  0) systemctl disable --quiet --now "$unit"; echo "$2 got in" >&2; exit 72;;
+  0) echo "$2 got in" >&2; cut_off "$unit" || exit 74; exit 72;;
   1) ;;
   *) echo "whether $2 gets in cannot be told" >&2; exit 1;;
   esac
@@ -44,18 +46,23 @@ plain=\${uri%%\\?*}
 refused "nbd\${plain#nbds}" "a client without TLS"
 refused "$plain?tls-certificates=$work/none" "a client without a certificate"
 refused "$plain?tls-certificates=$work/stranger" "a client with another authority's certificate"
+# Who is not let in by a server that has ended proves nothing.
+ask "$uri" && [ "$(running)" = "$server" ] || { echo "the server ended meanwhile: $said" >&2; exit 1; }
 lock
-[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$proven"; }
+umask 077
+[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}"; }
 `,
 );
 
-/** Raises TLS_NOT_ENFORCED. Removes the certificates of before as well. */
+/** Raises TLS_NOT_ENFORCED. Removes the certificates of before as well. `caCertificate`: the export's authority. */
 export async function proveTls(
   context: Context,
   plan: ExportPlan & { readonly tls: TlsRecord },
+  caCertificate: string,
 ): Promise<void> {
   const unit = exportUnitName(plan.exportName);
-  const stranger = await makeCertificates("stranger", [], new Date());
+  // A client shows its certificate only to a server that asks for one of an authority of that name.
+  const stranger = await makeCertificates("stranger", [], new Date(), caCertificate);
   const files = {
     "client-cert.pem": stranger.clientCertificate,
     "client-key.pem": stranger.clientPrivateKey,
@@ -70,18 +77,19 @@ export async function proveTls(
         exportCertificates(plan) ?? "",
         certificatesFolders(unit),
       ] as const),
-      ...[provenPath(plan.tls), ...certificatesArguments(files)],
+      ...certificatesArguments(files),
     ),
     stdin: certificatesInput(files),
     kind: "change",
-    // Four questions and the lock.
-    deadlineSeconds: 480,
+    // Five questions and the lock.
+    deadlineSeconds: 560,
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
-  const isOpen = result.exitCode === 72;
+  const isOpen = result.exitCode === 72 || result.exitCode === 74;
+  const still = result.exitCode === 74 ? "; the export could NOT be stopped: stop it" : "";
   const what = isOpen
-    ? `tls: ${plan.server} lets clients in without TLS or without a certificate of the export's authority`
+    ? `tls: ${plan.server} lets clients in without TLS or without a certificate of the export's authority${still}`
     : "whether the export lets in clients without its certificate could not be found out";
   throw failure(context, command, result, what, isOpen ? "TLS_NOT_ENFORCED" : "COMMAND_FAILED");
 }

@@ -86,6 +86,8 @@ export class FakeServer {
     ])
       this.files.mkdirs(path);
     this.files.write("/proc/1/mountinfo", "");
+    this.files.write("/proc/version", "Linux version 6.1\n");
+    this.files.write("/proc/cmdline", "quiet\n");
     this.files.write("/proc/swaps", "Filename Type Size Used Priority\n");
   }
 

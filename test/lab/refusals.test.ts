@@ -1,4 +1,5 @@
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
+import { clientsProof } from "../../provider/resources/clientsProof.js";
 import type { Lab } from "./lab.mts";
 import { checksum, freshLab, LabStack, leftovers, mainPid, makeOrigin, type Values } from "./support.mts";
 
@@ -277,10 +278,9 @@ describe("clients", () => {
 
   it("that the kernel does not enforce are refused, and told where something else does", async () => {
     const { server1 } = lab;
-    const proof = "/run/lvm-nbd-clients-enforced";
     // Stands in for a kernel that ignores the filter: what systemd starts is under none.
     await server1.run(
-      `rm -f ${proof}; cat >/usr/local/bin/systemd-run && chmod +x /usr/local/bin/systemd-run`,
+      `rm -f ${clientsProof}; cat >/usr/local/bin/systemd-run && chmod +x /usr/local/bin/systemd-run`,
       {
         stdin:
           '#!/bin/sh\nfor word; do shift; case $word in IPAddressDeny=any) word=Nice=0;; esac; set -- "$@" "$word"; done\nexec /usr/bin/systemd-run "$@"\n',
@@ -300,7 +300,7 @@ describe("clients", () => {
     const proven = await stack.warningsDuring(() => stack.up("NbdExport", "vm1", exported()));
     expect(proven).toBe("");
     expect(await mainPid(server1, "lvm-nbd-export-vm1.service")).toBe(pid);
-    await server1.run(`test -e ${proof}`);
+    await server1.run(`test -e ${clientsProof}`);
     await stack.destroy("NbdExport", "vm1");
   });
 });

@@ -1,9 +1,11 @@
-import { existsSync, readFileSync } from "node:fs";
-import { join } from "node:path";
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { basename, dirname, join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
 import { clientsFunctions, clientsGuard, clientsProof } from "../../provider/resources/clientsProof.js";
 import type { CommandResult } from "../../provider/ssh/types.js";
 import { ShellHost } from "../support/shellHost.js";
+
+const unit = "lvm-nbd-export-vm1.service";
 
 /** A host on which `nbdinfo` gets in, and a filter of systemd keeps it out, unless a switch says otherwise. */
 class ProofHost extends ShellHost {
@@ -13,10 +15,13 @@ class ProofHost extends ShellHost {
       {
         systemctl: `
           case $1 in
-          show) case $3 in
-            IPAddressAllow) cat "$SANDBOX/allowed" 2>/dev/null || echo 10.0.0.2;;
-            *) cat "$SANDBOX/denied" 2>/dev/null || echo "::/0 0.0.0.0/0";; esac;;
-          *) echo "$*" >>"$SANDBOX/jobs";;
+          show) [ ! -e "$SANDBOX/silent" ] || { echo "Connection timed out" >&2; exit 1; }
+            case $* in
+            *slice*) cat "$SANDBOX/above" 2>/dev/null; exit 0;;
+            *) echo "IPAddressAllow=$(cat "$SANDBOX/allowed" 2>/dev/null || echo 10.0.0.2/32 127.0.0.0/8 ::1/128)"
+              echo "IPAddressDeny=$(cat "$SANDBOX/denied" 2>/dev/null || echo "::/0 0.0.0.0/0")";;
+            esac;;
+          *) echo "$*" >>"$SANDBOX/jobs"; [ ! -e "$SANDBOX/stuck" ];;
           esac`,
         // Exit codes as of the real one with --wait: those of the program.
         "systemd-run": `
@@ -29,22 +34,28 @@ class ProofHost extends ShellHost {
       },
       [],
     );
+    this.set("version", "Linux version 6.1\n");
+    mkdirSync(join(this.folder, "etc"));
+    writeFileSync(join(this.folder, "etc", unit), "[Service]\nIPAddressAllow=10.0.0.2 localhost\n");
   }
 
   protected inside(text: string): string {
-    return text.replaceAll(clientsProof, join(this.folder, "proof"));
+    return text
+      .replaceAll(dirname(clientsProof), this.folder)
+      .replaceAll("/etc/systemd/system", join(this.folder, "etc"))
+      .replaceAll("/proc/version", join(this.folder, "version"));
   }
 
   async prove(guard: ReturnType<typeof clientsGuard>, ...port: string[]): Promise<CommandResult> {
     const text = `${clientsFunctions}\nprove_clients "$@"; echo went on`;
-    const argv = ["sh", "-c", text, "sh", "lvm-nbd-export-vm1.service", "nbd://10.0.0.1/vm1", guard, ...port];
+    const argv = ["sh", "-c", text, "sh", unit, "nbd://10.0.0.1/vm1", guard, ...port];
     const result = await this.execute({ argv, kind: "change", deadlineSeconds: 20 });
     if (result === undefined) throw new Error("the script was killed");
     return result;
   }
 
   get proven(): boolean {
-    return existsSync(join(this.folder, "proof"));
+    return existsSync(join(this.folder, basename(clientsProof)));
   }
 
   get jobs(): string {
@@ -74,7 +85,7 @@ afterEach(() => {
 });
 
 describe("whether the host's kernel enforces the clients", () => {
-  it("is proven once a boot by one that is kept out, beside one that gets in", async () => {
+  it("is proven once for a kernel by one that is kept out, beside one that gets in", async () => {
     const asked = host();
     expect(await asked.prove("refuse")).toMatchObject({ exitCode: 0, stdout: "went on\n" });
     expect(asked.proven).toBe(true);
@@ -82,6 +93,9 @@ describe("whether the host's kernel enforces the clients", () => {
     asked.set("filtered.rc", "0");
     expect(await asked.prove("refuse")).toMatchObject({ exitCode: 0 });
     expect(asked.jobs).toBe("");
+    // Booted with another one, the host may no longer keep anybody out.
+    asked.set("version", "Linux version 6.2\n");
+    expect(await asked.prove("refuse")).toMatchObject({ exitCode: 71 });
   });
 
   it("is proven as well where the filter is told at once", async () => {
@@ -99,6 +113,12 @@ describe("whether the host's kernel enforces the clients", () => {
       /cannot be told: Unknown assignment/,
     ],
     [
+      "systemd itself may not start who may reach nothing",
+      72,
+      { "filtered.rc": "1", filtered: "Failed to start transient service unit: Operation not permitted" },
+      /cannot be told: Failed to start/,
+    ],
+    [
       "nobody gets in",
       72,
       { "free.1.rc": "1", "free.2.rc": "1" },
@@ -113,9 +133,17 @@ describe("whether the host's kernel enforces the clients", () => {
     [
       "everybody is allowed by another file",
       71,
-      { allowed: "10.0.0.2 0.0.0.0/0" },
+      { allowed: "10.0.0.2/32 127.0.0.0/8 ::1/128 0.0.0.0/0" },
       /IPAddressAllow=\) is overridden/,
     ],
+    [
+      "a network is allowed by another file",
+      71,
+      { allowed: "10.0.0.2/32 127.0.0.0/8 ::1/128 10.0.0.0/8" },
+      /IPAddressAllow=\) is overridden/,
+    ],
+    ["a slice above allows more", 71, { above: "\n\n10.0.0.0/8\n" }, /a slice above the unit allows more/],
+    ["systemd does not answer", 72, { silent: "" }, /systemctl does not tell/],
     ["what the unit denies is overridden", 71, { denied: "" }, /IPAddressDeny=\) is overridden/],
     ["only one family is denied", 71, { denied: "0.0.0.0/0" }, /IPAddressDeny=\) is overridden/],
   ])("is not where %s: the export is stopped, or it is told", async (_what, exitCode, switches, why) => {
@@ -123,7 +151,7 @@ describe("whether the host's kernel enforces the clients", () => {
     const refused = await refusing.prove("refuse");
     expect(refused).toMatchObject({ exitCode, stdout: "" });
     expect(refused.stderr).toMatch(why);
-    expect(refusing.jobs).toBe("disable --quiet --now lvm-nbd-export-vm1.service\n");
+    expect(refusing.jobs).toBe(`disable --quiet --now ${unit}\n`);
     expect(refusing.proven).toBe(false);
 
     const telling = host(switches);
@@ -150,7 +178,7 @@ describe("whether the host's kernel enforces the clients", () => {
 
   const untold = { "free.1.rc": "1", "free.2.rc": "1" };
   const connection = "0 0 10.0.0.1:10809 10.0.0.2:40000\n";
-  const disabled = "disable --quiet --now lvm-nbd-export-vm1.service\n";
+  const disabled = `disable --quiet --now ${unit}\n`;
 
   it.each([
     ["is not stopped while a client is connected", { connected: connection }, 73, ""],
@@ -172,6 +200,12 @@ describe("whether the host's kernel enforces the clients", () => {
     const asked = host({ "filtered.rc": "0", connected: connection });
     expect(await asked.prove("refuse", "10809")).toMatchObject({ exitCode: 71 });
     expect(asked.jobs).toBe(disabled);
+  });
+
+  it("is not, and the export cannot be stopped: that is told by another exit code", async () => {
+    const asked = host({ "filtered.rc": "0", stuck: "" });
+    expect(await asked.prove("refuse")).toMatchObject({ exitCode: 74 });
+    expect(asked.jobs).toBe(`${disabled}stop ${unit}\n`);
   });
 
   it("is not asked of an export on loopback", async () => {

@@ -175,7 +175,7 @@ function world(at: World) {
         return { exitCode: at.applied ?? 0, stdout: told, stderr: "the log" };
       }
       if (text.includes(proof)) return { exitCode: at.applied ?? 0, stdout: told, stderr: "got in" };
-      if (text.includes("systemctl disable")) taken = true;
+      if (text.includes('end_unit "$unit"')) taken = true;
       else if (text.includes("systemctl enable")) {
         at.enabled = "enabled";
         return { exitCode: at.applied ?? 0, stderr: "the log" };
@@ -393,6 +393,41 @@ describe("clients that something else than the host enforces", () => {
     expect(asked.changes[0]?.argv[2]).not.toContain("systemctl restart");
   });
 
+  it("a refresh tells that nobody has looked at the host yet with the kernel that runs, and the next up does", async () => {
+    const at: World = { unit: renderExportUnit(plan), clientsProven: false };
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const seen = await handlers.read(state);
+    expect(seen).toMatchObject({ state: "unproven" });
+    expect(handlers.warnings.join()).toContain("is unproven; `pulumi up` will see whether");
+    expect((await handlers.diff(seen ?? {}, complete, none)).changes).toEqual([
+      { property: "state", effect: "update" },
+    ]);
+    await handlers.update(seen ?? {}, complete);
+    expect(asked.changes.map(({ argv }) => argv.slice(-2))).toEqual([["refuse", "10809"]]);
+    // Something else keeps all others out.
+    const elsewhere = { ...state, clientsEnforcedElsewhere: true };
+    expect(await handlers.read(elsewhere)).toMatchObject({ state: "serving" });
+  });
+
+  it("one that starts at no boot is looked at before it is to", async () => {
+    const at: World = {
+      unit: renderExportUnit(plan),
+      clientsProven: false,
+      enabled: "disabled",
+      applied: 71,
+    };
+    const asked = world(at);
+    await expect(handlersOn("NbdExport", asked).update(state, complete)).rejects.toThrow(
+      "CLIENTS_NOT_ENFORCED",
+    );
+    expect(asked.changes).toHaveLength(1);
+    at.applied = 0;
+    await handlersOn("NbdExport", asked).update(state, complete);
+    expect(asked.changes.slice(1).map(({ argv }) => argv[2]?.includes(proof))).toEqual([true, false]);
+    expect(at.enabled).toBe("enabled");
+  });
+
   it.each([
     ["was stopped", 72, /COMMAND_FAILED.*cannot be told; the export was stopped/s],
     [
@@ -400,7 +435,8 @@ describe("clients that something else than the host enforces", () => {
       73,
       /COMMAND_FAILED.*cannot be told; the export goes on serving, since a client is connected/s,
     ],
-    ["goes on serving", 1, /COMMAND_FAILED.*cannot be told; the export goes on serving\n/s],
+    ["could not be stopped", 74, /CLIENTS_NOT_ENFORCED.*could NOT be stopped: stop it/s],
+    ["may go on", 1, /COMMAND_FAILED.*could not be found out\n/s],
   ])("an export that serves already %s where that cannot be told: %i", async (_what, applied, message) => {
     const asked = world({ unit: renderExportUnit(plan), clientsProven: false, applied });
     await expect(handlersOn("NbdExport", asked).update(state, complete)).rejects.toThrow(message);
