@@ -45,8 +45,8 @@ class LongestFirst extends BaseSequencer {
 
 export default defineConfig({
   test: {
-    // Two labs at most at once: each is two guests of one emulated CPU that wait half of the time.
-    maxWorkers: 2,
+    // Labs at once: each is two guests of one emulated CPU, of which mostly one works while the other waits. Two left a third of two cores idle.
+    maxWorkers: 3,
     sequence: { sequencer: LongestFirst },
     coverage: {
       provider: "v8",
