@@ -97,7 +97,7 @@ clients_enforced() {
   esac
   answer=$(systemd-run -q --collect --wait --pipe timeout "$limit" nbdinfo --size "$2" 2>&1) ||
     { why="a process without an address filter does not always get in within $limit s, so one with it proves nothing: $answer"; return 2; }
-  mkdir -p ${clientsProof.replace(/\/[^/]*$/, "")} && cat /proc/version /proc/cmdline >${clientsProof}.new && mv -f ${clientsProof}.new ${clientsProof} ||
+  mkdir -p ${clientsProof.replace(/\/[^/]*$/, "")} && cat /proc/version /proc/cmdline >${clientsProof}.new && sync ${clientsProof}.new && mv -f ${clientsProof}.new ${clientsProof} ||
     { why="that they are could not be noted"; return 2; }
 }
 prove_clients() {
