@@ -1,6 +1,6 @@
 /** The systemd unit of an export: hardened, bound to one device or image, its clients enforced by the kernel. */
 import { ownerMark } from "../core/owner.js";
-import { isAnyAddress, isLoopback } from "./addresses.js";
+import { canonicalNetwork, isAnyAddress, isLoopback } from "./addresses.js";
 import { folderOf } from "./copyJob.js";
 import { imageGuard } from "./imageFile.js";
 import {
@@ -112,7 +112,9 @@ export function allowedAddresses(
 ): string[] {
   const itself =
     isAnyAddress(plan.listenAddress) || isLoopback(plan.listenAddress) ? "localhost" : plan.listenAddress;
-  return [...new Set([...plan.clients, itself, ...(plan.ownAddress === undefined ? [] : [plan.ownAddress])])];
+  const all = [...plan.clients, itself, ...(plan.ownAddress === undefined ? [] : [plan.ownAddress])];
+  // As systemd shows them: what it shows beside them is from elsewhere.
+  return [...new Set(all.map((one) => (one === "localhost" ? one : canonicalNetwork(one))))];
 }
 
 /** What the unit has for the thing that it serves. */

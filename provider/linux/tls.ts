@@ -179,8 +179,8 @@ sh -c ${quote(text)} sh "$@" </dev/null
 `;
 }
 
-/** Beside the certificates: says that the server which runs lets nobody in without them. It goes when the unit is written anew. */
-export const provenFile = "proven";
+/** Ends the name of a file beside the folder: the server that the unit starts lets nobody in without them. It goes when the unit is written anew. */
+export const provenSuffix = ".proven";
 
 /** Where a job has its certificates: below /run, so on no disk, and removed with it. */
 export function jobCertificates(run: string): string {

@@ -30,11 +30,13 @@ receive() {
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
 `;
 
-/** Shell function. `cut_off UNIT`: it stops, and starts at no boot; fails where it goes on. */
+/** Shell function. `cut_off UNIT`: it stops, and starts at no boot; fails where it may go on. */
 export const cutOffFunction = `
 cut_off() {
   systemctl disable --quiet --now "$1" && return
-  systemctl stop "$1" && systemctl disable --quiet "$1"
+  systemctl stop "$1"
+  systemctl disable --quiet "$1"
+  case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) return 1;; esac
 }
 `;
 

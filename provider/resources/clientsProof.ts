@@ -1,4 +1,5 @@
 /** The proof that the host's kernel lets in nobody but an export's clients: somebody who may not tries. */
+import { dirname } from "node:path/posix";
 import { failure } from "../core/command.js";
 import type { ErrorCode, LvmNbdError } from "../core/errors.js";
 import { hostScript, script } from "../core/hostCommands.js";
@@ -11,8 +12,14 @@ import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 /** Of a host: the kernel with which it was seen, and its command line. Booted with others, it is looked at again. */
 export const clientsProof = "/var/lib/lvm-nbd/clients-enforced";
 
+/** What to do about an export that lets others in and goes on. */
+export const stopIt =
+  "Stop it on the host, now: `systemctl stop UNIT; systemctl disable UNIT`, with the unit that the command names. Then run again.";
+
+const proofFolder = dirname(clientsProof);
+
 /** Exit codes of `prove_clients`, and what they mean. */
-const outcomes: Readonly<Record<number, readonly [what: string, code: ErrorCode]>> = {
+const outcomes: Readonly<Record<number, readonly [what: string, code: ErrorCode, advice?: string]>> = {
   71: ["the host does not enforce them; the export was stopped", "CLIENTS_NOT_ENFORCED"],
   72: ["whether the host enforces them cannot be told; the export was stopped", "COMMAND_FAILED"],
   73: [
@@ -20,8 +27,9 @@ const outcomes: Readonly<Record<number, readonly [what: string, code: ErrorCode]
     "COMMAND_FAILED",
   ],
   74: [
-    "the host does not enforce them, or that cannot be told, and the export could NOT be stopped: stop it",
+    "the host does not enforce them, or that cannot be told, and the export could NOT be stopped",
     "CLIENTS_NOT_ENFORCED",
+    stopIt,
   ],
 };
 
@@ -38,31 +46,30 @@ export function clientsGuard(
 }
 
 /**
- * For looks. `clients_proven`: it was seen that the kernel which runs enforces them. `clients_declared SHOWN FILE`: what systemd shows of
- * a unit's IPAddressAllow= and IPAddressDeny= lets in no more than its file says; 1 if it does, 2 if that cannot be told.
+ * For looks. `clients_proven`: it was seen that the kernel which runs enforces them. `clients_allowed SHOWN FILE`: what systemd shows of
+ * a unit's IPAddressAllow= and IPAddressDeny= lets in nobody but those that its file names (as systemd shows them), nor do the slices
+ * above it; 1 if they do, 2 if that cannot be told.
  */
 export const clientsLookFunctions = `
 clients_proven() { [ -e ${clientsProof} ] && [ "$(cat /proc/version /proc/cmdline)" = "$(cat ${clientsProof})" ]; }
-clients_declared() {
+clients_allowed() {
   denied=$(printf '%s\\n' "$1" | sed -n 's/^IPAddressDeny=//p')
   allowed=$(printf '%s\\n' "$1" | sed -n 's/^IPAddressAllow=//p')
   declared=$(sed -n 's/^IPAddressAllow=//p' "$2") || { why="$2 cannot be read"; return 2; }
+  above=$(systemctl show -p IPAddressAllow --value -- system.slice -.slice) ||
+    { why="systemctl does not tell what the slices above the unit allow"; return 2; }
   case " $denied " in
   *" 0.0.0.0/0 "*"::/0 "*|*" ::/0 "*"0.0.0.0/0 "*) ;;
   *) why="what the unit denies (IPAddressDeny=) is overridden on this host"; return 1;;
   esac
-  why="what the unit allows (IPAddressAllow=) is overridden on this host"
-  most=0 more=0
-  # localhost stands for a network of each family.
-  for one in $declared; do case $one in localhost) most=$((most+2));; *) most=$((most+1));; esac; done
   for one in $allowed; do
+    case $one in *:*) one=\${one%/128};; *) one=\${one%/32};; esac
     case $one:" $declared " in
-    0.0.0.0/0:*" 0.0.0.0/0 "*|::/0:*" ::/0 "*) ;;
-    0.0.0.0/0:*|::/0:*) return 1;;
+    *" $one "*|127.0.0.0/8:*" localhost "*|::1:*" localhost "*) ;;
+    *) why="what the unit allows (IPAddressAllow=) is overridden on this host: $one"; return 1;;
     esac
-    more=$((more+1))
   done
-  [ "$more" -le "$most" ] || return 1
+  for one in $above; do why="a slice above the unit allows more (IPAddressAllow= of system.slice or -.slice): $one"; return 1; done
 }
 `;
 
@@ -77,11 +84,9 @@ clients_declared() {
  */
 export const clientsFunctions = `${clientsLookFunctions}${cutOffFunction}
 clients_enforced() {
-  shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$1") &&
-    above=$(systemctl show -p IPAddressAllow --value -- system.slice -.slice) ||
+  shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$1") ||
     { why="systemctl does not tell what the unit allows and denies"; return 2; }
-  clients_declared "$shown" "/etc/systemd/system/$1" || return
-  for one in $above; do why="a slice above the unit allows more addresses (IPAddressAllow= of system.slice or -.slice)"; return 1; done
+  clients_allowed "$shown" "/etc/systemd/system/$1" || return
   ! clients_proven || return 0
   began=$(date +%s)
   answer=$(systemd-run -q --collect --wait --pipe timeout 75 nbdinfo --size "$2" 2>&1) ||
@@ -97,8 +102,10 @@ clients_enforced() {
   esac
   answer=$(systemd-run -q --collect --wait --pipe timeout "$limit" nbdinfo --size "$2" 2>&1) ||
     { why="a process without an address filter does not always get in within $limit s, so one with it proves nothing: $answer"; return 2; }
-  mkdir -p ${clientsProof.replace(/\/[^/]*$/, "")} && cat /proc/version /proc/cmdline >${clientsProof}.new && sync ${clientsProof}.new && mv -f ${clientsProof}.new ${clientsProof} ||
-    { why="that they are could not be noted"; return 2; }
+  # Seen is seen, whether it can be noted or not.
+  if [ ! -L ${proofFolder} ] && mkdir -p ${proofFolder} && rm -f ${clientsProof}.new && cat /proc/version /proc/cmdline >${clientsProof}.new &&
+    sync ${clientsProof}.new && mv -fT ${clientsProof}.new ${clientsProof}; then :
+  else echo "it could not be noted that they are" >&2; fi
 }
 prove_clients() {
   [ "$3" != none ] || return 0
@@ -134,7 +141,7 @@ export function clientsFailure(
   result: CommandResult,
 ): LvmNbdError | undefined {
   const outcome = outcomes[result.exitCode];
-  return outcome && failure(context, command, result, `clients: ${outcome[0]}`, outcome[1]);
+  return outcome && failure(context, command, result, `clients: ${outcome[0]}`, outcome[1], outcome[2]);
 }
 
 const proveScript = hostScript(
@@ -147,14 +154,20 @@ prove_clients "$1" "$2" "$3" "$4"
 
 /**
  * Looks at an export that serves. Where its clients are not enforced it is stopped, and CLIENTS_NOT_ENFORCED is raised. Where that cannot
- * be told it is COMMAND_FAILED, and the export is stopped unless a client is connected.
+ * be told it is COMMAND_FAILED, and the export is stopped unless it was proven before (`wasProven`) and a client is connected: one that
+ * never was may be connected just because nobody is kept out.
  */
-export async function proveClients(context: Context, plan: ExportPlan, elsewhere: boolean): Promise<void> {
+export async function proveClients(
+  context: Context,
+  plan: ExportPlan,
+  elsewhere: boolean,
+  wasProven: boolean,
+): Promise<void> {
   const command: RemoteCommand = {
     argv: script(
       proveScript,
       ...[exportUnitName(plan.exportName), askedUri(plan), clientsGuard(plan, elsewhere)],
-      String(plan.port),
+      wasProven ? String(plan.port) : "",
     ),
     kind: "change",
     deadlineSeconds: clientsProofSeconds,

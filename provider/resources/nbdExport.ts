@@ -26,7 +26,7 @@ import {
   renderExportUnit,
   unitMark,
 } from "../linux/exportUnit.js";
-import { emitFunctions, parseFields } from "../linux/fields.js";
+import { emitFunctions, parseFields, vanished } from "../linux/fields.js";
 import {
   fileProblem,
   type ImageFormat,
@@ -52,7 +52,7 @@ import {
   isCertificateFor,
   isExpired,
   nameProblem,
-  provenFile,
+  provenSuffix,
   type SeenCertificates,
   type ServerTls,
   serverFiles,
@@ -182,7 +182,8 @@ const outputs = z.object({
       "`serving` (proven by a handshake); `stopped`; `failed` (the server ends by itself); `notServing` (runs, but the handshake " +
         "fails or shows another size, or the image is not what was examined: replaced, or in others' hands); `disabled` (would not come back after a " +
         "reboot); `edited` (its unit or its certificates were changed by hand); `expired` (its certificates are; `pulumi up` makes new ones); " +
-        "`unproven` (nobody has tried yet, with the kernel that runs, whether it keeps out who may not connect; `pulumi up` does).",
+        "`unproven` (nobody has seen yet, of the unit as it is and with the kernel that runs, that it keeps out who may not connect; " +
+        "`pulumi up` looks, and stops it where it does not).",
     ),
 });
 
@@ -230,8 +231,12 @@ show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -
 emit show "$show"
 if [ -e "$file" ]; then
   if clients_proven; then
-    clients_declared "$show" "$file"
-    case $? in 0) emit clientsProven yes;; 1) ;; *) echo "$why" >&2; exit 1;; esac
+    clients_allowed "$show" "$file"
+    case $? in
+    0) emit clientsProven yes;;
+    1) ;;
+    *) [ -e "$file" ] || exit ${vanished}; echo "$why" >&2; exit 1;;
+    esac
   fi
   # Enabling makes several links, and may have been cut between them.
   for target in $(sed -n 's/^WantedBy=//p' "$file"); do
@@ -245,7 +250,7 @@ if [ -e "$file" ]; then
     emit_file serverCert "$folder/server-cert.pem"
     emit_file clientCert "$folder/client-cert.pem"
     emit_file clientKey "$folder/client-key.pem"
-    if [ -e "$folder/${provenFile}" ]; then emit proven yes; fi
+    if [ -e "$folder${provenSuffix}" ]; then emit proven yes; fi
     emit now "$(date +%s)"
   fi
   if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
@@ -470,6 +475,11 @@ function isEnabled({ show, wanted }: Observed): boolean {
   return show.UnitFileState === "enabled" && wanted;
 }
 
+/** Once, beyond loopback: before that it does not start at boot. */
+function wasProven(seen: Observed): boolean {
+  return isEnabled(seen) && seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
+}
+
 function needsProof(plan: ExportPlan, seen: Observed, elsewhere: boolean): boolean {
   return (
     (clientsGuard(plan, elsewhere) === "refuse" && !seen.clientsProven) || (hasTls(plan) && !seen.proven)
@@ -690,7 +700,7 @@ function requireImage(
 }
 
 /**
- * Writes the unit (stdin), starts it and waits for a handshake. The last argument is the port of an export that was there before.
+ * Writes the unit (stdin), starts it and waits for a handshake. The last argument is the port of an export that was proven before.
  * Exit code 70: the server does not serve, or that of `prove_clients`.
  */
 const applyScript = hostScript(
@@ -711,16 +721,20 @@ fi
 mv -fT "$file.new" "$file" || exit 1
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-[ -z "$folder" ] || rm -f "$folder/${provenFile}"
+[ -z "$folder" ] || rm -f "$folder${provenSuffix}"
 exec 9>&-
-# What nobody has seen to keep others out starts at no boot. enable reloads systemd's view of the units as well.
-reload="systemctl enable --quiet"
-if [ "$clients" = refuse ] && ! clients_proven; then
-  reload="systemctl daemon-reload"
-  [ -n "$port" ] || trap 'systemctl stop "$unit"; exit 1' HUP INT TERM
+# What nobody has seen to keep others out starts at no boot. Both verbs reload systemd's view of the units as well.
+proven=yes
+[ -z "$folder" ] || proven=no
+[ "$clients" != refuse ] || clients_proven || proven=no
+case $proven in yes) verb=enable;; *) verb=disable;; esac
+systemctl "$verb" --quiet "$unit" || exit 1
+if [ "$clients" = refuse ]; then
+  clients_allowed "$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit")" "$file"
+  [ $? != 1 ] || { printf '%s\n' "$why" >&2; cut_off "$unit" || exit 74; exit 71; }
 fi
-begin() { case $reload in *enable*) $reload "$unit";; *) $reload;; esac && systemctl restart "$unit"; }
-begin || {
+[ -n "$port" ] || trap 'systemctl disable --quiet --now "$unit"; exit 1' HUP INT TERM
+systemctl restart "$unit" || {
   last_words "$unit" 15; exit 70; }
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
 end=$(( $(date +%s) + 80 ))
@@ -729,7 +743,8 @@ while :; do
     bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
     [ "$bytes" = 512 ] && {
       prove_clients "$unit" "$uri" "$clients" "$port"
-      case $reload in *enable*) ;; *) systemctl enable --quiet "$unit" || exit 1;; esac
+      # With TLS that is done by who has tried it.
+      [ "$proven" = yes ] || [ -n "$folder" ] || systemctl enable --quiet "$unit" || exit 1
       tidy
       exit
     }
@@ -798,7 +813,7 @@ async function writeUnit(
       String(Buffer.byteLength(unit)),
       certificatesFolders(unitName),
       folder ?? "",
-      seen === undefined ? "" : String(plan.port),
+      seen !== undefined && wasProven(seen) ? String(plan.port) : "",
     ),
     stdin: unit,
     kind: "change",
@@ -870,7 +885,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
 /** Of an export that serves: whatever nobody has tried of it yet. */
 async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhere: boolean): Promise<void> {
   if (!seen.clientsProven && clientsGuard(plan, elsewhere) !== "none")
-    await proveClients(context, plan, elsewhere);
+    await proveClients(context, plan, elsewhere, wasProven(seen));
   if (hasTls(plan) && !seen.proven && seen.certificates !== undefined)
     await proveTls(context, plan, seen.certificates.client.caCertificate);
 }

@@ -9,11 +9,12 @@ import {
   certificatesFolders,
   certificatesFunctions,
   certificatesInput,
-  provenFile,
+  provenSuffix,
   type TlsRecord,
 } from "../linux/tls.js";
 import { cutOffFunction, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import { stopIt } from "./clientsProof.js";
 
 /**
  * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, those of `receive_certificates`
@@ -50,11 +51,11 @@ refused "$plain?tls-certificates=$work/stranger" "a client with another authorit
 ask "$uri" && [ "$(running)" = "$server" ] || { echo "the server ended meanwhile: $said" >&2; exit 1; }
 lock
 umask 077
-[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}"; }
+[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder${provenSuffix}" && systemctl enable --quiet "$unit"; }
 `,
 );
 
-/** Raises TLS_NOT_ENFORCED. Removes the certificates of before as well. `caCertificate`: the export's authority. */
+/** Raises TLS_NOT_ENFORCED. Then lets the export start at boot, and removes the certificates of before. `caCertificate`: the export's authority. */
 export async function proveTls(
   context: Context,
   plan: ExportPlan & { readonly tls: TlsRecord },
@@ -87,9 +88,9 @@ export async function proveTls(
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
   const isOpen = result.exitCode === 72 || result.exitCode === 74;
-  const still = result.exitCode === 74 ? "; the export could NOT be stopped: stop it" : "";
+  const [still, advice] = result.exitCode === 74 ? ["; the export could NOT be stopped", stopIt] : [""];
   const what = isOpen
     ? `tls: ${plan.server} lets clients in without TLS or without a certificate of the export's authority${still}`
     : "whether the export lets in clients without its certificate could not be found out";
-  throw failure(context, command, result, what, isOpen ? "TLS_NOT_ENFORCED" : "COMMAND_FAILED");
+  throw failure(context, command, result, what, isOpen ? "TLS_NOT_ENFORCED" : "COMMAND_FAILED", advice);
 }

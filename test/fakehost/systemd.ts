@@ -2,6 +2,7 @@
  * A small model of systemd on a fake server: units of ours as they are written to disk, started and kept running.
  * Jobs go on by themselves, as those of process 1 do, whatever happens to the `systemctl` that asked for them.
  */
+import { exportUnitName } from "../../provider/linux/exportUnit.js";
 import { directives } from "../support/units.js";
 import type { Machine, Process, Running, Tool } from "./machine.js";
 import { Step, spawn } from "./machine.js";
@@ -162,6 +163,10 @@ export class FakeSystemd {
 
   private show(process: Process, rest: readonly string[]): number {
     const name = rest.at(-1) ?? "";
+    if (name.endsWith(".slice")) {
+      process.out("\n");
+      return 0;
+    }
     const unit = this.unit(name);
     const disk = this.onDisk(name);
     const { files } = this.machine;
@@ -334,6 +339,9 @@ export class FakeSystemd {
 
   private *systemdRun(process: Process): Running<number> {
     const at = process.argv.indexOf("timeout");
+    const asked = process.argv.at(-1)?.split("/").at(-1) ?? "";
+    if (process.argv.includes("IPAddressDeny=any") && this.isEnabled(exportUnitName(asked)))
+      throw new Error(`${asked} is to start at boot before anybody has seen that it keeps others out`);
     if (process.argv.includes("IPAddressDeny=any") && this.filters) {
       yield process.wait({ until: process.machine.now() + 3000 });
       return 124;

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { clientProblem, isAnyAddress, isLoopback } from "../../provider/linux/addresses.js";
+import { canonicalNetwork, clientProblem, isAnyAddress, isLoopback } from "../../provider/linux/addresses.js";
 import { listenersOn, parseListeners } from "../../provider/linux/listeners.js";
 
 describe("clients", () => {
@@ -10,6 +10,7 @@ describe("clients", () => {
   it.each([
     "",
     "server2",
+    "fe80::1%eth0",
     "10.0.0",
     "10.0.0.1/33",
     "fd00::/129",
@@ -74,4 +75,21 @@ describe("listeners", () => {
     expect(parseListeners(printed)[0]).toMatchObject({ program: "nbdkit", pids: [412] });
     expect(parseListeners(printed)[1]?.program).toBeUndefined();
   });
+});
+
+// As systemd 252 shows them, but for the length of an address.
+it.each([
+  ["10.0.0.2", "10.0.0.2"],
+  ["10.0.0.2/32", "10.0.0.2"],
+  ["10.1.2.3/16", "10.1.0.0/16"],
+  ["10.1.255.3/20", "10.1.240.0/20"],
+  ["FE80:0:0::1", "fe80::1"],
+  ["2001:db8:0:0:1:0:0:1/128", "2001:db8::1:0:0:1"],
+  ["2001:db8:ffff::1/33", "2001:db8:8000::/33"],
+  ["::ffff:10.0.0.2", "::ffff:10.0.0.2"],
+  ["::1", "::1"],
+  ["::a00:2", "::10.0.0.2"],
+  ["fe80::1%eth0", "fe80::1"],
+])("%s is shown as %s", (text, shown) => {
+  expect(canonicalNetwork(text)).toBe(shown);
 });

@@ -1,4 +1,4 @@
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
 import { clientsFunctions, clientsGuard, clientsProof } from "../../provider/resources/clientsProof.js";
@@ -9,6 +9,8 @@ const unit = "lvm-nbd-export-vm1.service";
 
 /** A host on which `nbdinfo` gets in, and a filter of systemd keeps it out, unless a switch says otherwise. */
 class ProofHost extends ShellHost {
+  proofFolder: string | undefined;
+
   constructor() {
     super(
       "proof",
@@ -18,6 +20,7 @@ class ProofHost extends ShellHost {
           show) [ ! -e "$SANDBOX/silent" ] || { echo "Connection timed out" >&2; exit 1; }
             case $* in
             *slice*) cat "$SANDBOX/above" 2>/dev/null; exit 0;;
+            *ActiveState*) if [ -e "$SANDBOX/stuck" ]; then echo active; else echo inactive; fi;;
             *) echo "IPAddressAllow=$(cat "$SANDBOX/allowed" 2>/dev/null || echo 10.0.0.2/32 127.0.0.0/8 ::1/128)"
               echo "IPAddressDeny=$(cat "$SANDBOX/denied" 2>/dev/null || echo "::/0 0.0.0.0/0")";;
             esac;;
@@ -41,7 +44,7 @@ class ProofHost extends ShellHost {
 
   protected inside(text: string): string {
     return text
-      .replaceAll(dirname(clientsProof), this.folder)
+      .replaceAll(dirname(clientsProof), this.proofFolder ?? this.folder)
       .replaceAll("/etc/systemd/system", join(this.folder, "etc"))
       .replaceAll("/proc/version", join(this.folder, "version"));
   }
@@ -59,15 +62,19 @@ class ProofHost extends ShellHost {
   }
 
   get jobs(): string {
-    return this.#told("jobs");
+    return this.told("jobs");
   }
 
   /** What `ss` was asked. */
   get listed(): string {
-    return this.#told("listed");
+    return this.told("listed");
   }
 
-  #told(name: string): string {
+  link(to: string, name: string): void {
+    symlinkSync(join(this.folder, to), join(this.folder, name));
+  }
+
+  told(name: string): string {
     const path = join(this.folder, name);
     return existsSync(path) ? readFileSync(path, "utf8") : "";
   }
@@ -96,6 +103,23 @@ describe("whether the host's kernel enforces the clients", () => {
     // Booted with another one, the host may no longer keep anybody out.
     asked.set("version", "Linux version 6.2\n");
     expect(await asked.prove("refuse")).toMatchObject({ exitCode: 71 });
+  });
+
+  it("is seen though it cannot be noted: nobody is cut off", async () => {
+    const asked = host();
+    asked.proofFolder = "/proc/none";
+    const result = await asked.prove("refuse");
+    expect(result).toMatchObject({ exitCode: 0, stdout: "went on\n" });
+    expect(result.stderr).toContain("it could not be noted that they are");
+    expect([asked.proven, asked.jobs]).toEqual([false, ""]);
+  });
+
+  it("is noted in a new file, whatever link has its name", async () => {
+    const asked = host({ victim: "precious\n" });
+    for (const name of ["", ".new"]) asked.link("victim", `${basename(clientsProof)}${name}`);
+    expect(await asked.prove("refuse")).toMatchObject({ exitCode: 0 });
+    expect(asked.told("victim")).toBe("precious\n");
+    expect(asked.told(basename(clientsProof))).toContain("Linux version 6.1\n");
   });
 
   it("is proven as well where the filter is told at once", async () => {
@@ -136,11 +160,12 @@ describe("whether the host's kernel enforces the clients", () => {
       { allowed: "10.0.0.2/32 127.0.0.0/8 ::1/128 0.0.0.0/0" },
       /IPAddressAllow=\) is overridden/,
     ],
+    // systemd leaves out what a wider network has.
     [
       "a network is allowed by another file",
       71,
-      { allowed: "10.0.0.2/32 127.0.0.0/8 ::1/128 10.0.0.0/8" },
-      /IPAddressAllow=\) is overridden/,
+      { allowed: "10.0.0.0/8 127.0.0.0/8 ::1/128" },
+      /IPAddressAllow=\) is overridden on this host: 10\.0\.0\.0\/8/,
     ],
     ["a slice above allows more", 71, { above: "\n\n10.0.0.0/8\n" }, /a slice above the unit allows more/],
     ["systemd does not answer", 72, { silent: "" }, /systemctl does not tell/],
@@ -205,7 +230,7 @@ describe("whether the host's kernel enforces the clients", () => {
   it("is not, and the export cannot be stopped: that is told by another exit code", async () => {
     const asked = host({ "filtered.rc": "0", stuck: "" });
     expect(await asked.prove("refuse")).toMatchObject({ exitCode: 74 });
-    expect(asked.jobs).toBe(`${disabled}stop ${unit}\n`);
+    expect(asked.jobs).toBe(`${disabled}stop ${unit}\ndisable --quiet ${unit}\n`);
   });
 
   it("is not asked of an export on loopback", async () => {

@@ -290,7 +290,7 @@ describe("create finds out first what would make it fail", () => {
       /EXPORT_NOT_SERVING.*the log/s,
     );
     expect(asked.changes).toHaveLength(2);
-    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
   });
 
   it("an export whose clients the host does not enforce is stopped and taken down", async () => {
@@ -298,7 +298,7 @@ describe("create finds out first what would make it fail", () => {
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
       /CLIENTS_NOT_ENFORCED.*everybody/s,
     );
-    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
   });
 
   it("an export of whose clients that cannot be told is taken down, and not said to be open to everybody", async () => {
@@ -306,7 +306,7 @@ describe("create finds out first what would make it fail", () => {
     const made = handlersOn("NbdExport", asked).create(complete);
     await expect(made).rejects.toThrow(/COMMAND_FAILED.*whether the host enforces them cannot be told/s);
     await expect(made).rejects.not.toThrow(/everybody/);
-    expect(asked.changes[1]?.argv.join("\n")).toContain("systemctl disable");
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
   });
 
   it.each([
@@ -435,7 +435,11 @@ describe("clients that something else than the host enforces", () => {
       73,
       /COMMAND_FAILED.*cannot be told; the export goes on serving, since a client is connected/s,
     ],
-    ["could not be stopped", 74, /CLIENTS_NOT_ENFORCED.*could NOT be stopped: stop it/s],
+    [
+      "could not be stopped",
+      74,
+      /CLIENTS_NOT_ENFORCED.*could NOT be stopped\n.*what to do: Stop it on the host, now/s,
+    ],
     ["may go on", 1, /COMMAND_FAILED.*could not be found out\n/s],
   ])("an export that serves already %s where that cannot be told: %i", async (_what, applied, message) => {
     const asked = world({ unit: renderExportUnit(plan), clientsProven: false, applied });
@@ -1010,7 +1014,7 @@ describe("with TLS", () => {
       /TLS_NOT_ENFORCED.*without TLS/s,
     );
     const down = asked.changes.at(-1)?.argv.join("\n");
-    expect(down).toContain("systemctl disable");
+    expect(down).toContain('end_unit "$unit"');
     expect(down).toContain("tidy_certificates");
   });
 
