@@ -111,7 +111,7 @@ same_certificates() {
   [ -d "$1" ] && [ ! -L "$1" ] && [ ! -L "\${1%/*}" ] || return 1
   same_seen=$(stat -c %u:%a "$1") || exit 1
   [ "$same_seen" = 0:700 ] || return 1
-  set -- "$1" "$2" "$1"/*
+  set -- "$1" "$2" "$1"/*.pem
   [ -e "$3" ] || return 1
   same_folder=$1 same_digest=$2; shift 2
   for same_one; do
@@ -179,8 +179,8 @@ sh -c ${quote(text)} sh "$@" </dev/null
 `;
 }
 
-/** Ends the name of a file beside the folder: the server that the unit starts lets nobody in without them. It goes when the unit is written anew. */
-export const provenSuffix = ".proven";
+/** Beside the certificates: the server that the unit starts lets nobody in without them. It goes when the unit is written anew. */
+export const provenFile = "proven";
 
 /** Where a job has its certificates: below /run, so on no disk, and removed with it. */
 export function jobCertificates(run: string): string {

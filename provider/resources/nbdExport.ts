@@ -52,7 +52,7 @@ import {
   isCertificateFor,
   isExpired,
   nameProblem,
-  provenSuffix,
+  provenFile,
   type SeenCertificates,
   type ServerTls,
   serverFiles,
@@ -250,7 +250,7 @@ if [ -e "$file" ]; then
     emit_file serverCert "$folder/server-cert.pem"
     emit_file clientCert "$folder/client-cert.pem"
     emit_file clientKey "$folder/client-key.pem"
-    if [ -e "$folder${provenSuffix}" ]; then emit proven yes; fi
+    if [ -e "$folder/${provenFile}" ]; then emit proven yes; fi
     emit now "$(date +%s)"
   fi
   if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
@@ -721,7 +721,7 @@ fi
 mv -fT "$file.new" "$file" || exit 1
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-[ -z "$folder" ] || rm -f "$folder${provenSuffix}"
+[ -z "$folder" ] || rm -f "$folder/${provenFile}"
 exec 9>&-
 # What nobody has seen to keep others out starts at no boot. Both verbs reload systemd's view of the units as well.
 proven=yes

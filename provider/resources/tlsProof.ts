@@ -9,7 +9,7 @@ import {
   certificatesFolders,
   certificatesFunctions,
   certificatesInput,
-  provenSuffix,
+  provenFile,
   type TlsRecord,
 } from "../linux/tls.js";
 import { cutOffFunction, unitFunctions } from "../linux/unitScript.js";
@@ -51,7 +51,7 @@ refused "$plain?tls-certificates=$work/stranger" "a client with another authorit
 ask "$uri" && [ "$(running)" = "$server" ] || { echo "the server ended meanwhile: $said" >&2; exit 1; }
 lock
 umask 077
-[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder${provenSuffix}" && systemctl enable --quiet "$unit"; }
+[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}" && systemctl enable --quiet "$unit"; }
 `,
 );
 

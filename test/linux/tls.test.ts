@@ -27,6 +27,7 @@ import {
   isCertificateFor,
   jobUri,
   nameProblem,
+  provenFile,
   type ServerTls,
   serverFiles,
   tlsProblem,
@@ -175,6 +176,9 @@ describe("on the host", () => {
     expect(statSync(set).mode & 0o777).toBe(0o700);
     expect(statSync(join(set, "..")).mode & 0o005).toBe(0o005);
     expect(readdirSync(join(set, ".."))).toEqual(["vm1~1"]);
+    expect(same(certificatesDigest(serverFiles(tls)))).toBe(0);
+    // As the proof writes it.
+    writeFileSync(join(set, provenFile), "", { mode: 0o600 });
     expect(same(certificatesDigest(serverFiles(tls)))).toBe(0);
   });
 
