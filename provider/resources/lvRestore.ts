@@ -812,6 +812,21 @@ function inForce(context: Context, seen: Observed, { triggers }: Inputs): Observ
   return { ...seen, restore: done, snapshot: undefined, phase: "restored" };
 }
 
+/**
+ * Whether the state, whose triggers are declared still, tells of this very restore, which was made for others: an `up` for those was
+ * cancelled, or looked at by a refresh.
+ */
+function isKnown({ restore, phase }: Observed, { triggers }: Inputs, old: State | undefined): boolean {
+  return (
+    phase === "restored" &&
+    old !== undefined &&
+    restoreGeneration(old.triggers) === restoreGeneration(triggers) &&
+    restore.generation !== restoreGeneration(triggers) &&
+    old.restoreId === restore.life &&
+    old.startedAt === time(restore.startedAt)
+  );
+}
+
 async function converge(
   context: Context,
   wanted: Inputs,
@@ -821,7 +836,11 @@ async function converge(
   const seen = inForce(context, found, wanted);
   const { origin, phase } = seen;
   refuseUnasked(context, wanted, seen, old);
-  if (isStale(seen, wanted)) {
+  if (isKnown(seen, wanted, old)) {
+    context.warn(
+      `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. Change \`triggers\` to restore once more`,
+    );
+  } else if (isStale(seen, wanted)) {
     if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen, old);
     throw refusal(
       context,
@@ -894,20 +913,21 @@ function uncertain(context: Context, { restore, origin }: Observed, again = ""):
 }
 
 /**
- * Raises RESTORE_UNCERTAIN where the state tells of a restore for the wanted triggers that has ended, and the origin of another one:
- * which of both came last the host's clock does not tell for sure, and nobody has asked for one more. Also where another one
- * was cut off as it began; without such a state only where it may have been merged.
+ * Raises RESTORE_UNCERTAIN where the state tells of a restore for the wanted triggers, whether or not it has ended, and the origin of
+ * another one: which of both came last the host's clock does not tell for sure, and nobody has asked for one more. Also where another
+ * one was cut off as it began; without a state only where it may have been merged.
  */
 function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: State | undefined): void {
   const { restore, origin, phase } = seen;
   const stale = isStale(seen, wanted);
   if (old === undefined && stale && phase === "uncertain")
     throw uncertain(context, seen, ": since other `triggers` are declared now, that restores it once more");
-  if (old === undefined || !hasEnded(old)) return;
+  if (old === undefined || isKnown(seen, wanted, old)) return;
   if (restoreGeneration(old.triggers) !== restoreGeneration(wanted.triggers)) return;
   const path = pathOf(origin);
   const remove = `\`lvchange --deltag '${restore.tag}' ${path}\``;
-  const told = `by Pulumi's state ${path} was restored for these \`triggers\` at ${old.startedAt}`;
+  const restored = hasEnded(old) ? "was restored" : "began to be restored";
+  const told = `by Pulumi's state ${path} ${restored} for these \`triggers\` at ${old.startedAt}`;
   if (phase === "pending" && tellsOfEnd(old, origin)) {
     throw refusal(
       context,
@@ -923,7 +943,8 @@ function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: St
     context,
     "RESTORE_UNCERTAIN",
     `${told}, by its mark for others at ${time(restore.startedAt)}: which of both it holds cannot be told`,
-    `Nothing was touched. Look at the content of ${path}. If it is what it should be: ${remove}, then run again. If not, change \`triggers\`: that restores it.`,
+    // Without a mark one that has not ended would be begun anew.
+    `Nothing was touched. Look at the content of ${path}. If it is what it should be: ${hasEnded(old) ? remove : "`pulumi refresh`"}, then run again. If not, change \`triggers\`: that restores it.`,
   );
 }
 

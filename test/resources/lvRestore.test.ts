@@ -757,6 +757,36 @@ describe("one whose mark was removed", () => {
     expect(asked.changes).toEqual([]);
   });
 
+  it("is none, and nothing is restored, where an up for other triggers was cancelled and is taken back", async () => {
+    const merged = report(
+      origin({ lv_tags: markOf("merging", { ...again, startedAt: 2000 }) }),
+      snapshot({ lv_uuid: "new" }),
+    );
+    const asked = turning(merged, merged, merged.replace(":m2000+0:", ":r2000+60:"));
+    const handlers = handlersOn("LvRestore", asked);
+    const kept = { ...state, state: "merging", restoreId: again.life, startedAt: "1970-01-01T00:33:20.000Z" };
+    const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: originUuid } };
+    expect(await handlers.update(kept, wanted)).toMatchObject({
+      ...{ state: "restored", triggers: [], restoreId: again.life, restoredSnapshot: uuid },
+    });
+    expect(asked.changes.filter((command) => !ends(command))).toEqual([]);
+    expect(handlers.warnings.join("\n")).toMatch(
+      /restored at 1970-01-01T00:33:20.* for other `triggers` than these.*not restored again/,
+    );
+  });
+
+  it("is none either where the state tells of another one that had not ended", async () => {
+    const asked = showing(
+      report(origin({ lv_tags: markOf("restored", { ...again, startedAt: 2000 }) }), snapshot()),
+    );
+    const kept = { ...state, state: "merging" };
+    // Without its mark the volume would be restored.
+    await expect(handlersOn("LvRestore", asked).update(kept, complete)).rejects.toThrow(
+      /RESTORE_UNCERTAIN.*began to be restored for these `triggers`(?!.*--deltag).*`pulumi refresh`/s,
+    );
+    expect(asked.changes).toEqual([]);
+  });
+
   it("is removed by doing nothing", async () => {
     const asked = showing(gone(""));
     await handlersOn("LvRestore", asked).remove({ ...state, state: "unmarked" });
