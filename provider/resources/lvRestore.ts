@@ -285,7 +285,8 @@ function lostMark(
     ...{ startedAt: Date.parse(state.startedAt) / 1000, seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
   };
-  // One that nobody goes on with has written nothing; an earlier stage of this very restore is older than the state.
+  // One that nobody goes on with has written nothing; an earlier stage of this very restore is older than the state. Any other that
+  // began to write has taken the place of the state's own, whatever the host's clock said then.
   const isOlder = (mark: RestoreMark) =>
     !isMarkOf(job, mark) &&
     (isOfEarlier(mark, told, ended) ||
@@ -295,14 +296,13 @@ function lostMark(
   return marks.every(isOlder) ? { ...told, tag: restoreTagOf(told) } : undefined;
 }
 
-/** Of an earlier restore of the same resource. One that began to merge then and has not ended may be merging now. */
+/** Of an earlier restore of the same resource, which has ended: another may be merging now, or has left the volume half-written. */
 function isOfEarlier(
   mark: RestoreMark,
   { startedAt }: Pick<RestoreMark, "startedAt">,
   ended: readonly RestoreMark[],
 ): boolean {
-  const isOver = isUnfinishedImage(mark) || ended.some(({ tag }) => tag === mark.tag);
-  return mark.startedAt < startedAt && isOver;
+  return mark.startedAt < startedAt && ended.some(({ tag }) => tag === mark.tag);
 }
 
 /** Marks on the origin of this resource's restores from images that did not come to their end, and of those before this one. */

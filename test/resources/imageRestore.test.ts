@@ -730,6 +730,19 @@ describe("a volume that is half-written is called so until it is restored", () =
     await expectHalfWritten(await failed(undefined), /COPY_MISMATCH/);
   });
 
+  it("the host's clock had gone back before it was begun, and its state was not saved", async () => {
+    const state = await created();
+    const [done] = marks();
+    if (done === undefined) throw new Error("no mark");
+    const left = { life: done.life, generation: restoreGeneration([2]), startedAt: done.startedAt - 100 };
+    writeFileSync(server.volume("vm1", "tags"), `theirs\n${markOf("writing", left)}\n`);
+    expect(await handlers().read(state)).toMatchObject({ state: "restoring" });
+    expect(warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it/);
+    // Whatever triggers are declared, it is brought in order.
+    expect(await up(state, { owner: "o/p/s/renamed" })).toMatchObject({ state: "restored" });
+    expectRestored();
+  });
+
   it("somebody opens it while it is written", async () => {
     server.set("hold", "");
     server.onCommand = (command) => {
