@@ -78,6 +78,34 @@ fi
   ["name", "uuid", "number", "tag"],
 );
 
+/**
+ * Tells whether a snapshot that was being merged, or was to be, and is gone was taken away by hand: prints "removed" if so. Before each
+ * command LVM has archived its metadata with it, but not before it ends a merge (lvmpolld runs lvpoll with `-An`). So the last
+ * archive that holds the snapshot is of before its removal, or before anything else that was run while it was merged: only a command that
+ * names the snapshot has removed it. LVM removes a merging one where it overflowed, is inactive, or failed to be merged. Arguments:
+ * group, the snapshot's UUID.
+ */
+export const wasRemovedScript = hostScript(
+  "was-removed",
+  "observe",
+  `
+group=$1 uuid=$2
+found=$(grep -lFs "id = \\"$uuid\\"" /etc/lvm/archive/"$group"_[0-9]*.vg)
+[ -n "$found" ] || exit 0
+last=$(echo "$found" | sort -V | tail -n 1)
+command=$(sed -n "s/^description = .*before. executing '//p" "$last") || exit 1
+name=$(grep -FB1 "id = \\"$uuid\\"" "$last" | sed -n 's/^[[:space:]]*\\([^ ]*\\) {$/\\1/p')
+double() { echo "$1" | sed 's/-/--/g'; }
+case \${command%% *} in
+  vgcfgrestore|*/vgcfgrestore|vgreduce|*/vgreduce) echo removed;;
+  lvremove|*/lvremove) case $command in
+    *"/$name"[!A-Za-z0-9+_.-]*|*"/$(double "$group")-$(double "$name")"[!A-Za-z0-9+_.-]*|*"$uuid"*) echo removed;;
+  esac;;
+esac
+`,
+  ["name", "uuid"],
+);
+
 /** Marks a restore as ended. Arguments: group, origin's name and UUID, its mark; when it began; the new mark before and after its stage. */
 export const endMergeScript = hostScript(
   "end-merge",
@@ -108,9 +136,14 @@ export function refreshCommand(origin: Pick<LogicalVolume, "volumeGroup" | "name
 
 /**
  * How far a snapshot that LVM calls merging is: the origin's own status tells of a COW merge only while the kernel
- * does it; a thin one that has begun is over.
+ * does it; a thin one that has begun is over. One that ran full while it waited is never merged: the kernel refuses it at the activation,
+ * and does not call that a failed merge.
  */
-export function mergePhase(snapshot: LogicalVolume, origin: LogicalVolume): "merging" | "scheduled" {
+export function mergePhase(
+  snapshot: LogicalVolume,
+  origin: LogicalVolume,
+): "merging" | "scheduled" | "overflowed" {
+  if (snapshot.kind === "cow" && snapshot.invalid) return "overflowed";
   return snapshot.kind === "cow" && origin.mergeFailed !== undefined ? "merging" : "scheduled";
 }
 

@@ -52,6 +52,7 @@ import {
   pollCommand,
   refreshCommand,
   wasMergedScript,
+  wasRemovedScript,
 } from "../linux/merge.js";
 import { parseNbdUri } from "../linux/nbd.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
@@ -160,13 +161,14 @@ const inputs = z.strictObject({
 
 const outputs = z.object({
   state: z
-    .enum(["restored", "merging", "scheduled", "restoring", "unmarked"])
+    .enum(["restored", "merging", "scheduled", "restoring", "unmarked", "failed"])
     .describe(
       "`restored`; `merging` (under way: the origin shows the restored content already); `scheduled` (begins when the origin is next " +
         "activated: until then it has its present content, and what is written to it will be lost); " +
         "`restoring` (from an image: use nothing of the origin, it may be half-written); " +
         "`unmarked` (restored, but somebody removed the mark from the origin: `pulumi up` puts it back and writes nothing; or another " +
-        "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these).",
+        "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these); " +
+        "`failed` (the snapshot ran full, or somebody removed it, before its merge was seen to have ended: `pulumi up` says what to do).",
     ),
   snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
   restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored; empty for an image."),
@@ -209,9 +211,12 @@ interface Observed {
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
-   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had.
+   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had; `overflowed`: the
+   * snapshot ran full before its merge began; `withdrawn`: somebody removed it after LVM was told to merge it.
    */
-  readonly phase: State["state"] | "pending" | "uncertain" | "halfWritten";
+  readonly phase:
+    | Exclude<State["state"], "failed">
+    | ("pending" | "uncertain" | "halfWritten" | "overflowed" | "withdrawn");
 }
 
 async function observe(
@@ -237,22 +242,22 @@ async function observe(
   if (isBegun && !jobHasEnded && job === undefined) return observe(context, wanted, true);
   const sourceOf = ({ source }: RestoreMark) =>
     identified(all, { volumeGroup: origin.volumeGroup, uuid: source })[0];
-  const ended = marks.filter(
-    (mark) => mark.stage === "restored" || (mark.stage === "merging" && sourceOf(mark) === undefined),
-  );
+  const ended = marks.filter(({ stage }) => stage === "restored");
+  for (const mark of marks.filter((one) => one.stage === "merging" && sourceOf(one) === undefined))
+    if (!(await wasRemoved(context, origin, mark))) ended.push(mark);
   const lost = "restoreId" in wanted ? lostMark(wanted, { origin, ended, job }, marks) : undefined;
   const restore = lost ?? markThatCounts(marks, life, job);
   if (restore === undefined) return undefined;
   const snapshot = sourceOf(restore);
   refuseSuspended(context, [origin, snapshot]);
-  const told = { restore, origin, snapshot, job: isMarkOf(job, restore) ? job : undefined };
+  const told = { restore, origin, snapshot, ended, job: isMarkOf(job, restore) ? job : undefined };
   const phase = lost === undefined ? phaseOf(told) : "unmarked";
   return {
     mark: ownerTag + restore.owner,
     halfMade: wasCut(phase) && !tellsOfEnd(wanted, origin),
     removed: lost !== undefined && marks.length === 0,
     others: marked.find((mark) => mark.stage === "writing" && !isOurs(mark)),
-    ...{ ...told, ended, phase },
+    ...{ ...told, phase },
   };
 }
 
@@ -343,13 +348,15 @@ function phaseOf({
   restore,
   snapshot,
   origin,
+  ended,
   job,
-}: Pick<Observed, "restore" | "snapshot" | "origin" | "job">): Observed["phase"] {
+}: Pick<Observed, "restore" | "snapshot" | "origin" | "ended" | "job">): Observed["phase"] {
   const { stage } = restore;
   if (stage === "restored") return "restored";
   if (job !== undefined) return "restoring";
   if (imageOfRestore(restore) !== undefined) return stage === "writing" ? "halfWritten" : "pending";
-  if (snapshot === undefined) return stage === "begun" ? "uncertain" : "restored";
+  if (snapshot === undefined && stage === "begun") return "uncertain";
+  if (snapshot === undefined) return ended.includes(restore) ? "restored" : "withdrawn";
   return snapshot.merging ? mergePhase(snapshot, origin) : "pending";
 }
 
@@ -700,8 +707,10 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
       // While the host does not answer nobody knows whether it goes on.
       moved += performance.now() - asked;
       if (seen?.phase === "restored") return await end(context, seen);
+      if (seen?.phase === "withdrawn") throw uncertain(context, seen);
       if (seen?.snapshot === undefined || seen.halfMade) throw vanished(context, wanted);
       const pair = { origin: seen.origin, snapshot: seen.snapshot };
+      if (seen.phase === "overflowed") throw overflowed(context, pair, seen.restore);
       if (seen.phase === "scheduled") {
         if (refreshed || !(await beginsNow(context, pair))) return;
         refreshed = true;
@@ -736,6 +745,20 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
 function vanished(context: Context, { volumeGroup, origin }: Inputs): ChangedMeanwhile {
   const what = `somebody else removed the mark of the restore from ${volumeGroup}/${origin}, or undid the merge`;
   return new ChangedMeanwhile(refusal(context, "IDENTITY_MISMATCH", what));
+}
+
+/** What became of a snapshot that was to be merged. */
+function ranFull({ origin, snapshot }: Pair): string {
+  return `${pathOf(snapshot)} ran full before its merge into ${pathOf(origin)} began: its content is lost, and nothing is restored from it`;
+}
+
+function overflowed(context: Context, pair: Pair, { tag }: RestoreMark): LvmNbdError {
+  return refusal(
+    context,
+    "SNAPSHOT_OVERFLOWED",
+    ranFull(pair),
+    `Remove it (\`lvremove ${pathOf(pair.snapshot)}\`) and the mark of its restore (\`lvchange --deltag '${tag}' ${pathOf(pair.origin)}\`), and restore from another snapshot or from a backup.`,
+  );
 }
 
 function failed(context: Context, { origin, snapshot }: Pair): LvmNbdError {
@@ -834,7 +857,9 @@ async function converge(
   old: State | undefined,
 ): Promise<void> {
   const seen = inForce(context, found, wanted);
-  const { origin, phase } = seen;
+  const { origin, snapshot, phase } = seen;
+  if (phase === "overflowed" && snapshot !== undefined)
+    throw overflowed(context, { origin, snapshot }, seen.restore);
   refuseUnasked(context, wanted, seen, old);
   if (isKnown(seen, wanted, old)) {
     context.warn(
@@ -849,6 +874,7 @@ async function converge(
     );
   }
   if (phase === "uncertain" && !(await wasMerged(context, seen))) throw uncertain(context, seen);
+  if (phase === "withdrawn") throw uncertain(context, seen);
   if (phase === "pending" || phase === "halfWritten") return restore(context, wanted, seen, old);
   if (seen.job !== undefined) {
     const goesOn = seen.restore.source === wanted.image?.sha256 && origin.uuid === wanted.overwrite;
@@ -901,13 +927,33 @@ async function wasMerged(context: Context, { restore, origin }: Observed): Promi
   return (await succeed(context, command, what)).stdout.trim() === "merged";
 }
 
-function uncertain(context: Context, { restore, origin }: Observed, again = ""): LvmNbdError {
+/** Whether somebody removed the snapshot of that mark while LVM was to merge it. */
+async function wasRemoved(
+  context: Context,
+  origin: LogicalVolume,
+  { source }: RestoreMark,
+): Promise<boolean> {
+  const argv = script(wasRemovedScript, origin.volumeGroup, source);
+  const command: RemoteCommand = { argv, kind: "read", deadlineSeconds: observeSeconds };
+  const what = `what became of the snapshot of ${pathOf(origin)} could not be found out`;
+  return (await succeed(context, command, what)).stdout.trim() === "removed";
+}
+
+/** How a snapshot came to be gone of which nobody knows whether it was merged. */
+function wasLost({ phase, origin }: Observed): string {
+  return phase === "withdrawn"
+    ? `the snapshot of the restore of ${pathOf(origin)} was removed before its merge was seen to have ended: how much of it was merged cannot be told`
+    : `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`;
+}
+
+function uncertain(context: Context, seen: Observed, again = ""): LvmNbdError {
+  const { restore, origin } = seen;
   const { tag } = restore;
   const done = restoreTagOf({ ...restore, stage: "restored" });
   return refusal(
     context,
     "RESTORE_UNCERTAIN",
-    `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`,
+    wasLost(seen),
     `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange --deltag '${tag}' --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again${again}.`,
   );
 }
@@ -920,7 +966,8 @@ function uncertain(context: Context, { restore, origin }: Observed, again = ""):
 function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: State | undefined): void {
   const { restore, origin, phase } = seen;
   const stale = isStale(seen, wanted);
-  if (old === undefined && stale && phase === "uncertain")
+  const isLost = phase === "uncertain" || phase === "withdrawn";
+  if (old === undefined && stale && isLost)
     throw uncertain(context, seen, ": since other `triggers` are declared now, that restores it once more");
   if (old === undefined || isKnown(seen, wanted, old)) return;
   if (restoreGeneration(old.triggers) !== restoreGeneration(wanted.triggers)) return;
@@ -937,7 +984,7 @@ function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: St
     );
   }
   if (!stale) return;
-  if (phase === "uncertain") throw uncertain(context, seen);
+  if (isLost) throw uncertain(context, seen);
   if (phase !== "restored") return;
   throw refusal(
     context,
@@ -959,11 +1006,13 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
   const unfinished = image === undefined ? "merging" : "restoring";
+  const isFailed = phase === "overflowed" || phase === "withdrawn";
+  const isTold = phase === "restored" || phase === "scheduled" || phase === "unmarked";
   return {
     ...declared,
     volumeGroup: origin.volumeGroup,
     origin: origin.name,
-    state: phase === "restored" || phase === "scheduled" || phase === "unmarked" ? phase : unfinished,
+    state: isFailed ? "failed" : isTold ? phase : unfinished,
     snapshotRemoved: image === undefined && snapshot === undefined,
     restoredSnapshot: image === undefined ? restore.source : "",
     restoredImage: image ?? "",
@@ -1084,6 +1133,9 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
         `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and cut off ${left}; \`pulumi up\` restores for other \`triggers\`, and is an error for these`,
       );
     } else if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
+    if (seen.phase === "overflowed" && seen.snapshot !== undefined)
+      lines.push(ranFull({ origin: seen.origin, snapshot: seen.snapshot }));
+    if (seen.phase === "withdrawn") lines.push(wasLost(seen));
     if (seen.others !== undefined) lines.push(writtenBy(seen.origin, seen.others).join(". "));
     if (seen.phase === "halfWritten")
       lines.push(

@@ -1,6 +1,16 @@
+import { execFileSync } from "node:child_process";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { describe, expect, it } from "vitest";
 import { type LogicalVolume, parseLvs } from "../../provider/linux/lvm.js";
-import { fillingSnapshots, leftBytes, mergePhase, mergePhrase } from "../../provider/linux/merge.js";
+import {
+  fillingSnapshots,
+  leftBytes,
+  mergePhase,
+  mergePhrase,
+  wasRemovedScript,
+} from "../../provider/linux/merge.js";
 import { recordedLvs } from "../support/recorded.js";
 
 const MiB = 1024 ** 2;
@@ -21,6 +31,14 @@ describe("the recorded report", () => {
 
   it("of a COW merge whose origin is open tells that it waits", () => {
     expect(mergePhase(recorded("merging", "vm1-snap"), recorded("merging", "vm1"))).toBe("scheduled");
+  });
+
+  it.each([
+    ["while it waits", recorded("merging", "vm1")],
+    ["before it was to begin", recorded("mergeRunning", "o")],
+  ])("of a COW merge whose snapshot ran full %s tells that", (_when, origin) => {
+    const snapshot = { ...recorded("merging", "vm1-snap"), invalid: true };
+    expect(mergePhase(snapshot, origin)).toBe("overflowed");
   });
 
   it("of a thin merge whose origin is mounted tells that it waits, though the origin's row says nothing of a merge", () => {
@@ -70,6 +88,62 @@ describe("other COW snapshots of the origin", () => {
 
   it("are not filled by a thin merge", () => {
     expect(fillingSnapshots([other({ sizeBytes: MiB })], { ...snapshot, kind: "thin" }, origin)).toEqual([]);
+  });
+});
+
+describe("by LVM's archive a merging snapshot was", () => {
+  const uuid = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
+  const metadata = (command: string, ...uuids: string[]) =>
+    [
+      'contents = "Text Format Volume Group"',
+      `description = "Created *before* executing '${command}'"`,
+      "VgVm {",
+      "\tlogical_volumes {",
+      ...uuids.flatMap((id, at) => [`\t\tvm-snap${at || ""} {`, `\t\t\tid = "${id}"`, "\t\t}"]),
+      "\t}",
+      "}",
+      "",
+    ].join("\n");
+  const told = (...archived: string[]) => {
+    const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-archive-"));
+    try {
+      archived.forEach((text, at) => {
+        // The index grows beyond its five digits.
+        writeFileSync(join(folder, `VgVm_${99_998 + at}-123.vg`), text);
+      });
+      const clone = metadata("lvremove VgVm/vm-snap", uuid);
+      writeFileSync(join(folder, "VgVm_clone_00001-1.vg"), clone);
+      return execFileSync("sh", [
+        "-c",
+        wasRemovedScript.replaceAll("/etc/lvm/archive", folder),
+        ...["sh", "VgVm", uuid],
+      ]).toString();
+    } finally {
+      rmSync(folder, { recursive: true });
+    }
+  };
+  const begun = metadata("lvconvert -y -b -i 1 --merge @x", uuid);
+  const marked = metadata("lvchange -y --deltag b --addtag m VgVm/vm", uuid);
+  const other = "BBBBBB-1111-1111-1111-1111-1111-BBBBBB";
+
+  it.each([
+    ["lvremove VgVm/vm-snap", [], "removed"],
+    ["/usr/sbin/lvremove -y /dev/VgVm/vm-snap VgVm/x", [], "removed"],
+    ["lvremove /dev/mapper/VgVm-vm--snap", [], "removed"],
+    ["vgcfgrestore -f old VgVm", [], "removed"],
+    ["vgreduce --removemissing --force VgVm", [], "removed"],
+    // LVM does not archive the end of a merge: that came in between, or later.
+    ["lvremove -y VgVm/vm-snap1", [other], ""],
+    ["lvremove -y VgVm/x-vm-snap", [other], ""],
+    ["lvchange -ay VgVm/vm", [], ""],
+  ] as const)("removed or not, where the last command before was %s", (command, more, expected) => {
+    expect(told(begun, marked, metadata(command, uuid, ...more), metadata("lvcreate x")).trim()).toBe(
+      expected,
+    );
+  });
+
+  it("not removed, where it holds nothing of it", () => {
+    expect(told(metadata("lvremove VgVm/vm-snap", other))).toBe("");
   });
 });
 

@@ -461,6 +461,88 @@ describe("a restore", () => {
     );
   });
 
+  const scheduled = { ...state, state: "scheduled", restoredAt: "", seconds: 0, snapshotRemoved: false };
+
+  it("whose snapshot ran full while it waited is an error that says so, for whatever triggers, and no restore", async () => {
+    const full = snapshot({
+      ...{ lv_attr: "Sri-I-s---", lv_merging: "1", lv_snapshot_invalid: "1", lv_path: "" },
+    });
+    const begun = origin({ lv_attr: "Owi-I-s---", lv_merging: "1", lv_tags: markOf("merging") });
+    for (const there of [{ ...begun, lv_merge_failed: "0" }, begun]) {
+      const asked = showing(report(there, full));
+      const handlers = handlersOn("LvRestore", asked);
+      const seen = await handlers.read(scheduled);
+      expect(seen).toEqual({ ...scheduled, state: "failed" });
+      expect(handlers.warnings.join("\n")).toMatch(
+        /is now failed, was scheduled.*vm1-snap ran full before its merge into VgVm\/vm1 began/s,
+      );
+      expect(await handlers.read(seen ?? {})).toEqual(seen);
+      for (const triggers of [[], ["again"]])
+        await expect(handlers.update(seen ?? {}, { ...complete, triggers })).rejects.toThrow(
+          /SNAPSHOT_OVERFLOWED.*VgVm\/vm1-snap ran full.*lvremove VgVm\/vm1-snap.*lvchange --deltag '[^']*:m1000\+0:/s,
+        );
+      expect(asked.changes).toEqual([]);
+    }
+  });
+
+  it("whose snapshot runs full while it is followed is that error too", async () => {
+    const full = waiting(markOf("merging"), "0").replaceAll("Sri-a", "Sri-I");
+    const asked = turning(waiting(markOf("merging"), "0"), waiting(markOf("merging"), "0"), full);
+    await expect(handlersOn("LvRestore", asked).update(scheduled, complete)).rejects.toThrow(
+      /SNAPSHOT_OVERFLOWED/,
+    );
+  });
+
+  describe("whose snapshot was removed by hand before its merge ended", () => {
+    const removed = (tag = markOf("merging")) =>
+      showing(gone(tag), ({ argv }) => (argv[2]?.includes("echo removed") ? "removed\n" : ""));
+    const uncertain =
+      /RESTORE_UNCERTAIN.*was removed before its merge was seen to have ended.*lvchange --deltag '[^']*:m1000\+0:[^']*' --addtag '[^']*:r1000\+0:/s;
+
+    it("is not called restored by a refresh, and an error for an up", async () => {
+      const asked = removed();
+      const handlers = handlersOn("LvRestore", asked);
+      const seen = await handlers.read(scheduled);
+      expect(seen).toEqual({ ...scheduled, state: "failed", snapshotRemoved: true });
+      expect(handlers.warnings.join("\n")).toMatch(
+        /the snapshot of the restore of VgVm\/vm1 was removed before its merge was seen to have ended/,
+      );
+      await expect(handlers.update(seen ?? {}, complete)).rejects.toThrow(uncertain);
+      await expect(handlers.update({ ...scheduled, triggers: [] }, complete)).rejects.toThrow(uncertain);
+      await expect(handlers.create(complete)).rejects.toThrow(uncertain);
+      expect(asked.changes).toEqual([]);
+    });
+
+    it("is not followed by another one that nobody asks for", async () => {
+      const asked = removed(markOf("merging", { generation: restoreGeneration(["again"]) }));
+      for (const old of [state, scheduled])
+        await expect(handlersOn("LvRestore", asked).update(old, complete)).rejects.toThrow(uncertain);
+      await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(uncertain);
+      expect(asked.changes).toEqual([]);
+    });
+
+    it("is an error while it is followed", async () => {
+      let looks = 0;
+      const merging = waiting(markOf("merging"), "0");
+      const asked = fakeHost(({ argv }) => {
+        if (argv[0] === "lvs") return ++looks < 3 ? merging : gone(markOf("merging"));
+        return argv[2]?.includes("echo removed") ? "removed\n" : "";
+      });
+      await expect(handlersOn("LvRestore", asked).update(scheduled, complete)).rejects.toThrow(uncertain);
+      expect(asked.changes.some(ends)).toBe(false);
+    });
+
+    it("can be forgotten", async () => {
+      let turn = 0;
+      const asked = fakeHost(({ argv }) => {
+        if (argv[0] === "lvs") return turn++ === 0 ? gone(markOf("merging")) : gone("");
+        return argv[2]?.includes("echo removed") ? "removed\n" : "";
+      });
+      await handlersOn("LvRestore", asked).remove({ ...scheduled, state: "failed" });
+      expect(asked.changes.map(({ argv }) => argv[3])).toEqual([markOf("merging")]);
+    });
+  });
+
   it("that is cancelled goes on, and that is said", async () => {
     const controller = new AbortController();
     const asked = turning(running(markOf("merging")));
@@ -643,11 +725,12 @@ describe("a refresh", () => {
     ],
     ["under way", running(markOf("merging")), { state: "merging", snapshotRemoved: false }],
     ["waiting", waiting(markOf("merging")), { state: "scheduled", snapshotRemoved: false }],
-  ])("tells one that is %s", async (_what, lvs, expected) => {
+  ])("tells one that is %s", async (what, lvs, expected) => {
     const asked = showing(lvs);
     const handlers = handlersOn("LvRestore", asked);
     expect(await handlers.read(state)).toMatchObject(expected);
-    expect(asked.commands).toHaveLength(1);
+    // Whether the snapshot of a merge that nobody followed was removed by hand is asked apart.
+    expect(asked.commands).toHaveLength(what === "done while nobody looked" ? 2 : 1);
   });
 
   it("is quiet about one that is as it was", async () => {
