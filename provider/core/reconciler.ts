@@ -171,7 +171,7 @@ export async function remove(type: AnyResourceType, context: Context, state: Com
 
 async function removeOnce(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
   const seen = await type.observe(context, state);
-  if (seen === undefined || seen.removed) return;
+  if (seen === undefined) return;
   if (!isOurs(type, seen, state, state)) {
     context.warn(`what now bears its name is not what was made here ${ownerPhrase(seen)}; it is left alone`);
     return;

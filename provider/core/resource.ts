@@ -20,7 +20,7 @@ export interface CommonObservation {
   readonly mark: string | undefined;
   /** True for what an interrupted create of ours left that is not yet the thing: it counts as not there. */
   readonly halfMade?: boolean;
-  /** True for what only the state tells of any more, and an update can bring back: there is nothing to remove. */
+  /** True for what only the state tells of any more, and an update can bring back: nothing of it is left to be removed, though there may be something to say. */
   readonly removed?: boolean;
   /** What of the resource the mark is on, where it is several things. */
   readonly what?: string | undefined;

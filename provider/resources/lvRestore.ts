@@ -161,10 +161,11 @@ const inputs = z.strictObject({
 
 const outputs = z.object({
   state: z
-    .enum(["restored", "merging", "scheduled", "restoring", "unmarked", "failed"])
+    .enum(["restored", "merging", "scheduled", "restoring", "checking", "unmarked", "failed"])
     .describe(
       "`restored`; `merging` (under way: the origin shows the restored content already); `scheduled` (begins when the origin is next " +
         "activated: until then it has its present content, and what is written to it will be lost); " +
+        "`checking` (an image, of which nothing is written before it was read once); " +
         "`restoring` (from an image: use nothing of the origin, it may be half-written); " +
         "`unmarked` (restored, but somebody removed the mark from the origin: `pulumi up` puts it back and writes nothing; or another " +
         "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these); " +
@@ -208,10 +209,12 @@ interface Observed {
   readonly ended: readonly RestoreMark[];
   /** The job that writes an image. */
   readonly job: RunningRestore | undefined;
+  /** An image was begun to be written, and the volume holds neither that yet nor what a snapshot held. */
+  readonly isHalf: boolean;
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
-   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had; `overflowed`: the
+   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had, as it is where somebody removed that of an image that was being written; `overflowed`: the
    * snapshot ran full before its merge began; `withdrawn`: somebody removed it after LVM was told to merge it.
    */
   readonly phase:
@@ -236,7 +239,7 @@ async function observe(
   const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);
   const marked = restoreMarksAmong(origin.tags);
   const marks = marked.filter(isOurs);
-  const isBegun = marks.some(isUnfinishedImage);
+  const isBegun = marks.some(isUnfinishedImage) || (marks.length === 0 && tellsOfWriting(wanted, origin));
   const job = isBegun && !jobHasEnded ? await runningRestore(context, origin) : undefined;
   // Between the two looks it may have ended, and changed its mark.
   if (isBegun && !jobHasEnded && job === undefined) return observe(context, wanted, true);
@@ -251,9 +254,11 @@ async function observe(
   const snapshot = sourceOf(restore);
   refuseSuspended(context, [origin, snapshot]);
   const told = { restore, origin, snapshot, ended, job: isMarkOf(job, restore) ? job : undefined };
-  const phase = lost === undefined ? phaseOf(told) : "unmarked";
+  const phase = lost?.stage === "restored" ? "unmarked" : phaseOf(told);
+  const isWritten = [restore, ...marks].some(({ stage }) => stage === "writing");
   return {
     mark: ownerTag + restore.owner,
+    isHalf: isWritten && (phase === "restoring" || phase === "halfWritten"),
     halfMade: wasCut(phase) && !tellsOfEnd(wanted, origin),
     removed: lost !== undefined && marks.length === 0,
     others: marked.find((mark) => mark.stage === "writing" && !isOurs(mark)),
@@ -274,19 +279,25 @@ function tellsOfEnd(told: Inputs | State, { uuid }: LogicalVolume): told is Stat
   return hasEnded(told) && told.originUuid === uuid;
 }
 
+/** Whether the state tells of an image of which something was written to this very volume, and not all. */
+function tellsOfWriting(told: Inputs | State, { uuid }: LogicalVolume): told is State {
+  return "state" in told && told.state === "restoring" && told.originUuid === uuid;
+}
+
 /**
- * The mark that a restored origin should have and has not: somebody removed tags, or brought back older metadata of LVM's
- * (vgcfgrestore(8)). What was written to the volume since is not given up for that.
+ * The mark that an origin should have that was restored, or is half-written, and has not: somebody removed tags, or brought back older
+ * metadata of LVM's (vgcfgrestore(8)). What was written to a restored volume since is not given up for that.
  */
 function lostMark(
   state: State,
   { origin, ended, job }: Pick<Observed, "origin" | "ended" | "job">,
   marks: readonly RestoreMark[],
 ): RestoreMark | undefined {
-  if (!tellsOfEnd(state, origin)) return undefined;
+  const isHalf = marks.length === 0 && tellsOfWriting(state, origin);
+  if (!isHalf && !tellsOfEnd(state, origin)) return undefined;
   const told: Omit<RestoreMark, "tag"> = {
     ...{ generation: restoreGeneration(state.triggers), life: state.restoreId },
-    stage: "restored",
+    stage: isHalf ? "writing" : "restored",
     ...{ startedAt: Date.parse(state.startedAt) / 1000, seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
   };
@@ -817,6 +828,11 @@ async function end(context: Context, { restore, origin }: Observed): Promise<voi
   );
 }
 
+/** False where only the state tells of the mark. */
+function isMarked({ restore, origin }: Observed): boolean {
+  return origin.tags.includes(restore.tag);
+}
+
 function isStale({ restore }: Observed, { triggers }: Inputs): boolean {
   return restore.generation !== restoreGeneration(triggers);
 }
@@ -861,6 +877,7 @@ async function converge(
   if (phase === "overflowed" && snapshot !== undefined)
     throw overflowed(context, { origin, snapshot }, seen.restore);
   refuseUnasked(context, wanted, seen, old);
+  if (seen.restore.stage === "writing" && !isMarked(seen)) await mark(context, origin, seen.restore.tag, []);
   if (isKnown(seen, wanted, old)) {
     context.warn(
       `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. Change \`triggers\` to restore once more`,
@@ -1005,7 +1022,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
     return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state: "unmarked" };
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
-  const unfinished = image === undefined ? "merging" : "restoring";
+  const unfinished = image === undefined ? "merging" : seen.isHalf ? "restoring" : "checking";
   const isFailed = phase === "overflowed" || phase === "withdrawn";
   const isTold = phase === "restored" || phase === "scheduled" || phase === "unmarked";
   return {
@@ -1105,15 +1122,15 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   isSuperseded: ({ restore }, state) => restore.life !== state.restoreId,
   async remove(context, { owner, volumeGroup }, seen) {
     const { restore, origin, phase, job } = seen;
-    refuseOtherGroup(context, origin, volumeGroup);
+    const own = isMarked(seen) ? [restore.tag] : [];
+    const tags = [...new Set([...own, ...outdatedTags(seen, { owner })])];
+    if (tags.length > 0 || job !== undefined) refuseOtherGroup(context, origin, volumeGroup);
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
     if (restore.stage === "writing")
       context.warn(`${halfWritten(origin)}, and nobody goes on with it any more`);
-    const own = phase === "unmarked" ? [] : [restore.tag];
-    const tags = [...new Set([...own, ...outdatedTags(seen, { owner })])];
-    if (job === undefined) return mark(context, origin, undefined, tags);
-    await endImageRestore(context, origin, job.recordDigest, tags);
+    if (job !== undefined) await endImageRestore(context, origin, job.recordDigest, tags);
+    else if (tags.length > 0) await mark(context, origin, undefined, tags);
   },
   drift(state, seen) {
     const now = toState(state, seen);
@@ -1137,6 +1154,10 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
       lines.push(ranFull({ origin: seen.origin, snapshot: seen.snapshot }));
     if (seen.phase === "withdrawn") lines.push(wasLost(seen));
     if (seen.others !== undefined) lines.push(writtenBy(seen.origin, seen.others).join(". "));
+    if (seen.restore.stage === "writing" && !isMarked(seen))
+      lines.push(
+        `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back`,
+      );
     if (seen.phase === "halfWritten")
       lines.push(
         `${halfWritten(seen.origin)}, and nobody goes on with it. Use nothing of it; \`pulumi up\` does`,

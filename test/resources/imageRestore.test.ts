@@ -773,6 +773,64 @@ describe("a volume that is half-written is called so until it is restored", () =
     expect(content()).not.toBe(spoiled);
   });
 
+  describe("somebody removes its mark when nobody writes it any more", () => {
+    let kept: Values;
+    beforeEach(async () => {
+      server.set("broken", "nbd: connection reset\n");
+      kept = keptBy(await failed(undefined)) ?? {};
+      server.set("broken", undefined);
+      writeFileSync(server.volume("vm1", "tags"), "theirs\n");
+      server.commands.length = 0;
+    });
+
+    it("a refresh tells it, and up puts the mark back before anything else", async () => {
+      expect(await handlers().read(kept)).toEqual(kept);
+      expect(warnings.join("\n")).toMatch(
+        /mark of the restore was removed from VgVm\/vm1.*HALF-WRITTEN.*nobody goes on with it/s,
+      );
+      server.serve(moment.replace("moment", "mOment"));
+      await expectHalfWritten(await failed(kept, { triggers: [2] }), /IMAGE_CORRUPT/);
+      expect(marks().map(({ stage }) => stage)).toEqual(["writing"]);
+      server.serve(moment);
+      expect(await up(kept)).toMatchObject({ state: "restored" });
+      expectRestored();
+    });
+
+    it("a removal says so, and changes nothing", async () => {
+      await handlers().remove(kept);
+      expect(warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it any more/);
+      expect(changes()).toEqual([]);
+    });
+  });
+
+  it("a removal ends the job though somebody removed the mark", async () => {
+    await dyingAt("writing");
+    const kept = (await handlers().read(toldOf("restoring"))) ?? {};
+    expect(kept).toMatchObject({ state: "restoring" });
+    writeFileSync(server.volume("vm1", "tags"), "theirs\n");
+    await handlers().remove(kept);
+    expect(warnings.join("\n")).toMatch(/HALF-WRITTEN/);
+    expect(server.left()).toEqual([]);
+  });
+
+  it("but not for a check that has written nothing, of which a refresh told", async () => {
+    await dyingAt("begun");
+    const kept = (await handlers().read(toldOf("checking"))) ?? {};
+    expect(kept).toMatchObject({ state: "checking", restoredAt: "" });
+    expect(warnings).toEqual([]);
+    server.serve("another image");
+    server.onCommand = (command) => {
+      if (follows(command)) released();
+      return undefined;
+    };
+    const error = await failed(kept);
+    expect(server.started).toBe(1);
+    expect(error.message).toMatch(/IMAGE_CORRUPT.*nothing was written to VgVm\/vm1/s);
+    expectUntouched();
+    expect(await handlers().read(kept)).toBeUndefined();
+    expect(warnings.join("\n")).not.toContain("HALF");
+  });
+
   it("somebody merges a snapshot into it while it is written", async () => {
     server.set("hold", "");
     server.onCommand = (command) => {
@@ -822,6 +880,12 @@ async function dyingAt(stage: "begun" | "writing", change: Values = {}): Promise
   await expect(created(change)).rejects.toThrow(Died);
   server.onCommand = () => undefined;
 }
+/** The state of the restore whose mark is there. */
+const toldOf = (state: string): Values => ({
+  ...{ ...complete, state, snapshotRemoved: false, restoredSnapshot: "", seconds: 0 },
+  ...{ restoredImage: image.sha256, originUuid: uuid, restoreId: marks()[0]?.life ?? "" },
+  ...{ startedAt: new Date(1000 * (marks()[0]?.startedAt ?? 0)).toISOString(), restoredAt: "" },
+});
 const released = () => {
   server.set("hold-reread", undefined);
   server.set("hold", undefined);
@@ -1015,12 +1079,7 @@ describe("a job that goes on by itself", () => {
       }
       return run(command, signal);
     };
-    const kept = {
-      ...{ ...complete, state: "restoring", snapshotRemoved: false, restoredSnapshot: "", seconds: 0 },
-      ...{ restoredImage: image.sha256, originUuid: uuid, restoreId: marks()[0]?.life ?? "" },
-      ...{ startedAt: "1970-01-01T00:00:00.000Z", restoredAt: "" },
-    };
-    expect(await handlers().read(kept)).toMatchObject({ state: "restored" });
+    expect(await handlers().read(toldOf("restoring"))).toMatchObject({ state: "restored" });
     expect(waited).toBe(true);
     expect(warnings.join("\n")).not.toContain("HALF");
   });
