@@ -1127,8 +1127,7 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
     if (tags.length > 0 || job !== undefined) refuseOtherGroup(context, origin, volumeGroup);
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
-    if (restore.stage === "writing")
-      context.warn(`${halfWritten(origin)}, and nobody goes on with it any more`);
+    if (seen.isHalf) context.warn(`${halfWritten(origin)}, and nobody goes on with it any more`);
     if (job !== undefined) await endImageRestore(context, origin, job.recordDigest, tags);
     else if (tags.length > 0) await mark(context, origin, undefined, tags);
   },
@@ -1158,6 +1157,8 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
       lines.push(
         `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back`,
       );
+    if (seen.isHalf && seen.phase === "restoring" && seen.restore.stage === "begun")
+      lines.push(`${halfWritten(seen.origin)}. Use nothing of it; another try is at its check`);
     if (seen.phase === "halfWritten")
       lines.push(
         `${halfWritten(seen.origin)}, and nobody goes on with it. Use nothing of it; \`pulumi up\` does`,

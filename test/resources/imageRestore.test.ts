@@ -758,6 +758,20 @@ describe("a volume that is half-written is called so until it is restored", () =
     expect(await up(kept)).toMatchObject({ state: "restored" });
   });
 
+  it("another try is at its check: a refresh and a removal say so", async () => {
+    server.set("broken", "nbd: connection reset\n");
+    const kept = keptBy(await failed(undefined)) ?? {};
+    server.set("broken", undefined);
+    await dyingAt("begun", { triggers: [2] }, kept);
+    expect(marks().map(({ stage }) => stage)).toEqual(["begun", "writing"]);
+    expect(await handlers().read(kept)).toMatchObject({ state: "restoring" });
+    expect(warnings.join("\n")).toMatch(/VgVm\/vm1 is HALF-WRITTEN.*another try is at its check/);
+    await handlers().remove(kept);
+    expect(warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it any more/);
+    expect(tags()).toEqual(["theirs"]);
+    released();
+  });
+
   it("somebody removes its mark while it is written: nobody says that nothing was", async () => {
     server.set("hold", "");
     server.onCommand = (command) => {
@@ -869,7 +883,7 @@ describe("a volume that is half-written is called so until it is restored", () =
 class Died extends Error {}
 
 /** The provider dies at the first look at a job that has come so far. */
-async function dyingAt(stage: "begun" | "writing", change: Values = {}): Promise<void> {
+async function dyingAt(stage: "begun" | "writing", change: Values = {}, state?: Values): Promise<void> {
   server.set(stage === "begun" ? "hold-reread" : "hold", "");
   let dead = false;
   server.onCommand = (command) => {
@@ -877,7 +891,7 @@ async function dyingAt(stage: "begun" | "writing", change: Values = {}): Promise
     if (dead) throw new Died("the provider died");
     return undefined;
   };
-  await expect(created(change)).rejects.toThrow(Died);
+  await expect(up(state, change)).rejects.toThrow(Died);
   server.onCommand = () => undefined;
 }
 /** The state of the restore whose mark is there. */
