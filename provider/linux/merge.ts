@@ -16,8 +16,8 @@ export function mergeLock(name: string): string {
 /**
  * Marks the origin, and then begins the merge. For that LVM selects no volume by UUID, but by tag: the snapshot, given by
  * UUID, gets one of its own first, so that a name which changed hands is never merged. Arguments: group; origin and
- * snapshot, name and UUID each; the mark before and after its stage; the snapshot's tag; marks to replace. One of them at
- * a time for an origin. Exit code 77: the snapshot is gone or is being merged already, or another one's image is written onto
+ * snapshot, name and UUID each; the mark before and after its stage; the snapshot's tag; marks to replace, but that of an image
+ * which has left the origin half-written: so it is until the merge has begun. One of them at a time for an origin. Exit code 77: the snapshot is gone or is being merged already, or another one's image is written onto
  * the origin, and nothing was changed.
  */
 export const beginMergeScript = hostScript(
@@ -40,7 +40,10 @@ thin=$(lvs -a --noheadings -o thin_id -S "lv_uuid=\\"$uuid\\"" "$group" 9>&-) ||
 thin=$(echo $thin)
 begun="$head"b"$now+\${thin:-0}:$tail"
 drop= again=
-for old; do drop="$drop --deltag $old" again="$again --addtag $old"; done
+for old; do
+  case $old in "\${head%%=*}="????????????:????????:w*) continue;; esac
+  drop="$drop --deltag $old" again="$again --addtag $old"
+done
 change "$originUuid" --addtag "$begun" $drop "$group/$origin" || exit 1
 # Without lvmpolld a process of LVM's own goes on for as long as the merge: it must not keep the lock.
 change "$uuid" --addtag "$only" "$group/$snapshot" && lvconvert -y -b -i 1 --merge "@$only" </dev/null 9>&-
@@ -106,15 +109,20 @@ esac
   ["name", "uuid"],
 );
 
-/** Marks a restore as ended. Arguments: group, origin's name and UUID, its mark; when it began; the new mark before and after its stage. */
+/**
+ * Marks a restore as ended. Arguments: group, origin's name and UUID, its mark; when it began; the new mark before and after its stage;
+ * marks that this takes the place of too.
+ */
 export const endMergeScript = hostScript(
   "end-merge",
   "change",
   `
-group=$1 origin=$2 originUuid=$3 old=$4 started=$5 head=$6 tail=$7
+group=$1 origin=$2 originUuid=$3 old=$4 started=$5 head=$6 tail=$7; shift 7
+drop=
+for more; do drop="$drop --deltag $more"; done
 seconds=$(($(date +%s)-started))
 [ "$seconds" -ge 0 ] || seconds=0
-lvchange -y --deltag "$old" --addtag "$head"r"$started+$seconds:$tail" -S "lv_uuid=\\"$originUuid\\"" "$group/$origin" </dev/null
+lvchange -y --deltag "$old" $drop --addtag "$head"r"$started+$seconds:$tail" -S "lv_uuid=\\"$originUuid\\"" "$group/$origin" </dev/null
 `,
 );
 

@@ -209,8 +209,8 @@ interface Observed {
   readonly ended: readonly RestoreMark[];
   /** The job that writes an image. */
   readonly job: RunningRestore | undefined;
-  /** An image was begun to be written, and the volume holds neither that yet nor what a snapshot held. */
-  readonly isHalf: boolean;
+  /** Marks of this resource's images that were begun to be written. */
+  readonly written: readonly string[];
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
@@ -249,21 +249,29 @@ async function observe(
   for (const mark of marks.filter((one) => one.stage === "merging" && sourceOf(one) === undefined))
     if (!(await wasRemoved(context, origin, mark))) ended.push(mark);
   const lost = "restoreId" in wanted ? lostMark(wanted, { origin, ended, job }, marks) : undefined;
-  const restore = lost ?? markThatCounts(marks, life, job);
+  // A merge that was begun after an image, which keeps its mark until then.
+  const isMerged = (mark: RestoreMark) =>
+    mark.stage === "merging" || (mark.stage === "begun" && sourceOf(mark)?.merging !== false);
+  const restore = lost ?? markThatCounts(marks, life, job, isMerged);
   if (restore === undefined) return undefined;
   const snapshot = sourceOf(restore);
   refuseSuspended(context, [origin, snapshot]);
   const told = { restore, origin, snapshot, ended, job: isMarkOf(job, restore) ? job : undefined };
   const phase = lost?.stage === "restored" ? "unmarked" : phaseOf(told);
-  const isWritten = [restore, ...marks].some(({ stage }) => stage === "writing");
+  const written = [restore, ...marks].filter(({ stage }) => stage === "writing").map(({ tag }) => tag);
   return {
     mark: ownerTag + restore.owner,
-    isHalf: isWritten && (phase === "restoring" || phase === "halfWritten"),
-    halfMade: wasCut(phase) && !tellsOfEnd(wanted, origin),
+    written,
+    halfMade: wasCut(phase) && !isHalf({ phase, written }) && !tellsOfEnd(wanted, origin),
     removed: lost !== undefined && marks.length === 0,
     others: marked.find((mark) => mark.stage === "writing" && !isOurs(mark)),
     ...{ ...told, phase },
   };
+}
+
+/** Whether an image was begun to be written, and the volume holds neither that nor what a snapshot held. */
+function isHalf({ phase, written }: Pick<Observed, "phase" | "written">): boolean {
+  return written.length > 0 && !["merging", "restored", "unmarked"].includes(phase);
 }
 
 function wasCut(phase: Observed["phase"]): boolean {
@@ -281,7 +289,8 @@ function tellsOfEnd(told: Inputs | State, { uuid }: LogicalVolume): told is Stat
 
 /** Whether the state tells of an image of which something was written to this very volume, and not all. */
 function tellsOfWriting(told: Inputs | State, { uuid }: LogicalVolume): told is State {
-  return "state" in told && told.state === "restoring" && told.originUuid === uuid;
+  const isImage = "state" in told && told.state === "restoring" && told.restoredImage !== "";
+  return isImage && told.originUuid === uuid;
 }
 
 /**
@@ -293,11 +302,11 @@ function lostMark(
   { origin, ended, job }: Pick<Observed, "origin" | "ended" | "job">,
   marks: readonly RestoreMark[],
 ): RestoreMark | undefined {
-  const isHalf = marks.length === 0 && tellsOfWriting(state, origin);
-  if (!isHalf && !tellsOfEnd(state, origin)) return undefined;
+  const isWritten = marks.length === 0 && tellsOfWriting(state, origin);
+  if (!isWritten && !tellsOfEnd(state, origin)) return undefined;
   const told: Omit<RestoreMark, "tag"> = {
     ...{ generation: restoreGeneration(state.triggers), life: state.restoreId },
-    stage: isHalf ? "writing" : "restored",
+    stage: isWritten ? "writing" : "restored",
     ...{ startedAt: Date.parse(state.startedAt) / 1000, seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
   };
@@ -344,11 +353,14 @@ function markThatCounts(
   marks: readonly RestoreMark[],
   life: string | undefined,
   job: RunningRestore | undefined,
+  isMerged: (mark: RestoreMark) => boolean,
 ): RestoreMark | undefined {
   const others = marks.filter((mark) => !isUnfinishedImage(mark));
+  const writing = marks.find(({ stage }) => stage === "writing");
   return (
     marks.find((mark) => isMarkOf(job, mark)) ??
-    marks.find(({ stage }) => stage === "writing") ??
+    (writing && others.find(isMerged)) ??
+    writing ??
     others.find((mark) => mark.life === life) ??
     others[0] ??
     marks[0]
@@ -626,9 +638,10 @@ async function merge(
     source: snapshot.uuid,
     owner: ownerInTag(wanted.owner),
   };
-  const old = restoreMarksAmong(origin.tags)
-    .filter((mark) => mark.life === earlier?.life || isRestoreOf(mark, wanted.owner))
-    .map(({ tag }) => tag);
+  const own = restoreMarksAmong(origin.tags).filter(
+    (mark) => mark.life === earlier?.life || isRestoreOf(mark, wanted.owner),
+  );
+  const old = own.map(({ tag }) => tag);
   if (snapshot.merging) {
     // Somebody else's merge, adopted.
     const startedAt = await hostSeconds(context);
@@ -636,7 +649,7 @@ async function merge(
       context,
       origin,
       restoreTagOf({ ...told, stage: "merging", startedAt, seconds: 0, thinId: 0 }),
-      old,
+      own.filter(({ stage }) => stage !== "writing").map(({ tag }) => tag),
     );
     return follow(context, wanted);
   }
@@ -723,10 +736,14 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
       const pair = { origin: seen.origin, snapshot: seen.snapshot };
       if (seen.phase === "overflowed") throw overflowed(context, pair, seen.restore);
       if (seen.phase === "scheduled") {
-        if (refreshed || !(await beginsNow(context, pair))) return;
+        if (refreshed || !(await beginsNow(context, pair))) {
+          if (isHalf(seen)) context.warn(halfPhrase(seen));
+          return;
+        }
         refreshed = true;
         continue;
       }
+      if (seen.written.length > 0) await mark(context, seen.origin, undefined, seen.written);
       if (seen.origin.mergeFailed) throw failed(context, pair);
       const now = { at: performance.now() / 1000, leftBytes: leftBytes(seen.snapshot) };
       first ??= now;
@@ -810,13 +827,13 @@ async function beginsNow(context: Context, { origin, snapshot }: Pair): Promise<
 }
 
 /** Marks that a restore has ended. */
-async function end(context: Context, { restore, origin }: Observed): Promise<void> {
+async function end(context: Context, { restore, origin, written }: Observed): Promise<void> {
   if (restore.stage === "restored") return;
   const { head, tail } = restoreTagParts(restore);
   const argv = script(
     endMergeScript,
     ...[origin.volumeGroup, origin.name, origin.uuid, restore.tag],
-    ...[String(restore.startedAt), head, tail],
+    ...[String(restore.startedAt), head, tail, ...written],
   );
   await serially(context.host, origin.volumeGroup, () =>
     succeed(
@@ -963,6 +980,19 @@ function wasLost({ phase, origin }: Observed): string {
     : `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`;
 }
 
+/** What is to be known of a volume that is half-written. */
+function halfPhrase({ phase, origin }: Observed): string {
+  const use = ". Use nothing of it";
+  const more: Partial<Record<Observed["phase"], string>> = {
+    halfWritten: `, and nobody goes on with it${use}; \`pulumi up\` does`,
+    restoring: `${use}; another try is at its check`,
+    scheduled: `${use} before the merge has begun`,
+    uncertain: ", unless the snapshot was merged",
+    withdrawn: ", unless the snapshot was merged",
+  };
+  return `${halfWritten(origin)}${more[phase] ?? use}`;
+}
+
 function uncertain(context: Context, seen: Observed, again = ""): LvmNbdError {
   const { restore, origin } = seen;
   const { tag } = restore;
@@ -970,7 +1000,7 @@ function uncertain(context: Context, seen: Observed, again = ""): LvmNbdError {
   return refusal(
     context,
     "RESTORE_UNCERTAIN",
-    wasLost(seen),
+    `${wasLost(seen)}${isHalf(seen) ? `; ${halfPhrase(seen)}` : ""}`,
     `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange --deltag '${tag}' --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again${again}.`,
   );
 }
@@ -1018,13 +1048,16 @@ function time(seconds: number): string {
 
 function toState(declared: Inputs | State, seen: Observed): State {
   const { restore, origin, snapshot, phase } = seen;
-  if (wasCut(phase) && tellsOfEnd(declared, origin))
+  if (wasCut(phase) && !isHalf(seen) && tellsOfEnd(declared, origin))
     return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state: "unmarked" };
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
-  const unfinished = image === undefined ? "merging" : seen.isHalf ? "restoring" : "checking";
+  const isMerge = image === undefined && phase !== "uncertain";
+  const unfinished = isMerge ? "merging" : isHalf(seen) ? "restoring" : "checking";
   const isFailed = phase === "overflowed" || phase === "withdrawn";
-  const isTold = phase === "restored" || phase === "scheduled" || phase === "unmarked";
+  // The mark of an image that was written before has to go.
+  const isOver = phase === "restored" && seen.written.length === 0;
+  const isTold = isOver || phase === "scheduled" || phase === "unmarked";
   return {
     ...declared,
     volumeGroup: origin.volumeGroup,
@@ -1127,7 +1160,12 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
     if (tags.length > 0 || job !== undefined) refuseOtherGroup(context, origin, volumeGroup);
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
-    if (seen.isHalf) context.warn(`${halfWritten(origin)}, and nobody goes on with it any more`);
+    if (isHalf(seen))
+      context.warn(
+        phase === "scheduled"
+          ? halfPhrase(seen)
+          : `${halfWritten(origin)}, and nobody goes on with it any more`,
+      );
     if (job !== undefined) await endImageRestore(context, origin, job.recordDigest, tags);
     else if (tags.length > 0) await mark(context, origin, undefined, tags);
   },
@@ -1157,12 +1195,8 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
       lines.push(
         `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back`,
       );
-    if (seen.isHalf && seen.phase === "restoring" && seen.restore.stage === "begun")
-      lines.push(`${halfWritten(seen.origin)}. Use nothing of it; another try is at its check`);
-    if (seen.phase === "halfWritten")
-      lines.push(
-        `${halfWritten(seen.origin)}, and nobody goes on with it. Use nothing of it; \`pulumi up\` does`,
-      );
+    const isAtWork = seen.phase === "restoring" && seen.restore.stage === "writing";
+    if (isHalf(seen) && !isAtWork) lines.push(halfPhrase(seen));
     return lines;
   },
 };

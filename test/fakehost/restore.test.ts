@@ -145,6 +145,45 @@ it("does not begin where another one's image has begun to be written since it wa
   expect(lvm().find("VgVm", "vm1")?.tags).toEqual([theirs]);
 });
 
+describe("where an image has left the origin half-written, that mark", () => {
+  const ours = restoreTagOf({
+    ...{ generation: "0123456789ab", life: "99999999", stage: "writing", startedAt: 1000, seconds: 0 },
+    ...{ thinId: 0, source: "a".repeat(64), owner: "organization/project/one/restore" },
+  });
+  const tags = () => lvm().find("VgVm", "vm1")?.tags ?? [];
+  const half = async () => {
+    const stack = await begin("COW");
+    tags().push(ours);
+    return stack;
+  };
+
+  it("is gone when the snapshot was merged", async () => {
+    const stack = await half();
+    expect((await stack.up(program("COW"))).errors).toEqual([]);
+    expect(data("COW")).toBe(before);
+    expect(tags()).toEqual([expect.stringMatching(/:r\d+\+\d+:/)]);
+  });
+
+  it("stays where the power fails before that has begun", async () => {
+    const stack = await half();
+    world.hooks = {
+      step: ({ server }) => {
+        if (tags().length < 2) return;
+        world.hooks = {};
+        world.reboot(server);
+        stack.kill();
+      },
+    };
+    await attempt(stack, program("COW"));
+    await world.settle();
+    expect(lvm().merges).toBe(0);
+    expect(tags()).toContain(ours);
+    expect((await stack.up(program("COW"))).errors).toEqual([]);
+    expect(data("COW")).toBe(before);
+    expect(tags()).toEqual([expect.stringMatching(/:r\d+\+\d+:/)]);
+  });
+});
+
 describe("a snapshot that is taken while another one's image begins to be written", () => {
   const theirs = (stage: "writing" | "restored") =>
     restoreTagOf({

@@ -570,6 +570,78 @@ describe("a restore", () => {
   });
 });
 
+describe("an image has left the origin half-written, and a snapshot is merged now", () => {
+  const written = markOf("writing", { source: "a".repeat(64), life: "77777777" });
+  const kept = { ...state, state: "scheduled", restoredAt: "", seconds: 0, snapshotRemoved: false };
+  const both = (stage: "begun" | "merging") => `${markOf(stage)},${written}`;
+  /** Shows the volumes as they are after so many changes. No job writes the image. */
+  const host = (...after: string[]) => {
+    const asked: FakeHost = fakeHost(({ argv }) => {
+      if (argv[0] === "lvs") return after[Math.min(asked.changes.length, after.length - 1)] ?? "";
+      const isJob = argv[2]?.includes("emit recordDigest") === true;
+      return isJob ? fields({ active: "inactive", recordDigest: "", record: "", end: "" }) : "";
+    });
+    return asked;
+  };
+
+  it("while that waits a refresh, an up and a removal say so", async () => {
+    const handlers = handlersOn("LvRestore", host(waiting(both("merging"))));
+    const told = () => handlers.warnings.splice(0).join("\n");
+    expect(await handlers.read(kept)).toEqual(kept);
+    const half = /VgVm\/vm1 is HALF-WRITTEN.*Use nothing of it before the merge has begun/;
+    expect(told()).toMatch(half);
+    expect(await handlers.update(kept, complete)).toEqual(kept);
+    expect(told()).toMatch(half);
+    const removing = handlersOn("LvRestore", host(waiting(both("merging")), waiting("")));
+    await removing.remove(kept);
+    expect(removing.warnings.join("\n")).toMatch(half);
+  });
+
+  it("no more once it has begun: the mark of the image is removed", async () => {
+    const handlers = handlersOn("LvRestore", host(running(both("merging"))));
+    expect(await handlers.read(kept)).toMatchObject({ state: "merging" });
+    expect(handlers.warnings.join("\n")).not.toContain("HALF");
+    const asked = host(running(both("merging")), gone(markOf("merging")), gone(markOf("restored")));
+    expect(await handlersOn("LvRestore", asked).update(kept, complete)).toMatchObject({ state: "restored" });
+    expect(asked.changes.map(({ argv }) => argv.slice(0, 4).join(" "))[0]).toBe(
+      `lvchange -y --deltag ${written}`,
+    );
+  });
+
+  it("where it ended while nobody looked, up removes it too", async () => {
+    const ended = gone(both("merging"));
+    const seen = await handlersOn("LvRestore", host(ended)).read(kept);
+    expect(seen).toMatchObject({ state: "merging", snapshotRemoved: true });
+    const asked = host(ended, gone(markOf("restored")));
+    expect(await handlersOn("LvRestore", asked).update(seen ?? {}, complete)).toMatchObject({
+      state: "restored",
+    });
+    expect(asked.changes.map(({ argv }) => argv.at(-1))).toEqual([written]);
+  });
+
+  it("where the power failed before LVM was told of it, it is half-written and merged by the next up", async () => {
+    const lvs = report(origin({ lv_tags: both("begun") }), snapshot());
+    const handlers = handlersOn("LvRestore", host(lvs));
+    const old = { ...kept, state: "restoring", restoredImage: "a".repeat(64), restoredSnapshot: "" };
+    expect(await handlers.read(old)).toMatchObject({ state: "restoring", restoredImage: "a".repeat(64) });
+    expect(handlers.warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it/);
+    const asked = host(lvs, gone(both("merging")), gone(markOf("restored")));
+    expect(await handlersOn("LvRestore", asked).update(old, complete)).toMatchObject({ state: "restored" });
+    expect(asked.changes.filter(begins)).toHaveLength(1);
+  });
+
+  it("where the power failed just then, and its snapshot is gone, it is not said to be gone, and an error says so", async () => {
+    const handlers = handlersOn("LvRestore", host(gone(both("begun"))));
+    for (const old of [kept, state]) {
+      expect(await handlers.read(old)).toMatchObject({ state: "restoring" });
+      expect(handlers.warnings.splice(0).join("\n")).toMatch(/HALF-WRITTEN.*unless the snapshot was merged/);
+      await expect(handlers.update({ ...old, state: "restoring" }, complete)).rejects.toThrow(
+        /RESTORE_UNCERTAIN.*HALF-WRITTEN.*unless the snapshot was merged/s,
+      );
+    }
+  });
+});
+
 describe("what is there already", () => {
   it("and done is left alone, also from another snapshot than the one declared now", async () => {
     const asked = showing(gone(markOf("restored")));
