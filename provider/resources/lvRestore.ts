@@ -397,7 +397,9 @@ async function suitable(context: Context, wanted: FromSnapshot, life: string | u
   const snapshot = requireSnapshot(context, wanted, group, origin);
   refuseSuspended(context, [origin, snapshot]);
   refuseMerging(context, wanted, { origin, snapshot });
-  await refuseWritten(context, origin, (mark) => mark.life === life || isRestoreOf(mark, wanted.owner));
+  const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);
+  refuseDone(context, wanted, all, { origin, isOurs });
+  await refuseWritten(context, origin, isOurs);
   refuseUnmergeable(context, group, { origin, snapshot });
   refuseOverflows(context, group, { origin, snapshot });
   warnOfOthers(context, wanted, group, { origin, snapshot });
@@ -455,6 +457,34 @@ function refuseMerging(context: Context, wanted: Inputs, { origin, snapshot }: P
     snapshot.merging && by === undefined
       ? "Wait until that has ended: it does what is declared here. Or set `adopt: true` to follow it."
       : "Run again when that has ended.",
+  );
+}
+
+/**
+ * A resource that was renamed does not restore again. The snapshot tells nothing of that: an LvSnapshot takes a new one after its
+ * merge.
+ */
+function refuseDone(
+  context: Context,
+  { owner, triggers }: Inputs,
+  all: readonly LogicalVolume[],
+  { origin, isOurs }: { readonly origin: LogicalVolume; readonly isOurs: (mark: RestoreMark) => boolean },
+): void {
+  const hasEnded = ({ stage, source }: RestoreMark) =>
+    stage === "restored" || (stage === "merging" && all.every(({ uuid }) => uuid !== source));
+  const done = restoreMarksAmong(origin.tags).find(
+    (mark) =>
+      mark.generation === restoreGeneration(triggers) &&
+      !isOurs(mark) &&
+      stackOf(ownerOfRestore(mark)) === stackOf(owner) &&
+      hasEnded(mark),
+  );
+  if (done === undefined) return;
+  throw refusal(
+    context,
+    "FOREIGN_RESOURCE",
+    `${pathOf(origin)} was restored for these \`triggers\` already, by ${ownerOfRestore(done)}`,
+    "Nothing was touched. If that is this resource under a former name, give it the `aliases` of that name. To restore once more, give it other `triggers`.",
   );
 }
 
@@ -545,6 +575,10 @@ function refuseOverflows(context: Context, all: readonly LogicalVolume[], { orig
   );
 }
 
+function stackOf(owner: string): string {
+  return owner.split("/").slice(0, 3).join("/");
+}
+
 function warnOfOthers(
   context: Context,
   { owner }: Inputs,
@@ -552,8 +586,7 @@ function warnOfOthers(
   { origin, snapshot }: Pair,
 ): void {
   const mark = markAmong(snapshot.tags);
-  const stack = (one: string) => one.split("/").slice(0, 3).join("/");
-  if (mark !== undefined && stack(ownerOfMark(mark)) !== stack(owner))
+  if (mark !== undefined && stackOf(ownerOfMark(mark)) !== stackOf(owner))
     context.warn(`the snapshot ${snapshot.name} belongs to ${ownerOfMark(mark)}, which will find it gone`);
   if (snapshot.kind === "cow") return;
   const siblings = all.filter(

@@ -126,6 +126,7 @@ describe("bad input is refused before any host is asked", () => {
 
 describe("is refused, and nothing is touched, where", () => {
   const other = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
+  const former = { owner: "o/p/s/former", life: "99999999" };
   const thin = (name: string, more: Row = {}) => row("thin", name, more);
   const thinPool = (more: Row = {}) => report(thin("thin1"), thin("thin1-snap"), thin("pool", more));
   const ofThin = {
@@ -196,6 +197,18 @@ describe("is refused, and nothing is touched, where", () => {
       /ORIGIN_UNSUITABLE.*VgVm\/vm1 is HALF-WRITTEN by o\/p\/other\/r.*Use nothing of it/s,
     ],
     [
+      "another resource of the stack has restored it for these triggers",
+      report(origin({ lv_tags: markOf("restored", { ...former, source: other }) }), snapshot()),
+      {},
+      /FOREIGN_RESOURCE.*VgVm\/vm1 was restored for these `triggers` already, by o\/p\/s\/former.*`aliases`.*other `triggers`/s,
+    ],
+    [
+      "another resource of the stack has, and nobody has marked the end",
+      report(origin({ lv_tags: markOf("merging", { ...former, source: other }) }), snapshot()),
+      {},
+      /FOREIGN_RESOURCE.*was restored for these `triggers` already/,
+    ],
+    [
       "a younger COW snapshot would overflow",
       report(
         origin(),
@@ -238,6 +251,18 @@ describe("is refused, and nothing is touched, where", () => {
     const asked = showing(lvs);
     await expect(handlersOn("LvRestore", asked).create({ ...complete, ...change })).rejects.toThrow(message);
     expect(asked.changes).toEqual([]);
+  });
+
+  it.each([
+    ["for other triggers", { generation: restoreGeneration(["again"]) }],
+    ["in another stack", { owner: "o/p/other/r" }],
+  ])("nothing is: another resource has restored it %s", async (_how, change) => {
+    const asked = showing(
+      report(origin({ lv_tags: markOf("restored", { ...former, ...change }) }), snapshot()),
+      (command) => (begins(command) ? new LvmNbdError("LVM_LOCKED", { message: "begun" }) : ""),
+    );
+    await expect(handlersOn("LvRestore", asked).create(complete)).rejects.toThrow(/begun/);
+    expect(asked.changes.filter(begins)).toHaveLength(1);
   });
 
   it.each([
