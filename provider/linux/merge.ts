@@ -186,8 +186,9 @@ export interface FillingSnapshot {
 }
 
 /**
- * Other COW snapshots of the origin whose stores do not surely hold what the merge writes. One that is older has kept
- * those chunks already: they were written after it was taken as well.
+ * Other COW snapshots of the origin whose stores do not surely hold what the merge writes. One that is older has kept those chunks
+ * already, unless its chunks are smaller or the merged one was written to itself; and which is older a host's clock that was set back
+ * does not tell. But a store that is smaller than what is written cannot have kept it, however old it is.
  */
 export function fillingSnapshots(
   all: readonly LogicalVolume[],
@@ -202,8 +203,7 @@ export function fillingSnapshots(
         other.kind === "cow" &&
         other.originUuid === origin.uuid &&
         other.uuid !== snapshot.uuid &&
-        !other.invalid &&
-        other.createdAt >= snapshot.createdAt,
+        !other.invalid,
     )
     .map((other) => ({
       name: other.name,

@@ -78,7 +78,18 @@ describe("other COW snapshots of the origin", () => {
   });
 
   it.each([
-    ["are older have kept those chunks already", { sizeBytes: 8 * MiB, createdAt: 999 }],
+    ["may overflow", { usedPercent: 50 }, false],
+    ["surely overflow", { sizeBytes: 8 * MiB }, true],
+  ])("that %s are told whatever their age", (_how, more, overflows) => {
+    // The clock may have been set back in between, its chunks may be smaller, and the merged one may have been written to.
+    expect(filling({ ...more, createdAt: 999 })).toMatchObject([{ name: "other", overflows }]);
+  });
+
+  it("that are older, with room for all that the merge writes, are not named", () => {
+    expect(filling({ createdAt: 999 })).toEqual([]);
+  });
+
+  it.each([
     ["have overflowed have nothing to lose", { sizeBytes: 8 * MiB, invalid: true }],
     ["are of another origin are not written to", { sizeBytes: 8 * MiB, originUuid: "another" }],
     ["are thin have no store", { sizeBytes: 8 * MiB, kind: "thin" as const }],
