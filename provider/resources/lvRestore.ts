@@ -947,7 +947,8 @@ async function converge(
     const goesOn = seen.restore.source === wanted.image?.sha256 && origin.uuid === wanted.overwrite;
     if (!goesOn) return restore(context, wanted, seen, old);
     await restoreImage(context, withImage(wanted), seen.restore.life, { ...seen.job, origin });
-    const ended = await observe(context, wanted);
+    // Its mark has the name that the resource had when it began.
+    const ended = await observe(context, old ?? wanted);
     if (ended?.phase === "restored") await takeOver(context, wanted, ended, old);
     return;
   }

@@ -1137,6 +1137,27 @@ describe("a job that goes on by itself", () => {
     expect(server.started).toBe(1);
   });
 
+  it.each(["begun", "writing"] as const)(
+    "is followed in the stage %s by a resource that was renamed",
+    async (stage) => {
+      await dyingAt(stage);
+      const kept = (await handlers().read(toldOf("restoring"))) ?? {};
+      server.onCommand = (command) => {
+        if (follows(command)) released();
+        return undefined;
+      };
+      const renamed = { owner: "o/p/s/renamed" };
+      expect(await up(kept, renamed)).toMatchObject({
+        ...renamed,
+        state: "restored",
+        restoreId: kept.restoreId,
+      });
+      expect(marks().map((mark) => mark.owner)).toEqual([ownerInTag(renamed.owner)]);
+      expect(server.started).toBe(1);
+      expectRestored();
+    },
+  );
+
   it("is not ended for a volume that must not be overwritten, once it is being written", async () => {
     await dyingAt("writing");
     const { message } = await failed(undefined, { overwrite: other });
