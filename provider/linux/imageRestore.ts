@@ -56,6 +56,15 @@ const followedSeconds = 30;
 const roomLooks = 8640;
 const roomSeconds = 10;
 
+/**
+ * Shell functions: `uptime_seconds`, and `follow FOLDER`, which writes down that somebody follows the job now. By the seconds since the
+ * host's start: its clock may be set back or forward in between.
+ */
+const followedFunctions = `
+uptime_seconds() { cut -d. -f1 /proc/uptime; }
+follow() { uptime_seconds >"$1/followed.new" && mv -f "$1/followed.new" "$1/followed"; }
+`;
+
 /** The arguments of `imageRestoreJob`; `needBytes`: of the thin pool, see `poolNeed`. */
 export function imageRestoreArguments(
   job: DeviceJob,
@@ -157,7 +166,7 @@ require_pool() {
  * Writes the image. Nothing is written, and nothing called restored, unless the volume is closed, nothing is merged into it, and
  * its mark is there. From before its first byte on no merge begins: see `beginMergeScript`.
  */
-export const imageRestoreJob = `${roomFunctions}${poolFunctions}
+export const imageRestoreJob = `${roomFunctions}${poolFunctions}${followedFunctions}
 # Whoever follows clears all away; nobody may. Not the file itself: it is being read. Its time is when the job was started.
 forget_certificates() {
   [ -n "\${run-}" ] && [ -d "$run/tls" ] || return 0
@@ -204,11 +213,10 @@ before_write() {
   change "$begun" $earlier --addtag "$writing"
   exec 9>&-
 }
-# It counts as followed when it is started.
 require_followed() {
   while :; do
-    followed=$(stat -c %Y "$run/followed" 2>/dev/null || stat -c %Y "$run/job") || fail "when the restore was last followed cannot be told"
-    since=$(($(date +%s)-followed))
+    followed=$(cat "$run/followed") && now=$(uptime_seconds) || fail "when the restore was last followed cannot be told"
+    since=$((now-followed))
     [ "$since" -gt ${followedSeconds} ] || break
     [ "$since" -le ${60 * unfollowedMinutes} ] || fail "nobody had followed the restore for ${unfollowedMinutes} min when it was about to write, so it was given up"
     sleep 1
@@ -247,7 +255,7 @@ canHaveCertificates(preflightRestoreScript);
 export const startImageRestoreScript = hostScript(
   "start-image-restore",
   "change",
-  `${unitFunctions}${stopJobFunction}${startJobFunction}${volumeIsFunction}
+  `${unitFunctions}${stopJobFunction}${startJobFunction}${volumeIsFunction}${followedFunctions}
 unit=$1 run=$2 group=$3 name=$4 uuid=$5 record=$6 description=$7 runtime=$8 mark=$9; shift 9
 lock
 # Before anything is stopped: the job may be another one's.
@@ -260,7 +268,7 @@ stop_job "$unit" || exit 1
 volume_is "$group" "$name" "$uuid" kept
 for bytes; do :; done
 umask 077
-rm -rf "$run" && mkdir "$run" && receive "$run/job" "$bytes" && printf %s "$record" >"$run/record.json" || { rm -rf "$run"; exit 1; }
+rm -rf "$run" && mkdir "$run" && receive "$run/job" "$bytes" && printf %s "$record" >"$run/record.json" && follow "$run" || { rm -rf "$run"; exit 1; }
 change() { lvchange -y "$1" "$mark" -S "lv_uuid=\\"$uuid\\"" "$group/$name" </dev/null 9>&-; }
 change --addtag || { rm -rf "$run"; exit 1; }
 start_job "$unit" "$description" "$runtime" || { stop_job "$unit" && change --deltag && rm -rf "$run"; exit 1; }
@@ -271,8 +279,8 @@ start_job "$unit" "$description" "$runtime" || { stop_job "$unit" && change --de
 export const followImageRestoreScript = hostScript(
   "follow-image-restore",
   "change",
-  `
-if [ -d "$5" ] && [ ! -L "$5/followed" ]; then touch "$5/followed"; fi
+  `${followedFunctions}
+if [ -d "$5" ] && [ ! -L "$5/followed.new" ]; then follow "$5"; fi
 ${followCopyScript}`,
 );
 

@@ -910,8 +910,8 @@ const jobFile = (name: string) =>
 
 /** The job was last followed so long ago. */
 function unfollowedFor(minutes: number): void {
-  const when = Date.now() / 1000 - 60 * minutes;
-  for (const name of ["job", "followed"].map(jobFile)) if (existsSync(name)) utimesSync(name, when, when);
+  const uptime = Math.floor(Number(readFileSync("/proc/uptime", "utf8").split(" ")[0]));
+  writeFileSync(jobFile("followed"), `${uptime - 60 * minutes}\n`);
 }
 
 describe("a job that nobody follows any more", () => {
@@ -927,6 +927,31 @@ describe("a job that nobody follows any more", () => {
     expect(marks().map(({ stage }) => stage)).toEqual(["begun"]);
     expect(await created()).toMatchObject({ state: "restored" });
     expectRestored();
+  });
+
+  it.each([
+    ["back", 3600],
+    ["forward", -3600],
+  ])("is told from one that is followed though the host's clock was set %s since", async (_way, seconds) => {
+    // What is written down has a time of before.
+    const setClock = () => {
+      const when = Date.now() / 1000 + seconds;
+      for (const name of ["job", "followed"].map(jobFile)) utimesSync(name, when, when);
+    };
+    await dyingAt("begun");
+    unfollowedFor(1);
+    setClock();
+    released();
+    await expect.poll(() => readFileSync(jobFile("sum"), "utf8")).toContain("rc 0");
+    if (seconds > 0) {
+      unfollowedFor(unfollowedMinutes + 1);
+      setClock();
+      await server.jobsEnd();
+      expect(content()).toBe(spoiled);
+    } else {
+      expect(await created()).toMatchObject({ state: "restored" });
+      expect(server.started).toBe(1);
+    }
   });
 
   it("writes as soon as somebody follows it again", async () => {
