@@ -901,16 +901,21 @@ function inForce(context: Context, seen: Observed, { triggers }: Inputs): Observ
   return { ...seen, restore: done, snapshot: undefined, phase: "restored" };
 }
 
+/** Whether nobody asks for another restore than the state tells of. */
+function isDeclaredStill(old: State | undefined, { triggers }: Inputs): old is State {
+  return old !== undefined && restoreGeneration(old.triggers) === restoreGeneration(triggers);
+}
+
 /**
  * Whether the state, whose triggers are declared still, tells of this very restore, which was made for others: an `up` for those was
  * cancelled, or looked at by a refresh.
  */
-function isKnown({ restore, phase }: Observed, { triggers }: Inputs, old: State | undefined): boolean {
+function isKnown(seen: Observed, wanted: Inputs, old: State | undefined): boolean {
+  const { restore, phase } = seen;
   return (
     phase === "restored" &&
-    old !== undefined &&
-    restoreGeneration(old.triggers) === restoreGeneration(triggers) &&
-    restore.generation !== restoreGeneration(triggers) &&
+    isDeclaredStill(old, wanted) &&
+    isStale(seen, wanted) &&
     old.restoreId === restore.life &&
     old.startedAt === time(restore.startedAt)
   );
@@ -933,6 +938,12 @@ async function converge(
       `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. Change \`triggers\` to restore once more`,
     );
   } else if (isStale(seen, wanted)) {
+    if (phase === "restoring" && !isHalf(seen) && isDeclaredStill(old, wanted)) {
+      // Its triggers were taken back before it wrote anything.
+      await endJob(context, seen);
+      const left = await observe(context, old);
+      return left === undefined ? restore(context, wanted) : converge(context, wanted, left, old);
+    }
     if (phase !== "merging" && phase !== "scheduled") return restore(context, wanted, seen, old);
     throw refusal(
       context,
@@ -1050,8 +1061,7 @@ function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: St
   const isLost = phase === "uncertain" || phase === "withdrawn";
   if (old === undefined && stale && isLost)
     throw uncertain(context, seen, ": since other `triggers` are declared now, that restores it once more");
-  if (old === undefined || isKnown(seen, wanted, old)) return;
-  if (restoreGeneration(old.triggers) !== restoreGeneration(wanted.triggers)) return;
+  if (!isDeclaredStill(old, wanted) || isKnown(seen, wanted, old)) return;
   const path = pathOf(origin);
   const remove = `\`lvchange --deltag '${restore.tag}' ${path}\``;
   const restored = hasEnded(old) ? "was restored" : "began to be restored";

@@ -595,6 +595,33 @@ describe("a restore", () => {
   });
 });
 
+it("an image for other triggers, taken back while it is checked, is ended, and no snapshot is merged instead", async () => {
+  const begun = markOf("begun", {
+    ...{
+      generation: restoreGeneration(["again"]),
+      life: "77777777",
+      startedAt: 2000,
+      source: "a".repeat(64),
+    },
+  });
+  const asked: FakeHost = fakeHost(({ argv }) => {
+    const isEnded = asked.changes.length > 0;
+    const tags = isEnded ? markOf("restored") : `${markOf("restored")},${begun}`;
+    // The LvSnapshot was taken anew since.
+    if (argv[0] === "lvs") return report(origin({ lv_tags: tags }), snapshot({ lv_uuid: originUuid }));
+    if (!argv[2]?.includes("emit recordDigest")) return "";
+    const record = JSON.stringify({ generation: begun, verify: true });
+    return fields({ active: isEnded ? "inactive" : "active", recordDigest: "d", record, end: "" });
+  });
+  const kept = { ...state, state: "checking", restoredImage: "a".repeat(64), restoreId: "77777777" };
+  const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: originUuid } };
+  expect(await handlersOn("LvRestore", asked).update(kept, wanted)).toMatchObject({
+    ...{ state: "restored", restoredSnapshot: uuid, restoreId: "0123abcd", triggers: [] },
+  });
+  expect(asked.changes.some(begins)).toBe(false);
+  expect(asked.changes[0]?.argv.at(-1)).toBe(begun);
+});
+
 describe("an image has left the origin half-written, and a snapshot is merged now", () => {
   const written = markOf("writing", { source: "a".repeat(64), life: "77777777" });
   const kept = { ...state, state: "scheduled", restoredAt: "", seconds: 0, snapshotRemoved: false };
