@@ -184,6 +184,12 @@ const outputs = z.object({
     ),
   seconds: z.number().describe("From `startedAt` to `restoredAt`."),
   restoreId: z.string().describe("Which resource's life the restore belongs to."),
+  generation: z
+    .string()
+    .default("")
+    .describe(
+      "Digest of the `triggers` that the restore was made for: others than the declared ones where an `up` for them was taken back.",
+    ),
 });
 
 type Inputs = z.infer<typeof inputs>;
@@ -305,7 +311,7 @@ function lostMark(
   const isWritten = marks.length === 0 && tellsOfWriting(state, origin);
   if (!isWritten && !tellsOfEnd(state, origin)) return undefined;
   const told: Omit<RestoreMark, "tag"> = {
-    ...{ generation: restoreGeneration(state.triggers), life: state.restoreId },
+    ...{ generation: state.generation || restoreGeneration(state.triggers), life: state.restoreId },
     stage: isWritten ? "writing" : "restored",
     ...{ startedAt: Date.parse(state.startedAt) / 1000, seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
@@ -913,7 +919,7 @@ function isDeclaredStill(old: State | undefined, { triggers }: Inputs): old is S
 function isKnown(seen: Observed, wanted: Inputs, old: State | undefined): boolean {
   const { restore, phase } = seen;
   return (
-    phase === "restored" &&
+    (phase === "restored" || phase === "unmarked") &&
     isDeclaredStill(old, wanted) &&
     isStale(seen, wanted) &&
     old.restoreId === restore.life &&
@@ -1115,6 +1121,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
     restoredAt: ended ? time(restore.startedAt + restore.seconds) : "",
     seconds: restore.seconds,
     restoreId: restore.life,
+    generation: restore.generation,
   };
 }
 

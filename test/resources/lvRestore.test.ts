@@ -69,6 +69,7 @@ const state = {
     restoredImage: "",
     originUuid,
     restoreId: "0123abcd",
+    generation: restoreGeneration([]),
   },
   ...{ startedAt: "1970-01-01T00:16:40.000Z", restoredAt: "1970-01-01T00:17:40.000Z", seconds: 60 },
 };
@@ -980,6 +981,26 @@ describe("one whose mark was removed", () => {
     expect(handlers.warnings.join("\n")).toMatch(
       /restored at 1970-01-01T00:33:20.* for other `triggers` than these.*not restored again/,
     );
+  });
+
+  it("is that of the restore that was made, for other triggers than the state has: it is not made again for these", async () => {
+    const tag = markOf("restored", again);
+    const kept = await handlersOn("LvRestore", showing(gone(tag))).read({
+      ...{ ...state, state: "merging", restoreId: again.life, generation: restoreGeneration(["again"]) },
+    });
+    expect(kept).toMatchObject({ state: "restored", triggers: [] });
+    const lost = await handlersOn("LvRestore", showing(valid)).read(kept ?? {});
+    expect(lost).toEqual({ ...kept, state: "unmarked", snapshotRemoved: false });
+    // For the state's own triggers neither.
+    for (const triggers of [["again"], []]) {
+      const asked = turning(valid, gone(tag));
+      const wanted = { ...complete, triggers };
+      expect(await handlersOn("LvRestore", asked).update(lost ?? {}, wanted)).toMatchObject({ triggers });
+      expect(asked.changes.map(({ argv }) => argv[3])).toEqual([tag]);
+    }
+    // A state of before has its triggers alone.
+    const { generation: _, ...old } = state;
+    expect(await handlersOn("LvRestore", showing(valid)).read(old)).toMatchObject({ state: "unmarked" });
   });
 
   it("is none either where the state tells of another one that had not ended", async () => {
