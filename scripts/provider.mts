@@ -3,7 +3,9 @@ import { createRequire } from "node:module";
 
 const require = createRequire(import.meta.url);
 
-export const { resourceTypes } =
+export const { componentTypes, resourceTypes } =
   require("../dist/core/registry.js") as typeof import("../provider/core/registry.ts");
 export const { errorCodes } =
   require("../dist/core/errors.js") as typeof import("../provider/core/errors.ts");
+export const { OutputOf } =
+  require("../dist/core/example.js") as typeof import("../provider/core/example.ts");

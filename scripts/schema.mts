@@ -1,10 +1,14 @@
-/** Makes schema.json, the Pulumi package schema, from the zod objects of the resources. */
+/** Makes schema.json, the Pulumi package schema, from the zod objects of the resources and components. */
 import { readFileSync } from "node:fs";
 import { z } from "zod";
+import type { AnyResourceType, Described } from "../provider/core/resource.ts";
+import { exampleSection } from "./exampleCode.mts";
 import { writeGenerated } from "./generated.mts";
-import { resourceTypes } from "./provider.mts";
+import { PackageTypes } from "./packageTypes.mts";
+import { componentTypes, resourceTypes } from "./provider.mts";
 
-type Json = { readonly [key: string]: unknown };
+const name = "lvm-nbd";
+const types = new PackageTypes(name);
 
 const packageJson = z
   .object({
@@ -15,95 +19,60 @@ const packageJson = z
   })
   .parse(JSON.parse(readFileSync("package.json", "utf8")));
 
-const types: Record<string, Json> = {};
-
-/** A JSON schema node as a Pulumi property; nested objects become named types. */
-function property(node: Json, typeName: string): Json {
-  const extra = {
-    ...(typeof node.description === "string" ? { description: node.description } : {}),
-    ...(["string", "number", "boolean"].includes(typeof node.default) ? { default: node.default } : {}),
+function resource(type: AnyResourceType) {
+  const inputs = types.propertiesOf(type.inputs, "input", type.type);
+  const declared = types.propertiesOf(type.inputs, "output", type.type);
+  const outputs = types.propertiesOf(type.outputs, "output", type.type);
+  const { owner: _, ...inputProperties } = inputs.properties;
+  return {
+    description: description(type),
+    inputProperties,
+    requiredInputs: inputs.required.filter((key) => key !== "owner" && key !== type.nameInput),
+    properties: { ...declared.properties, ...outputs.properties },
+    required: [...new Set([...declared.required, ...outputs.required])],
+    stateInputs: {
+      description: "How to look up what exists already.",
+      properties: { host: inputs.properties.host },
+    },
   };
-  const options = node.anyOf as Json[] | undefined;
-  if (options !== undefined) {
-    return { oneOf: options.map((option) => property(option, typeName)), ...extra };
-  }
-  if (Array.isArray(node.type)) return { oneOf: node.type.map((type) => ({ type })), ...extra };
-  if (node.type === "array")
-    return { type: "array", items: property((node.items ?? {}) as Json, typeName), ...extra };
-  if (node.type === "object" && node.properties === undefined) {
-    return {
-      type: "object",
-      additionalProperties: property((node.additionalProperties ?? {}) as Json, typeName),
-      ...extra,
-    };
-  }
-  if (node.type === "object") {
-    const token = `lvm-nbd:index:${typeName}`;
-    const secrets = ["privateKey", "passphrase", "password"];
-    const properties = Object.entries(node.properties as Record<string, Json>).map(([key, value]) => [
-      key,
-      { ...property(value, propertyType(key, typeName)), ...(secrets.includes(key) ? { secret: true } : {}) },
-    ]);
-    types[token] = {
-      type: "object",
-      properties: Object.fromEntries(properties),
-      required: node.required ?? [],
-    };
-    return { $ref: `#/types/${token}`, ...extra };
-  }
-  return { type: node.type, ...extra };
 }
 
-/** Hosts are of one type, wherever they are named. */
-function propertyType(key: string, typeName: string): string {
-  return key === "host" ? "HostConnection" : typeName + capital(key);
+function component(type: Described) {
+  const inputs = types.propertiesOf(type.inputs, "input", type.type);
+  return {
+    description: description(type),
+    isComponent: true,
+    inputProperties: inputs.properties,
+    requiredInputs: inputs.required,
+    ...types.propertiesOf(type.outputs, "output", type.type),
+  };
 }
 
-function capital(text: string): string {
-  return text.slice(0, 1).toUpperCase() + text.slice(1);
+function description({ description: text, example }: Described): string {
+  return `${text}\n\n${exampleSection(example, name)}`;
 }
 
-function properties(
-  shape: z.ZodObject,
-  io: "input" | "output",
-  typeName: string,
-): [Record<string, Json>, string[]] {
-  const json = z.toJSONSchema(shape, { io, unrepresentable: "any", reused: "inline" }) as Json;
-  const entries = Object.entries(json.properties as Record<string, Json>).map(
-    ([key, value]) => [key, property(value, propertyType(key, typeName))] as const,
-  );
-  return [Object.fromEntries(entries), (json.required ?? []) as string[]];
-}
-
-const resources = Object.fromEntries(
-  resourceTypes.map((type) => {
-    const [inputs, required] = properties(type.inputs, "input", type.type);
-    const [declared, always] = properties(type.inputs, "output", type.type);
-    const [outputs, given] = properties(type.outputs, "output", type.type);
-    const { owner: _, ...inputProperties } = inputs;
-    return [
-      `lvm-nbd:index:${type.type}`,
-      {
-        description: type.description,
-        inputProperties,
-        requiredInputs: required.filter((key) => key !== "owner" && key !== type.nameInput),
-        properties: { ...declared, ...outputs },
-        required: [...new Set([...always, ...given])],
-      },
-    ];
-  }),
-);
+const resources = Object.fromEntries([
+  ...resourceTypes.map((type) => [`${name}:index:${type.type}`, resource(type)]),
+  ...componentTypes.map((type) => [`${name}:index:${type.type}`, component(type)]),
+]);
 
 const schema = {
-  name: "lvm-nbd",
+  name,
   displayName: "LVM and NBD",
   version: packageJson.version,
   description: packageJson.description,
   keywords: packageJson.keywords,
   license: packageJson.license,
-  language: { nodejs: { packageName: "pulumi-lvm-nbd" } },
+  language: {
+    // Not the name of this package, which declares dynamic resources: a program may need both while it moves from one to the other.
+    nodejs: { packageName: `pulumi-${name}-sdk`, respectSchemaVersion: true },
+    python: { packageName: "pulumi_lvm_nbd", pyproject: { enabled: true }, respectSchemaVersion: true },
+    go: { rootPackageName: "lvmnbd", generateResourceContainerTypes: true, respectSchemaVersion: true },
+    csharp: { namespaces: { [name]: "LvmNbd" }, respectSchemaVersion: true },
+  },
   config: {},
-  types,
+  types: types.specs(),
   resources,
 };
 writeGenerated("schema.json", `${JSON.stringify(schema, null, 2)}\n`, "npm run schema");

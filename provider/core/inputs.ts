@@ -23,6 +23,12 @@ export function readableBy<T>(parse: (value: T) => unknown): (value: T, refineme
   });
 }
 
+/** For `.meta()`: the value is encrypted in the state. */
+export const secret = { secret: true } as const;
+
+/** For `.meta()` of an input: whatever its change, the thing is made anew. The tests hold it against `diff`. */
+export const replaces = { willReplaceOnChanges: true } as const;
+
 const secretNote = "Stored encrypted in the state.";
 
 /** How to reach a host in detail; see `HostConnection`. */
@@ -30,7 +36,12 @@ const connectionShape = {
   address: z.string().min(1).describe("Name or address of the SSH server."),
   port: z.number().int().min(1).max(65535).optional().describe("Port of the SSH server. Default 22."),
   user: z.string().min(1).optional().describe("User to log in as. Default `root`."),
-  privateKey: z.string().min(1).optional().describe(`Private key (PEM or OpenSSH text). ${secretNote}`),
+  privateKey: z
+    .string()
+    .min(1)
+    .optional()
+    .describe(`Private key (PEM or OpenSSH text). ${secretNote}`)
+    .meta(secret),
   privateKeyPath: z
     .string()
     .min(1)
@@ -38,8 +49,13 @@ const connectionShape = {
     .describe(
       "File of the private key on the machine that runs Pulumi; only the path is kept in the state. Its certificate is taken from `<path>-cert.pub`.",
     ),
-  passphrase: z.string().min(1).optional().describe(`Passphrase of an encrypted private key. ${secretNote}`),
-  password: z.string().min(1).optional().describe(`Password to log in with. ${secretNote}`),
+  passphrase: z
+    .string()
+    .min(1)
+    .optional()
+    .describe(`Passphrase of an encrypted private key. ${secretNote}`)
+    .meta(secret),
+  password: z.string().min(1).optional().describe(`Password to log in with. ${secretNote}`).meta(secret),
   agent: z
     .union([z.string().min(1), z.boolean()])
     .optional()
@@ -62,20 +78,21 @@ const connectionShape = {
     ),
 } as const;
 
-const jump = z.union([z.string().min(1), z.strictObject(connectionShape)]);
+const jump = z.union([z.string().min(1), z.strictObject(connectionShape).meta({ title: "JumpHost" })]);
+
+const hostConnection = z
+  .strictObject({
+    ...connectionShape,
+    proxyJump: z
+      .union([jump, z.array(jump).min(1)])
+      .optional()
+      .describe("Hosts to jump through first, in order."),
+  })
+  .meta({ title: "HostConnection" });
 
 /** A host: an alias from the SSH configuration, or all details. */
 export const hostInput = z
-  .union([
-    z.string().min(1),
-    z.strictObject({
-      ...connectionShape,
-      proxyJump: z
-        .union([jump, z.array(jump).min(1)])
-        .optional()
-        .describe("Hosts to jump through first, in order."),
-    }),
-  ])
+  .union([z.string().min(1), hostConnection])
   .describe(
     "The server: an alias from `~/.ssh/config` (with its ProxyJump), or an object with `address`, `port`, `user`, " +
       "`privateKey`/`privateKeyPath`/`agent`/`password`, `hostKey`, `sudo`, `proxyJump`. The host's key is always verified.",

@@ -1,4 +1,5 @@
-/** All resource types by name. */
+/** All resource types by name, and the components that are made of them. */
+import { vmBackup } from "../components/vmBackupType.js";
 import { backupImage } from "../resources/backupImage.js";
 import { hostSetup } from "../resources/hostSetup.js";
 import { lvRestore } from "../resources/lvRestore.js";
@@ -7,7 +8,7 @@ import { mount } from "../resources/mount.js";
 import { nbdAttachment } from "../resources/nbdAttachment.js";
 import { nbdExport } from "../resources/nbdExport.js";
 import { volumeCopy } from "../resources/volumeCopy.js";
-import type { AnyResourceType } from "./resource.js";
+import type { AnyResourceType, Described } from "./resource.js";
 
 export const resourceTypes: readonly AnyResourceType[] = [
   hostSetup,
@@ -19,6 +20,8 @@ export const resourceTypes: readonly AnyResourceType[] = [
   backupImage,
   lvRestore,
 ];
+
+export const componentTypes: readonly Described[] = [vmBackup];
 
 /** The type of that name. Throws for a name that no version of this package knows. */
 export function resourceType(name: string): AnyResourceType {

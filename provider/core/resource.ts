@@ -5,6 +5,7 @@
 import type { z } from "zod";
 import type { Host, HostArgs } from "../ssh/types.js";
 import type { LvmNbdError } from "./errors.js";
+import type { Example } from "./example.js";
 
 /** What every resource declares beside its own properties. */
 export interface CommonInputs {
@@ -71,20 +72,26 @@ export class ChangedMeanwhile extends Error {
 // biome-ignore lint/suspicious/noConfusingVoidType: most have nothing to tell
 export type Told<State> = Partial<State> | void;
 
+/** What a program sees of a type: documentation and schema.json are made from it. */
+export interface Described {
+  /** Name of the type, e.g. `LvSnapshot`. */
+  readonly type: string;
+  /** One sentence on what it is. */
+  readonly description: string;
+  /** A program that uses it. */
+  readonly example: Example;
+  /** Declared properties: types, defaults, checks of one property and documentation. */
+  readonly inputs: z.ZodObject;
+  /** What is added to them in the state. */
+  readonly outputs: z.ZodObject;
+}
+
 /** What a resource consists of. `Inputs` are as declared with defaults filled in, `State` is what Pulumi keeps. */
 export interface ResourceType<
   Inputs extends CommonInputs = CommonInputs,
   State extends CommonInputs = Inputs,
   Observed extends CommonObservation = CommonObservation,
-> {
-  /** Name of the type, e.g. `LvSnapshot`. */
-  readonly type: string;
-  /** One sentence on what it is. */
-  readonly description: string;
-  /** Declared properties: types, defaults, checks of one property and documentation. */
-  readonly inputs: z.ZodObject;
-  /** What is added to them in the state. */
-  readonly outputs: z.ZodObject;
+> extends Described {
   /** The input that takes the resource's name when it is not given, if there is one. */
   readonly nameInput?: keyof Inputs & string;
 

@@ -25,7 +25,6 @@ import {
 import { clientProblem } from "../linux/addresses.js";
 import { identityScript, routeCommand } from "../linux/looks.js";
 import { deviceMapperNameProblem } from "../linux/lvm.js";
-import { nbdServers } from "../linux/nbd.js";
 import { hostName } from "../ssh/config.js";
 import {
   commitCopy,
@@ -69,14 +68,15 @@ import {
   takeDownPossible,
   takeMoment,
 } from "./moment.js";
-import { clientsElsewhereInput, nbdExportInputs } from "./nbdExport.js";
+import { clientsElsewhereInput, nbdExportInputs, nbdServerInput } from "./nbdExport.js";
 import { pathOf } from "./volumes.js";
 
 const { volumeGroup, origin, size, chunkSize, quiesce } = lvSnapshotInputs.shape;
 const { listenAddress, port } = nbdExportInputs.shape;
 const { file, ...copyInputs } = imageInputs;
 
-const inputs = z.strictObject({
+/** Declared properties. */
+export const backupImageInputs = z.strictObject({
   ...commonInputs,
   source: z
     .strictObject({
@@ -103,7 +103,7 @@ const inputs = z.strictObject({
           "TCP port of the export. Default: the first free one of ten, from one between 20000 and 29980 that follows from the names.",
         ),
       clientsEnforcedElsewhere: clientsElsewhereInput.optional(),
-      server: z.enum(nbdServers).default("nbdkit").describe("Program that serves."),
+      server: nbdServerInput.describe("Program that serves."),
       tls: z
         .boolean()
         .optional()
@@ -190,11 +190,11 @@ const outputs = z.object({
     ),
 });
 
-type Inputs = z.infer<typeof inputs>;
+type Inputs = z.infer<typeof backupImageInputs>;
 type State = Inputs & z.infer<typeof outputs>;
 
 /** What a program declares, before defaults. */
-export type BackupImageDeclaration = z.input<typeof inputs>;
+export type BackupImageDeclaration = z.input<typeof backupImageInputs>;
 /** What a program can read of it. */
 export type BackupImageOutputs = State;
 
@@ -788,7 +788,25 @@ function nameOf({ volumeGroup, origin }: { readonly volumeGroup: string; readonl
 export const backupImage: ResourceType<Inputs, State, Observed> = {
   type: "BackupImage",
   description: "One moment of the volumes of a VM, as verified images in files of another host.",
-  inputs,
+  example: {
+    vm1: {
+      type: "BackupImage",
+      properties: {
+        host: "backup1",
+        source: {
+          host: "server1",
+          listenAddress: "10.0.0.1",
+          quiesce: { freeze: "virsh domfsfreeze vm1", thaw: "virsh domfsthaw vm1" },
+        },
+        volumes: [
+          { volumeGroup: "VgVm", origin: "LV-VM1", size: "20%ORIGIN", file: "/var/backups/vm1.raw" },
+          { volumeGroup: "VgVm", origin: "LV-VM1-data", size: "1G", file: "/var/backups/vm1-data.raw" },
+        ],
+        triggers: ["2026-11-30"],
+      },
+    },
+  },
+  inputs: backupImageInputs,
   outputs,
   validate,
   predict: () => ({}),

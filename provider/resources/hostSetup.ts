@@ -36,7 +36,6 @@ import {
   withGlobalFilter,
   withoutNbd,
 } from "../linux/lvmFilter.js";
-import { nbdServers } from "../linux/nbd.js";
 import {
   candidatesScript,
   type Distribution,
@@ -52,12 +51,13 @@ import { knownPackages, missingOf, type PackageManager, packagesOf } from "../li
 import { changedMeanwhile } from "../linux/unitScript.js";
 import { holesOf, versionIn } from "../linux/versions.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { nbdServerInput } from "./nbdExport.js";
 import { writtenMeanwhile } from "./unit.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
   roles: z
-    .array(z.enum(hostRoles))
+    .array(z.enum(hostRoles).meta({ title: "HostRole" }))
     .min(1, "must name at least one role")
     .superRefine(
       refusing((roles) => (new Set(roles).size === roles.length ? undefined : "must name no role twice")),
@@ -66,10 +66,9 @@ const inputs = z.strictObject({
       "What the host is used for: `source` (volumes are snapshotted, exported, merged with their snapshots there), `client` " +
         "(exports are attached and mounted there), `destination` (copies are made and images restored there, in files or volumes).",
     ),
-  server: z
-    .enum(nbdServers)
-    .default("nbdkit")
-    .describe("Program that serves the exports of a `source`: the `server` of its NbdExports."),
+  server: nbdServerInput.describe(
+    "Program that serves the exports of a `source`: the `server` of its NbdExports.",
+  ),
   packages: z
     .boolean()
     .default(true)
@@ -622,6 +621,10 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
 export const hostSetup: ResourceType<Inputs, State, Observed> = {
   type: "HostSetup",
   description: "Makes a host ready for its roles, and tells what it is.",
+  example: {
+    server1: { type: "HostSetup", properties: { host: "server1", roles: ["source"] } },
+    server2: { type: "HostSetup", properties: { host: "server2", roles: ["client", "destination"] } },
+  },
   inputs,
   outputs,
   validate: () => [],

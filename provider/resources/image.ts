@@ -85,7 +85,11 @@ export const imageInputs = {
       "Where the disk of the images is mounted on the host: an image is refused while nothing is mounted there, instead of being " +
         "written to the disk below. Default: what holds the folder is not asked.",
     ),
-  format: z.enum(imageFormats).default("raw").describe("Format of the image; both are sparse."),
+  format: z
+    .enum(imageFormats)
+    .meta({ title: "ImageFormat" })
+    .default("raw")
+    .describe("Format of the image; both are sparse."),
   compress: z.boolean().default(false).describe('Whether a `"qcow2"` image is compressed.'),
   connections: z
     .number()

@@ -9,9 +9,10 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, refusal, succeed } from "../core/command.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { OutputOf } from "../core/example.js";
 import { lookPatiently, pause } from "../core/following.js";
 import { script } from "../core/hostCommands.js";
-import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
+import { commonInputs, readableBy, refusing, replaces, triggersInput } from "../core/inputs.js";
 import { markAmong, ownerInTag, ownerOfMark, ownerTag, tagPrefix } from "../core/owner.js";
 import {
   type Change,
@@ -108,8 +109,8 @@ const inputs = z.strictObject({
   adopt: commonInputs.adopt.describe(
     "Follow a merge of this snapshot that somebody began by hand as this resource's own, instead of refusing.",
   ),
-  volumeGroup: name.describe("Volume group of the origin, and of its snapshot."),
-  origin: name.describe("Logical volume that is brought back."),
+  volumeGroup: name.describe("Volume group of the origin, and of its snapshot.").meta(replaces),
+  origin: name.describe("Logical volume that is brought back.").meta(replaces),
   snapshot: z
     .strictObject({
       name: name.describe("Name of the snapshot."),
@@ -1189,6 +1190,22 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   type: "LvRestore",
   description:
     "Brings a logical volume back to the moment of one of its snapshots, or to a verified image, once.",
+  example: {
+    vm1Snapshot: {
+      type: "LvSnapshot",
+      properties: { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1", size: "1G" },
+    },
+    vm1: {
+      type: "LvRestore",
+      properties: {
+        host: "server1",
+        volumeGroup: "VgVm",
+        origin: "LV-VM1",
+        snapshot: { name: new OutputOf("vm1Snapshot", "name"), uuid: new OutputOf("vm1Snapshot", "uuid") },
+        whenOpen: "atNextActivation",
+      },
+    },
+  },
   inputs,
   outputs,
   validate,

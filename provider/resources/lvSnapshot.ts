@@ -6,7 +6,7 @@ import { z } from "zod";
 import { failure, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { hostScript, script } from "../core/hostCommands.js";
-import { commonInputs, readableBy, refusing, triggersInput } from "../core/inputs.js";
+import { commonInputs, readableBy, refusing, replaces, triggersInput } from "../core/inputs.js";
 import {
   digest,
   generationMark,
@@ -85,10 +85,12 @@ const chunkSize = z.union([z.string(), z.number()]).superRefine(
 /** Declared properties. */
 export const lvSnapshotInputs = z.strictObject({
   ...commonInputs,
-  volumeGroup: name(volumeGroupNameProblem).describe("Volume group of the origin and the snapshot."),
-  origin: name((value) => (value === "" ? "must not be empty" : volumeGroupNameProblem(value))).describe(
-    "Logical volume of which the snapshot is taken.",
-  ),
+  volumeGroup: name(volumeGroupNameProblem)
+    .describe("Volume group of the origin and the snapshot.")
+    .meta(replaces),
+  origin: name((value) => (value === "" ? "must not be empty" : volumeGroupNameProblem(value)))
+    .describe("Logical volume of which the snapshot is taken.")
+    .meta(replaces),
   name: name(logicalVolumeNameProblem).describe("Name of the snapshot. Default: the resource's name."),
   size: size
     .optional()
@@ -99,7 +101,8 @@ export const lvSnapshotInputs = z.strictObject({
   readOnly: z.boolean().default(true).describe("Whether the snapshot may not be written."),
   chunkSize: chunkSize
     .default(64 * KiB)
-    .describe('Chunk of the COW store in bytes (or `"64K"`): a power of 2 from 4 KiB to 512 KiB.'),
+    .describe('Chunk of the COW store in bytes (or `"64K"`): a power of 2 from 4 KiB to 512 KiB.')
+    .meta(replaces),
   tags: z.array(name(tagProblem)).default([]).describe("LVM tags of your own."),
   quiesce: z
     .strictObject({
@@ -119,11 +122,12 @@ export const lvSnapshotInputs = z.strictObject({
         .default(30)
         .describe("Seconds after which either command is stopped."),
     })
+    .meta({ title: "Quiesce" })
     .optional()
     .describe(
       "Commands run around the taking of the snapshot, as root. They are shown in errors: let them name no secret.",
     ),
-  triggers: triggersInput.describe("Any values; a change of one takes a new snapshot."),
+  triggers: triggersInput.describe("Any values; a change of one takes a new snapshot.").meta(replaces),
 });
 
 const outputs = z.object({
@@ -914,6 +918,18 @@ function shrinkingReason(old: string | number | undefined, wanted: string | numb
 export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   type: "LvSnapshot",
   description: "A moment of a logical volume: a COW snapshot (with `size`) or a thin one (without).",
+  example: {
+    vm1: {
+      type: "LvSnapshot",
+      properties: {
+        host: "server1",
+        volumeGroup: "VgVm",
+        origin: "LV-VM1",
+        size: "20%ORIGIN",
+        quiesce: { freeze: "virsh domfsfreeze vm1", thaw: "virsh domfsthaw vm1" },
+      },
+    },
+  },
   inputs: lvSnapshotInputs,
   outputs,
   nameInput: "name",

@@ -6,8 +6,9 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, type LvmNbdError } from "../core/errors.js";
+import { OutputOf } from "../core/example.js";
 import { hostScript, script } from "../core/hostCommands.js";
-import { commonInputs, plainName, refusing } from "../core/inputs.js";
+import { commonInputs, plainName, refusing, replaces } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -46,21 +47,24 @@ const inputs = z.strictObject({
         (device.startsWith(stablePath) && plainName.test(device.slice(stablePath.length))),
       'must be the `path` of an NbdAttachment, e.g. "/dev/lvm-nbd/vm1", or its device, e.g. "/dev/nbd0"',
     )
-    .describe("The attached disk: the `path` of an NbdAttachment of this host."),
+    .describe("The attached disk: the `path` of an NbdAttachment of this host.")
+    .meta(replaces),
   partition: z
     .number()
     .int("must be a whole number")
     .min(1, "must be 1 or more")
     .max(256, "must be 256 or less")
     .optional()
-    .describe("Number of the partition that holds the file system. Default: the whole disk is one."),
+    .describe("Number of the partition that holds the file system. Default: the whole disk is one.")
+    .meta(replaces),
   path: z
     .string()
     .superRefine(refusing(pathProblem))
     .describe(
       "Where to mount it: an empty folder, or one that is made (and removed again at the end). Every folder above it must be root's, " +
         "and writable for nobody else.",
-    ),
+    )
+    .meta(replaces),
 });
 
 function pathProblem(path: string): string | undefined {
@@ -77,7 +81,11 @@ function pathProblem(path: string): string | undefined {
 
 const outputs = z.object({
   fileSystem: z
-    .object({ type: z.string(), uuid: z.string().optional(), label: z.string().optional() })
+    .object({
+      type: z.string().describe("E.g. `ext4`."),
+      uuid: z.string().optional().describe("UUID of the file system; left out where it has none."),
+      label: z.string().optional().describe("Label of the file system; left out where it has none."),
+    })
     .describe("What is mounted: `type` (e.g. `ext4`), `uuid` and `label`."),
   options: z.string().describe("Options in effect, as the kernel lists them."),
   mountedDevice: z.string().describe("The device that is mounted, e.g. `/dev/nbd0p1`."),
@@ -794,6 +802,18 @@ function drift(state: State, seen: Observed): string[] {
 export const mount: ResourceType<Inputs, State, Observed> = {
   type: "Mount",
   description: "The file system of an attachment, or of a partition of it, read-only at a path of the host.",
+  example: {
+    vm1Disk: { type: "NbdAttachment", properties: { host: "server2", uri: "nbd://10.0.0.1/vm1" } },
+    vm1: {
+      type: "Mount",
+      properties: {
+        host: "server2",
+        device: new OutputOf("vm1Disk", "path"),
+        partition: 1,
+        path: "/mnt/vm1",
+      },
+    },
+  },
   inputs,
   outputs,
   validate: () => [],

@@ -5,8 +5,9 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, parseOutput, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
+import { OutputOf } from "../core/example.js";
 import { hostScript, script } from "../core/hostCommands.js";
-import { commonInputs, plainName, readableBy, refusing } from "../core/inputs.js";
+import { commonInputs, plainName, readableBy, refusing, replaces, secret } from "../core/inputs.js";
 import { ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -49,7 +50,8 @@ const inputs = z.strictObject({
     .string()
     .regex(plainName, "must begin with a letter or digit and hold only letters, digits and _ . : + -")
     .superRefine(refusing((value) => unitNameProblem("attach", value)))
-    .describe("Name of the attachment; `/dev/lvm-nbd/NAME` leads to it. Default: the resource's name."),
+    .describe("Name of the attachment; `/dev/lvm-nbd/NAME` leads to it. Default: the resource's name.")
+    .meta(replaces),
   uri: z
     .string()
     .superRefine(readableBy(parseNbdUri))
@@ -59,20 +61,23 @@ const inputs = z.strictObject({
     .string()
     .regex(/^[A-Za-z0-9][A-Za-z0-9.:_-]*$/, "must be an address or a host name")
     .optional()
-    .describe("Address or name of the NBD server, instead of `uri`."),
+    .describe("Address or name of the NBD server, instead of `uri`.")
+    .meta(replaces),
   port: z
     .number()
     .int()
     .min(1, "must be a port from 1 to 65535")
     .max(65535, "must be a port from 1 to 65535")
     .optional()
-    .describe(`TCP port, beside \`server\`. Default ${defaultPort}.`),
+    .describe(`TCP port, beside \`server\`. Default ${defaultPort}.`)
+    .meta(replaces),
   exportName: z
     .string()
     .min(1)
     .regex(/^[^\p{Cc}]+$/u, "must not hold control characters")
     .optional()
-    .describe("NBD export name, beside `server`."),
+    .describe("NBD export name, beside `server`.")
+    .meta(replaces),
   device: z
     .string()
     .regex(/^\/dev\/nbd(0|[1-9]\d{0,2})$/, 'must be an NBD device, e.g. "/dev/nbd0"')
@@ -98,7 +103,8 @@ const inputs = z.strictObject({
     .describe(
       "Certificates (PEM) for an export with TLS, e.g. its output `clientTls`: only the server that shows one of `caCertificate` for " +
         "its address is talked to. Encrypted in the state; a file of root's alone on the host.",
-    ),
+    )
+    .meta(secret),
 });
 
 const outputs = z.object({
@@ -712,6 +718,26 @@ function validate(
 export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   type: "NbdAttachment",
   description: "An export as a block device of another host, kept there by a systemd unit.",
+  example: {
+    vm1Export: {
+      type: "NbdExport",
+      properties: {
+        host: "server1",
+        device: "/dev/VgVm/vm1-snap",
+        listenAddress: "10.0.0.1",
+        clients: ["10.0.0.2"],
+        tls: true,
+      },
+    },
+    vm1: {
+      type: "NbdAttachment",
+      properties: {
+        host: "server2",
+        uri: new OutputOf("vm1Export", "uri"),
+        tls: new OutputOf("vm1Export", "clientTls"),
+      },
+    },
+  },
   inputs,
   outputs,
   nameInput: "name",

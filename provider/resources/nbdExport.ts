@@ -7,8 +7,9 @@ import { z } from "zod";
 import { makeCertificates } from "../core/certificateAuthority.js";
 import { failure, parseOutput, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
+import { OutputOf } from "../core/example.js";
 import { hostScript, script } from "../core/hostCommands.js";
-import { commonInputs, refusing, triggersInput } from "../core/inputs.js";
+import { commonInputs, refusing, replaces, secret, triggersInput } from "../core/inputs.js";
 import { digest, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { writingAmong } from "../core/restoreMark.js";
@@ -72,7 +73,7 @@ import {
   proveClients,
   warnOfClients,
 } from "./clientsProof.js";
-import { clientTlsShape, pemInput, tlsRecordShape } from "./tls.js";
+import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
 import { enable, lookAtUnit, readPlan, unitDrift, withCertificates, writtenMeanwhile } from "./unit.js";
 import { writtenBy } from "./volumes.js";
@@ -85,15 +86,15 @@ const fileInput = z
   .string()
   .superRefine(refusing(fileProblem))
   .refine((path) => !path.endsWith("\\"), "must not end with a backslash");
-const formatInput = z.enum(imageFormats);
+const formatInput = z.enum(imageFormats).meta({ title: "ImageFormat" });
 
 const serverTls = z
   .strictObject({
     caCertificate: pemInput("certificate of the authority that signed both others"),
     certificate: pemInput("the server's certificate, for the address in `uri`"),
-    privateKey: pemInput("its private key, without a passphrase"),
+    privateKey: keyInput,
     clientCertificate: pemInput("a client's certificate, by which the host also proves that it serves"),
-    clientPrivateKey: pemInput("its private key, without a passphrase"),
+    clientPrivateKey: keyInput,
   })
   .superRefine((tls, refinement) => {
     const { clientCertificate: certificate, clientPrivateKey: privateKey } = tls;
@@ -103,6 +104,9 @@ const serverTls = z
       tlsProblem({ ...tls, certificate, privateKey }, { usage: "client", ...names });
     if (problem) refinement.addIssue({ code: "custom", message: problem.reason, path: [problem.property] });
   });
+
+/** Program that serves exports. */
+export const nbdServerInput = z.enum(nbdServers).meta({ title: "NbdServer" }).default("nbdkit");
 
 export const clientsElsewhereInput = z
   .boolean()
@@ -116,22 +120,26 @@ export const nbdExportInputs = z.strictObject({
   ...commonInputs,
   device: deviceInput
     .optional()
-    .describe("Block device to export, e.g. the `path` of an LvSnapshot. Either this or `file`."),
+    .describe("Block device to export, e.g. the `path` of an LvSnapshot. Either this or `file`.")
+    .meta(replaces),
   file: fileInput
     .optional()
     .describe(
       "Absolute path of an image to export instead of a device, e.g. the `path` of a VolumeCopy. It is only read. The image and " +
         "every folder above it must be root's, and writable for nobody else.",
-    ),
+    )
+    .meta(replaces),
   format: formatInput
     .optional()
-    .describe('Format of `file`; `"qcow2"` needs `server: "qemu-nbd"`. Default: `"raw"`.'),
+    .describe('Format of `file`; `"qcow2"` needs `server: "qemu-nbd"`. Default: `"raw"`.')
+    .meta(replaces),
   exportName: z
     .string()
     .min(1)
     .regex(/^[^\p{Cc}\p{Cs}[\]/]+$/u, "must not hold control characters, brackets or slashes")
     .superRefine(refusing((value) => unitNameProblem("export", value)))
-    .describe("NBD export name; unique on the host. Default: the resource's name."),
+    .describe("NBD export name; unique on the host. Default: the resource's name.")
+    .meta(replaces),
   listenAddress: z
     .string()
     .refine((address) => isIP(address) !== 0, 'must be an IP address of the host, e.g. "10.0.0.1"')
@@ -152,7 +160,7 @@ export const nbdExportInputs = z.strictObject({
         "The host itself can always connect.",
     ),
   clientsEnforcedElsewhere: clientsElsewhereInput.default(false),
-  server: z.enum(nbdServers).default("nbdkit").describe("Program that serves."),
+  server: nbdServerInput.describe("Program that serves."),
   tls: z
     .union([z.boolean(), serverTls])
     .optional()
@@ -160,7 +168,8 @@ export const nbdExportInputs = z.strictObject({
       "Encrypts the link, and lets in only clients with a certificate. `true`: an authority of this export's own makes them, for 397 " +
         "days; give an attachment the output `clientTls`. Or an object with your own (PEM): `caCertificate`, `certificate`, " +
         "`privateKey`, `clientCertificate`, `clientPrivateKey`. Encrypted in the state. Default: no TLS.",
-    ),
+    )
+    .meta(secret),
   triggers: triggersInput.describe(
     "Any values; a change of one makes new certificates (`tls: true`). Clients are cut off until they have theirs.",
   ),
@@ -170,7 +179,8 @@ const outputs = z.object({
   uri: z.string().describe("NBD URI, e.g. `nbd://10.0.0.1:10809/vm1`; with TLS `nbds://...`."),
   clientTls: clientTlsShape
     .optional()
-    .describe("With `tls`: the `tls` of an attachment. Encrypted in the state, like its copy there."),
+    .describe("With `tls`: the `tls` of an attachment. Encrypted in the state, like its copy there.")
+    .meta(secret),
   certificatesExpireAt: z
     .string()
     .optional()
@@ -1091,6 +1101,22 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   type: "NbdExport",
   description:
     "A block device, or the content of an image, offered over NBD to named clients, by a hardened systemd unit of its own.",
+  example: {
+    vm1Snapshot: {
+      type: "LvSnapshot",
+      properties: { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1", size: "1G" },
+    },
+    vm1: {
+      type: "NbdExport",
+      properties: {
+        host: "server1",
+        device: new OutputOf("vm1Snapshot", "path"),
+        listenAddress: "10.0.0.1",
+        clients: ["10.0.0.2"],
+        tls: true,
+      },
+    },
+  },
   inputs: nbdExportInputs,
   outputs,
   nameInput: "exportName",

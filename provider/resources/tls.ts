@@ -1,6 +1,7 @@
 /** TLS as resources declare it. */
 import { z } from "zod";
 import { certificatesPlace, type HostScript, script } from "../core/hostCommands.js";
+import { secret } from "../core/inputs.js";
 import type { Problem } from "../core/resource.js";
 import { parseNbdUri } from "../linux/nbd.js";
 import {
@@ -24,12 +25,17 @@ export function pemInput(what: string) {
     .describe(`PEM: ${what}.`);
 }
 
+/** A private key in PEM, of the certificate that is named before it. */
+export const keyInput = pemInput("its private key, without a passphrase").meta(secret);
+
 /** A client's certificate, its key, and by what it knows its server. */
-export const clientTlsShape = z.strictObject({
-  caCertificate: pemInput("certificate of the authority that signed the server's and the client's"),
-  certificate: pemInput("the client's certificate"),
-  privateKey: pemInput("its private key, without a passphrase"),
-});
+export const clientTlsShape = z
+  .strictObject({
+    caCertificate: pemInput("certificate of the authority that signed the server's and the client's"),
+    certificate: pemInput("the client's certificate"),
+    privateKey: keyInput,
+  })
+  .meta({ title: "ClientTls" });
 
 /** As an input: they must go together. */
 export const clientTlsInput = clientTlsShape.superRefine((tls, refinement) => {
@@ -46,7 +52,8 @@ export const sourceTlsInput = clientTlsInput
   .describe(
     "Certificates (PEM) for an export with TLS, e.g. its output `clientTls`. Encrypted in the state; on the host they lie below /run " +
       "while they are in use.",
-  );
+  )
+  .meta(secret);
 
 /** What is wrong with a `uri` and the `tls` beside it; `property`: of the latter. */
 export function tlsProblems(

@@ -5,7 +5,8 @@ import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { LvmNbdError } from "../core/errors.js";
-import { commonInputs, hostInput, readableBy, triggersInput } from "../core/inputs.js";
+import { OutputOf } from "../core/example.js";
+import { commonInputs, hostInput, readableBy, replaces, triggersInput } from "../core/inputs.js";
 import { generationMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { devicePath } from "../linux/copiedVolume.js";
@@ -71,12 +72,14 @@ const inputs = z.strictObject({
     .optional()
     .describe(
       "Absolute path of the image on the host, in a folder of root's alone, which must exist. Either this or `volume`.",
-    ),
+    )
+    .meta(replaces),
   volume: volumeInput
     .optional()
     .describe(
       "Logical volume `{ volumeGroup, name }` of the host that the copy is made into, instead of a file. It must not exist yet.",
-    ),
+    )
+    .meta(replaces),
   triggers: triggersInput.describe(
     "Any values; a change of one copies anew. The earlier copy is kept until the new one is verified.",
   ),
@@ -246,6 +249,36 @@ function validate(
 export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   type: "VolumeCopy",
   description: "What an export serves, verified, in a file or in a logical volume of another host.",
+  example: {
+    vm1Snapshot: {
+      type: "LvSnapshot",
+      properties: { host: "server1", volumeGroup: "VgVm", origin: "LV-VM1", size: "1G" },
+    },
+    vm1Export: {
+      type: "NbdExport",
+      properties: {
+        host: "server1",
+        device: new OutputOf("vm1Snapshot", "path"),
+        listenAddress: "10.0.0.1",
+        clients: ["10.0.0.3"],
+      },
+    },
+    vm1: {
+      type: "VolumeCopy",
+      properties: {
+        host: "backup1",
+        uri: new OutputOf("vm1Export", "uri"),
+        snapshot: {
+          host: "server1",
+          volumeGroup: "VgVm",
+          name: new OutputOf("vm1Snapshot", "name"),
+          uuid: new OutputOf("vm1Snapshot", "uuid"),
+        },
+        file: "/var/backups/vm1.qcow2",
+        format: "qcow2",
+      },
+    },
+  },
   inputs,
   outputs,
   validate,

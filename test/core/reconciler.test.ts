@@ -35,6 +35,7 @@ function scene(
   const type: ResourceType<CommonInputs, State, Thing> = {
     type: "Thing",
     description: "",
+    example: {},
     inputs: z.object({}),
     outputs: z.object({}),
     nameInput: "owner",

@@ -1,0 +1,108 @@
+/** An example as programs of several languages, in the form in which Pulumi's documentation and generators take it. */
+import type { Example, OutputOf as Reference } from "../provider/core/example.ts";
+import { OutputOf } from "./provider.mts";
+
+/** Section of a description. `packageName`: of the package, e.g. `lvm-nbd`. */
+export function exampleSection(example: Example, packageName: string): string {
+  const programs = [
+    ["typescript", typescript(example, packageName)],
+    ["python", python(example, packageName)],
+    ["yaml", yaml(example, packageName)],
+  ].map(([language, text]) => `\`\`\`${language}\n${text}\`\`\`\n`);
+  return [
+    "{{% examples %}}\n## Example Usage\n\n{{% example %}}",
+    ...programs,
+    "{{% /example %}}\n{{% /examples %}}",
+  ].join("\n");
+}
+
+function typescript(example: Example, packageName: string): string {
+  const alias = snakeCase(packageName);
+  const resources = Object.entries(example).map(
+    ([name, { type, properties }]) =>
+      `const ${name} = new ${alias}.${type}("${name}", ${literal(properties, "", typescriptWords)});\n`,
+  );
+  return `import * as ${alias} from "pulumi-${packageName}-sdk";\n\n${resources.join("")}`;
+}
+
+function python(example: Example, packageName: string): string {
+  const module = snakeCase(packageName);
+  const resources = Object.entries(example).map(([name, { type, properties }]) => {
+    const args = Object.entries(properties).map(
+      ([key, value]) => `    ${snakeCase(key)}=${literal(value, "    ", pythonWords)},\n`,
+    );
+    return `${snakeCase(name)} = ${module}.${type}(\n    "${name}",\n${args.join("")})\n`;
+  });
+  return `import pulumi_${module} as ${module}\n\n${resources.join("")}`;
+}
+
+function yaml(example: Example, packageName: string): string {
+  const resources = Object.entries(example).map(
+    ([name, { type, properties }]) =>
+      `  ${name}:\n    type: ${packageName}:${type}\n    properties:\n${yamlMap(properties, "      ")}`,
+  );
+  return `resources:\n${resources.join("")}`;
+}
+
+/** How a language writes what differs. */
+interface Words {
+  readonly key: (name: string) => string;
+  readonly output: (of: Reference) => string;
+  readonly boolean: (value: boolean) => string;
+}
+
+const typescriptWords: Words = {
+  key: (name) => name,
+  output: ({ resource, output }) => `${resource}.${output}`,
+  boolean: String,
+};
+
+const pythonWords: Words = {
+  key: (name) => `"${snakeCase(name)}"`,
+  output: ({ resource, output }) => `${snakeCase(resource)}.${snakeCase(output)}`,
+  boolean: (value) => (value ? "True" : "False"),
+};
+
+function literal(value: unknown, indent: string, words: Words): string {
+  if (value instanceof OutputOf) return words.output(value);
+  if (typeof value === "boolean") return words.boolean(value);
+  if (typeof value !== "object" || value === null) return JSON.stringify(value);
+  const inner = `${indent}    `;
+  if (Array.isArray(value)) {
+    const isShort = value.every((item) => typeof item !== "object");
+    const items = value.map((item) => literal(item, inner, words));
+    return isShort
+      ? `[${items.join(", ")}]`
+      : `[\n${items.map((item) => `${inner}${item},\n`).join("")}${indent}]`;
+  }
+  const entries = Object.entries(value).map(
+    ([key, item]) => `${inner}${words.key(key)}: ${literal(item, inner, words)},\n`,
+  );
+  return `{\n${entries.join("")}${indent}}`;
+}
+
+function yamlMap(values: object, indent: string): string {
+  return Object.entries(values)
+    .map(([key, value]) => `${indent}${key}:${yamlValue(value, indent)}`)
+    .join("");
+}
+
+/** What comes behind a key, or behind the dash of an item. */
+function yamlValue(value: unknown, indent: string): string {
+  if (value instanceof OutputOf) return ` \${${value.resource}.${value.output}}\n`;
+  // JSON's strings are YAML's.
+  if (typeof value !== "object" || value === null) return ` ${JSON.stringify(value)}\n`;
+  if (!Array.isArray(value)) return `\n${yamlMap(value, `${indent}  `)}`;
+  const items = value.map((item) => `${indent}  -${yamlItem(item, `${indent}    `)}`);
+  return `\n${items.join("")}`;
+}
+
+/** The first entry of a map stands beside the dash. */
+function yamlItem(item: unknown, indent: string): string {
+  const isMap = typeof item === "object" && item !== null && !(item instanceof OutputOf);
+  return isMap ? ` ${yamlMap(item, indent).trimStart()}` : yamlValue(item, indent);
+}
+
+function snakeCase(name: string): string {
+  return name.replaceAll("-", "_").replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
+}
