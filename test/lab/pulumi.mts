@@ -2,15 +2,15 @@
  * The Pulumi CLI and stacks of it: the one on PATH, else one built from Go modules into the cache, since a
  * machine may be able to reach Go's module proxy and nothing else.
  */
-import { access, copyFile, mkdir, mkdtemp, rename, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
+import { copyFile, writeFile } from "node:fs/promises";
 import { delimiter, join } from "node:path";
-import { runChild } from "./child.mts";
-import { withLock } from "./lock.mts";
+import { buildOnce, go, isOnPath, type Program } from "./buildOnce.mts";
 import { cacheDirectory } from "./paths.mts";
-import { elapsed } from "./wait.mts";
 
 const root = join(import.meta.dirname, "..", "..");
+
+/** Of the CLI, and of the code generators. */
+export const pulumiVersion = "v3.259.0";
 
 /** The newest SDK that carries the language host is older than the CLI: two modules, two builds. */
 const parts = [
@@ -18,8 +18,8 @@ const parts = [
     program: "pulumi",
     time: "5 to 10 minutes",
     module: "github.com/pulumi/pulumi/pkg/v3/cmd/pulumi",
-    version: "v3.259.0",
-    flags: "-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=3.259.0",
+    version: pulumiVersion,
+    flags: `-s -w -X github.com/pulumi/pulumi/sdk/v3/go/common/version.Version=${pulumiVersion.slice(1)}`,
   },
   {
     program: "pulumi-language-nodejs",
@@ -54,67 +54,23 @@ export async function ensurePulumi(log: (line: string) => void): Promise<{ env: 
   };
 }
 
-async function isOnPath(program: string, path: string): Promise<boolean> {
-  for (const folder of path.split(delimiter)) {
-    if (await exists(join(folder, program))) return true;
-  }
-  return false;
-}
-
-async function exists(path: string): Promise<boolean> {
-  try {
-    await access(path);
-    return true;
-  } catch {
-    return false;
-  }
-}
-
 /** Builds what is missing into the cache; returns its folder. */
 async function build(log: (line: string) => void): Promise<string> {
   const bin = join(cacheDirectory(), "pulumi", parts.map(({ version }) => version).join("-"), "bin");
-  const programs = [...parts.map(({ program }) => program), dynamicProvider];
-  const isMissing = async () =>
-    !(await Promise.all(programs.map((program) => exists(join(bin, program))))).every(Boolean);
-  if (!(await isMissing())) return bin;
-  await withLock(
-    `${bin}.lock`,
-    { timeoutSeconds: 1800, onWait: () => log("waiting for another build of the Pulumi CLI") },
-    async () => {
-      if (!(await isMissing())) return;
-      await mkdir(bin, { recursive: true });
-      for (const part of parts) {
-        if (await exists(join(bin, part.program))) continue;
-        if (!(await isOnPath("go", process.env.PATH ?? ""))) {
-          throw new Error(
-            "Pulumi is neither on PATH nor can it be built here: install `pulumi` (pulumi.com/docs/install) or Go 1.25 or later",
-          );
-        }
-        log(`building ${part.program} from source (once; ${part.time} on 2 cores)`);
-        const start = performance.now();
-        const folder = await mkdtemp(join(tmpdir(), "lvm-nbd-pulumi-"));
-        try {
-          await writeFile(join(folder, "go.mod"), "module build\n\ngo 1.25\n");
-          await go(folder, "get", `${part.module}@${part.version}`);
-          await go(folder, "build", "-o", join(folder, part.program), "-ldflags", part.flags, part.module);
-          await install(join(folder, part.program), join(bin, part.program));
-        } finally {
-          await rm(folder, { recursive: true, force: true });
-        }
-        log(`built ${part.program} (${elapsed(start)})`);
-      }
-      await install(join(root, "node_modules/@pulumi/pulumi", dynamicProvider), join(bin, dynamicProvider));
+  const programs: Program[] = parts.map((part) => ({
+    name: part.program,
+    time: part.time,
+    async make(target, folder) {
+      const instead = ", or `pulumi` (pulumi.com/docs/install)";
+      await writeFile(join(folder, "go.mod"), "module build\n\ngo 1.25\n");
+      await go(folder, instead, "get", `${part.module}@${part.version}`);
+      await go(folder, instead, "build", "-o", target, "-ldflags", part.flags, part.module);
     },
-  );
+  }));
+  programs.push({
+    name: dynamicProvider,
+    make: (target) => copyFile(join(root, "node_modules/@pulumi/pulumi", dynamicProvider), target),
+  });
+  await buildOnce(bin, programs, "the Pulumi CLI", log);
   return bin;
-}
-
-/** Under another name first: a cut build must not leave half a program under the right one. */
-async function install(from: string, to: string): Promise<void> {
-  await copyFile(from, `${to}.new`);
-  await rename(`${to}.new`, to);
-}
-
-async function go(folder: string, ...args: string[]): Promise<void> {
-  await runChild(["go", ...args], { cwd: folder, timeoutSeconds: 1500, ownGroup: true });
 }
