@@ -25,6 +25,7 @@ import {
   portlessNames,
   type Verdict,
 } from "./hostKeys.js";
+import { enforceWindow } from "./receiveWindow.js";
 import { isRevokedIn } from "./revokedKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
 import { certifiedKey, speakCertificates } from "./userCertificates.js";
@@ -34,6 +35,8 @@ const firstChannelLimit = 8;
 /** For a free channel: many commands of a large stack on a slow host stand in one queue. */
 const longestQueueSeconds = 600;
 const defaultMaxOutput = 16 * 1024 * 1024;
+/** Bytes that a piece of output counts as at least: a host may send each byte by itself, and each costs that to keep. */
+const leastChunk = 64;
 /** setTimeout takes more than this for "at once". */
 const longestTimer = 2 ** 31 - 1;
 
@@ -95,9 +98,10 @@ const serverHostKeys: readonly ServerHostKeyAlgorithm[] = [
 
 /**
  * Only algorithms that are sound today. Of key exchanges and ciphers ssh2's defaults are (no SHA-1, no CBC, and
- * a strict key exchange); its default host keys and MACs hold SHA-1.
+ * a strict key exchange); its default host keys and MACs hold SHA-1. No compression: little that is sent may be much when it is unpacked.
  */
 const algorithms: NonNullable<ConnectConfig["algorithms"]> = {
+  compress: ["none"],
   hmac: ["hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512"],
 };
 
@@ -435,7 +439,7 @@ export class Connection {
       };
       const collect = (into: Buffer[]) => (chunk: Buffer) => {
         if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
-        size += chunk.length;
+        size += Math.max(chunk.length, leastChunk);
         into.push(chunk);
         if (stopping !== undefined) killWhenKnown();
         else if (size > maxOutput)
@@ -756,6 +760,7 @@ function logIn<T>(
       ) => next(login.next(left))) as NonNullable<ConnectConfig["authHandler"]>,
     });
     try {
+      enforceWindow(client);
       if (login.hasCertificates) speakCertificates(client);
     } catch (error) {
       fail(error);

@@ -359,11 +359,14 @@ test("nobody listening is a dial that may pass", async () => {
   }
 });
 
-test("a server with algorithms of yesterday alone is a dial that cannot pass", async () => {
-  const server = await serve({ algorithms: { kex: ["diffie-hellman-group14-sha1"] } });
+test.each<[string, NonNullable<FakeServerOptions["algorithms"]>, RegExp]>([
+  ["algorithms of yesterday", { kex: ["diffie-hellman-group14-sha1"] }, /no matching key exchange/],
+  ["compression", { compress: ["zlib@openssh.com"] }, /no matching .* compression/],
+])("a server that takes only %s is a dial that cannot pass", async (_what, algorithms, words) => {
+  const server = await serve({ algorithms });
   const error = await open(server.host()).catch((reason: unknown) => reason);
   expect(error).toBeInstanceOf(DialFailed);
-  expect(error).toMatchObject({ mayPass: false, message: expect.stringContaining("key exchange") });
+  expect(error).toMatchObject({ mayPass: false, message: expect.stringMatching(words) });
 });
 
 test("a server that is hardened to one good cipher is talked to", async () => {

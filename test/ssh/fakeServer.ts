@@ -1,6 +1,6 @@
 /** An SSH server inside the test, which misbehaves as told. */
 import { type AddressInfo, createServer, type Socket } from "node:net";
-import { type AuthContext, Server, type ServerChannel, utils } from "ssh2";
+import { type AuthContext, type Connection, Server, type ServerChannel, type Session, utils } from "ssh2";
 import type { ResolvedHost } from "../../provider/ssh/config.js";
 import type { Timing } from "../../provider/ssh/connection.js";
 
@@ -18,8 +18,8 @@ export interface Arrived {
 
 export interface FakeServerOptions {
   readonly run?: (command: Arrived) => void;
-  /** Called for the request itself, before it is answered; `false` leaves it unanswered. */
-  readonly exec?: (line: string, socket: Socket) => boolean;
+  /** Called for the request itself, before it is answered; `false` leaves it unanswered. `send`: see `sender`. */
+  readonly exec?: (line: string, socket: Socket, send: (data: Buffer) => void) => boolean;
   /** Called when a session is asked for; `false` leaves that unanswered. */
   readonly session?: (socket: Socket) => boolean;
   /** Called for commands that end others. Default: they succeed. */
@@ -81,6 +81,15 @@ export function connection(changes: Partial<ResolvedHost> & { port: number }): R
   };
 }
 
+/** Sends data on a session's channel, whatever its state and window. */
+function sender(client: Connection, session: Session): (data: Buffer) => void {
+  const { _protocol } = client as unknown as {
+    readonly _protocol: { channelData(id: number, data: Buffer): void };
+  };
+  const { _chanInfo } = session as unknown as { readonly _chanInfo: { outgoing: { readonly id: number } } };
+  return (data) => _protocol.channelData(_chanInfo.outgoing.id, data);
+}
+
 export async function startFakeServer(options: FakeServerOptions = {}): Promise<FakeServer> {
   const sockets: Socket[] = [];
   const lines: string[] = [];
@@ -112,7 +121,7 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
       session.on("exec", (acceptExec, _rejectExec, { command: line }) => {
         const kill = line.includes("kill -s TERM");
         (kill ? kills : lines).push(line);
-        if (!kill && options.exec?.(line, socket) === false) return;
+        if (!kill && options.exec?.(line, socket, sender(client, session)) === false) return;
         const channel = acceptExec();
         channel.on("error", () => undefined);
         const marker = /lvm-nbd-[0-9a-f-]{36}/.exec(line)?.[0] ?? "";

@@ -2,8 +2,9 @@
 import { afterEach, expect, it } from "vitest";
 import { createHandlers } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
+import { Connection } from "../../provider/ssh/connection.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
-import { type Arrived, type FakeServer, startFakeServer } from "./fakeServer.js";
+import { type Arrived, type FakeServer, startFakeServer, timing } from "./fakeServer.js";
 
 const MiB = 1024 ** 2;
 
@@ -31,6 +32,19 @@ function pour(
     into.write(piece, () => setImmediate(more));
   };
   more();
+}
+
+/** By how many bytes this process has grown at most since then. */
+function watchMemory(): () => number {
+  const before = process.memoryUsage.rss();
+  let most = before;
+  const watching = setInterval(() => {
+    most = Math.max(most, process.memoryUsage.rss());
+  }, 20);
+  return () => {
+    clearInterval(watching);
+    return most - before;
+  };
 }
 
 const answers = (text: string | Buffer) => (command: Arrived) => {
@@ -108,18 +122,56 @@ it.each<[what: string, code: string, run: (command: Arrived) => void]>([
     },
     new Set(),
   );
-  const before = process.memoryUsage.rss();
-  let most = 0;
-  const watching = setInterval(() => {
-    most = Math.max(most, process.memoryUsage.rss());
-  }, 20);
+  const memory = watchMemory();
   const error = await handlers.create(inputs).catch((reason: unknown) => reason);
-  clearInterval(watching);
+  const grown = memory();
   expect(error).toMatchObject({ code });
   const text = String(error);
   expect(text).toMatch(/what to do: \S/);
   expect(text.length).toBeLessThan(10_000);
   // biome-ignore lint/suspicious/noControlCharactersInRegex: control characters are what must not be there
   expect(text).not.toMatch(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f]/);
-  expect(most - before).toBeLessThan(300 * MiB);
+  expect(grown).toBeLessThan(300 * MiB);
+});
+
+it("a host that does not confirm a command and sends on and on: the connection is ended", async () => {
+  server = await startFakeServer({
+    exec: (_line, socket, send) => {
+      const more = () => {
+        for (let packets = 0; packets < 100 && !socket.destroyed; packets++) send(Buffer.alloc(30_000));
+        // As fast as it is taken.
+        if (!socket.destroyed) socket.write("", () => setImmediate(more));
+      };
+      more();
+      return false;
+    },
+  });
+  const connection = await Connection.open(server.host(), timing);
+  const memory = watchMemory();
+  const ran = connection.run({ argv: ["lvs"], deadlineSeconds: 5, kind: "read" }, undefined);
+  await expect(ran).rejects.toThrow("the host sent more than it may");
+  expect(memory()).toBeLessThan(300 * MiB);
+});
+
+it("a host that prints each byte by itself: OUTPUT_TOO_LARGE before that costs much more than it says", async () => {
+  let printing: Arrived | undefined;
+  server = await startFakeServer({
+    run: (command) => {
+      printing = command;
+      command.started();
+      // When its process id has been read.
+      command.channel.resume().on("end", () => {
+        for (let bytes = 0; bytes < 2000; bytes++) command.channel.write("x");
+      });
+    },
+    kill: (command) => {
+      command.exit();
+      printing?.exit();
+    },
+  });
+  const connection = await Connection.open(server.host(), timing);
+  const command = { argv: ["lvs"], deadlineSeconds: 60, maxOutputBytes: 64 * 1024, kind: "read" } as const;
+  const ran = connection.run(command, AbortSignal.timeout(10_000));
+  await expect(ran).rejects.toMatchObject({ code: "OUTPUT_TOO_LARGE" });
+  connection.end();
 });

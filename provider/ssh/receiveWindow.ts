@@ -1,0 +1,47 @@
+/**
+ * How much a host may send on a channel before it is asked for more (RFC 4254, section 5.2). ssh2 takes whatever comes, and keeps what
+ * nobody reads yet, e.g. on the channel of a command that the host has not confirmed.
+ */
+import type { Client, ClientChannel } from "ssh2";
+
+/** Bytes on a channel that nobody reads yet. A host that confirms a command before it sends what that prints sends none. */
+const mostUnread = 64 * 1024;
+
+type OnData = (protocol: unknown, channel: number, data: Buffer, type?: number) => void;
+
+/** What ssh2's `Client` has inside; see its lib/client.js. */
+interface Inside {
+  readonly _protocol: { readonly _handlers: Record<"CHANNEL_DATA" | "CHANNEL_EXTENDED_DATA", OnData> };
+  readonly _chanMgr: {
+    /** A function while the channel is being opened. */
+    get(
+      id: number,
+    ): (ClientChannel & { readonly incoming: { readonly window: number } }) | (() => void) | undefined;
+  };
+}
+
+/**
+ * Has a client that is connecting end with an error when a host sends more than it may. Throws where ssh2 is another than is known here.
+ */
+export function enforceWindow(client: Client): void {
+  const { _protocol, _chanMgr } = client as Client & Partial<Inside>;
+  const handlers = _protocol?._handlers;
+  if (typeof handlers?.CHANNEL_DATA !== "function" || typeof _chanMgr?.get !== "function")
+    throw new Error("what a host sends is not bounded with this version of ssh2: use 1.17");
+  for (const kind of ["CHANNEL_DATA", "CHANNEL_EXTENDED_DATA"] as const) {
+    const take = handlers[kind];
+    handlers[kind] = (protocol, id, data, type) => {
+      const channel = _chanMgr.get(id);
+      if (typeof channel === "object") {
+        const stream = kind === "CHANNEL_DATA" ? channel : channel.stderr;
+        const unread = stream.readableFlowing === null ? stream.readableLength + data.length : 0;
+        if (data.length > channel.incoming.window || unread > mostUnread) {
+          client.emit("error", new Error("the host sent more than it may"));
+          return;
+        }
+      }
+      // A copy: the data is a part of the packet, which may be far longer, and would be kept with it.
+      take(protocol, id, Buffer.from(data), type);
+    };
+  }
+}
