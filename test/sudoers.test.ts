@@ -1,5 +1,14 @@
 import { spawn, spawnSync } from "node:child_process";
-import { chmodSync, mkdtempSync, readdirSync, rmSync, statSync, writeFileSync } from "node:fs";
+import {
+  chmodSync,
+  existsSync,
+  mkdtempSync,
+  readdirSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { Writable } from "node:stream";
@@ -159,6 +168,33 @@ describe("commands that a host keeps", () => {
     for (const args of [["2", "../x", "1", "/a"], ["2", "a"], ["0"], ["0", "/a", "-x"], []]) {
       expect([args, run(...args)]).toEqual([args, 64]);
     }
+  });
+
+  it.each([
+    ["/dev/nbd0", true],
+    ["/dev/nbd0p1", false],
+    ["/dev/nbd", false],
+    ["/dev/sda", false],
+    ["/tmp/y/nbd0", false],
+    ["/tmp/y/sda", false],
+    ["nbd0", false],
+  ])("look at an attachment whose path leads to %s: that is opened: %s", (device, opened) => {
+    const observe = hostCommands().find(({ name }) => name === "observe-attachment");
+    const host = mkdtempSync(join(folder, "host-"));
+    for (const name of ["nbd0", "nbd", "sda"]) {
+      spawnSync("mkdir", ["-p", `${host}/sys/${name}`, `${host}/bin`]);
+      for (const file of ["size", "ro"]) writeFileSync(`${host}/sys/${name}/${file}`, "8\n");
+    }
+    symlinkSync(device, `${host}/path`);
+    writeFileSync(`${host}/bin/dd`, `#!/bin/sh\necho "$@" >${host}/opened\n`, { mode: 0o755 });
+    writeFileSync(`${host}/bin/systemctl`, "#!/bin/sh\necho ActiveState=inactive\n", { mode: 0o755 });
+    const text = observe?.argv[2]
+      ?.replaceAll("/sys/block", `${host}/sys`)
+      .replaceAll("/etc/systemd/system", host);
+    const env = { PATH: `${host}/bin:/usr/bin:/bin` };
+    const { status } = spawnSync("sh", ["-c", `${text}`, "sh", "x.service", `${host}/path`], { env });
+    expect(status).toBe(0);
+    expect(existsSync(`${host}/opened`)).toBe(opened);
   });
 
   it("end what runs under their mark, and no other process", async () => {

@@ -187,12 +187,25 @@ emit end ""
   ["unit", "run"],
 );
 
+/**
+ * Shell function. `device_node PATH`: `node` is the block device that it leads to. Fails for anything else, before that is opened, which
+ * alone starts a watchdog that resets the host; and outside the folders of /dev that are root's alone, where it could be exchanged.
+ */
+export const deviceNodeFunction = `
+device_node() {
+  node=$(readlink -f "$1") || return 1
+  case \${node%/*} in /dev|/dev/mapper) ;; *) return 1;; esac
+  [ -b "$node" ]
+}
+`;
+
 /** Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. */
 export const checkDeviceScript = hostScript(
   "check-volume",
   "observe",
-  `${sumOf}${hashDevice}
-hash_device "$1" "$2" 3>/dev/null && exit 0
+  `${sumOf}${hashDevice}${deviceNodeFunction}
+device_node "$1" || { echo "$1 is not a block device" >&2; exit 71; }
+hash_device "$node" "$2" 3>/dev/null && exit 0
 case $? in 1) exit 70;; *) exit 71;; esac
 `,
   ["path", "number"],

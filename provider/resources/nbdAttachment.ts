@@ -180,8 +180,10 @@ if [ -e "$file" ]; then
 fi
 emit link "$link"
 emit device "$device"
-sys=/sys/block/\${device##*/}
-if [ -n "$device" ] && [ -d "$sys" ]; then
+# The path may be of whoever runs this as sudo lets him: what his link leads to is not opened, unless it is such a device.
+number=\${device#/dev/nbd} sys=
+case $number in "$device"|''|*[!0-9]*) ;; *) sys=/sys/block/nbd$number;; esac
+if [ -n "$sys" ] && [ -d "$sys" ]; then
   emit size "$(cat "$sys/size")"
   emit ro "$(cat "$sys/ro")"
   if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi

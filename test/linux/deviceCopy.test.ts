@@ -1,6 +1,14 @@
 import { spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import {
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
@@ -11,6 +19,7 @@ import {
   deviceCopyJob,
   deviceCopyPrograms,
   deviceJob,
+  deviceNodeFunction,
 } from "../../provider/linux/deviceCopy.js";
 import { CopyHost } from "../support/copyHost.js";
 
@@ -66,8 +75,10 @@ describe("reading a device back", () => {
   });
   afterAll(() => rmSync(folder, { recursive: true }));
 
-  const check = (path: string, bytes: number, programs = process.env.PATH) => {
-    const argv = ["-c", checkDeviceScript, "sh", path, String(bytes)];
+  // The device is a file here.
+  const onFiles = checkDeviceScript.replace(deviceNodeFunction, "device_node() { node=$1; }\n");
+  const check = (path: string, bytes: number, programs = process.env.PATH, script: string = onFiles) => {
+    const argv = ["-c", script, "sh", path, String(bytes)];
     const env = { PATH: `${join(folder, "bin")}:${programs}` };
     const { status, stdout } = spawnSync("/bin/sh", argv, { env, encoding: "utf8" });
     return { status, stdout: stdout.trim() };
@@ -81,6 +92,24 @@ describe("reading a device back", () => {
 
   it("fails as unreadable where reading fails", () => {
     expect(check(folder, 512)).toEqual({ status: 70, stdout: "" });
+  });
+
+  it.each([
+    ["a device that is no block device", () => "/dev/null"],
+    ["a link to one", () => join(folder, "link")],
+    ["a file", device],
+    ["what is not there", () => "/dev/VgVm/gone"],
+  ])("opens nothing but a block device: not %s", (_what, path) => {
+    symlinkSync("/dev/null", join(folder, "link"));
+    const opened = join(folder, "opened");
+    writeFileSync(join(folder, "bin", "blockdev"), `#!/bin/sh\necho 512; echo "$@" >>${opened}\n`);
+    try {
+      expect(check(path(), 512, process.env.PATH, checkDeviceScript)).toEqual({ status: 71, stdout: "" });
+      expect(existsSync(opened)).toBe(false);
+    } finally {
+      writeFileSync(join(folder, "bin", "blockdev"), "#!/bin/sh\necho 512\n");
+      rmSync(join(folder, "link"));
+    }
   });
 
   it("does not call it unreadable for want of a program", () => {

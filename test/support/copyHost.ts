@@ -7,6 +7,7 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, utimesSync, w
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { LvmNbdError } from "../../provider/core/errors.js";
+import { deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
 import { holdersScript } from "../../provider/linux/holders.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { lvmStandIns } from "./lvmStandIns.js";
@@ -234,9 +235,13 @@ export class CopyHost extends ShellHost implements Host {
   }
 
   protected inside(text: string): string {
-    return text
-      .replaceAll("/etc/systemd/system", `${this.folder}/etc`)
-      .replaceAll("/run/lvm-nbd", `${this.folder}/run/lvm-nbd`)
-      .replaceAll("/dev/VgVm/", `${this.folder}/dev/VgVm/`);
+    return (
+      text
+        .replaceAll("/etc/systemd/system", `${this.folder}/etc`)
+        .replaceAll("/run/lvm-nbd", `${this.folder}/run/lvm-nbd`)
+        .replaceAll("/dev/VgVm/", `${this.folder}/dev/VgVm/`)
+        // Its volumes are files.
+        .replaceAll(deviceNodeFunction, "device_node() { node=$1; }\n")
+    );
   }
 }
