@@ -387,6 +387,7 @@ function parsedKey(
   }
   const key = Array.isArray(parsed) ? parsed[0] : parsed;
   if (key === undefined || !key.isPrivateKey()) throw fail(`${what} is a public key: give the private one`);
+  if (key.type === "ssh-dss") throw fail(`${what} is a DSA key, which signs with SHA-1 alone`);
   return { label: what, privateKey, passphrase, certificates: [] };
 }
 

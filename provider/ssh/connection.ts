@@ -1,15 +1,19 @@
 /** One SSH connection to one host, with many commands at once over it. */
-import { randomUUID } from "node:crypto";
+import { getCiphers, randomUUID } from "node:crypto";
 import { connect, createServer, type Socket } from "node:net";
 import { constants } from "node:os";
 import type { Duplex } from "node:stream";
 import {
+  type CipherAlgorithm,
   Client,
   type ClientChannel,
   type ConnectConfig,
+  type NegotiatedAlgorithms,
   OpenSSHAgent,
   type ParsedKey,
   type ServerHostKeyAlgorithm,
+  type SignCallback,
+  type SigningRequestOptions,
 } from "ssh2";
 import { LvmNbdError } from "../core/errors.js";
 import { defaultGraceSeconds, displayCommand, killCommand, takePid, wireCommand } from "./command.js";
@@ -28,7 +32,7 @@ import {
 import { enforceWindow } from "./receiveWindow.js";
 import { isRevokedIn } from "./revokedKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
-import { certifiedKey, speakCertificates } from "./userCertificates.js";
+import { certifiedKey, soundHash, soundKey, speakKeys } from "./userCertificates.js";
 
 /** sshd's MaxSessions is 10 unless configured; a refused channel teaches a lower limit. */
 const firstChannelLimit = 8;
@@ -96,11 +100,25 @@ const serverHostKeys: readonly ServerHostKeyAlgorithm[] = [
   "rsa-sha2-256",
 ];
 
+const chacha20: CipherAlgorithm = "chacha20-poly1305@openssh.com";
+
 /**
- * Only algorithms that are sound today. Of key exchanges and ciphers ssh2's defaults are (no SHA-1, no CBC, and
- * a strict key exchange); its default host keys and MACs hold SHA-1. No compression: little that is sent may be much when it is unpacked.
+ * Only algorithms that are sound today. Of key exchanges and ciphers ssh2's defaults are (no SHA-1, no CBC); its default host keys and
+ * MACs hold SHA-1. ChaCha20 last, since it is for strict key exchanges only: see `isTerrapin`. No compression: little that is sent may
+ * be much when it is unpacked.
  */
 const algorithms: NonNullable<ConnectConfig["algorithms"]> = {
+  cipher: [
+    ...([
+      "aes128-gcm@openssh.com",
+      "aes256-gcm@openssh.com",
+      "aes128-ctr",
+      "aes192-ctr",
+      "aes256-ctr",
+    ] as const),
+    // OpenSSL may be without it, e.g. for FIPS.
+    ...(getCiphers().includes("chacha20") ? [chacha20] : []),
+  ],
   compress: ["none"],
   hmac: ["hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com", "hmac-sha2-256", "hmac-sha2-512"],
 };
@@ -685,6 +703,17 @@ function signalNumber(name: string | undefined): number {
   return Object.entries(constants.signals).find(([known]) => known === name)?.[1] ?? 0;
 }
 
+/**
+ * True where a man in the middle could take the first packets out of what is encrypted, unseen: CVE-2023-48795. What else is open to it
+ * (CBC) is never offered.
+ */
+function isTerrapin(client: Client, { cs, sc }: NegotiatedAlgorithms): boolean {
+  // Of ssh2's lib/protocol/kex.js.
+  const strict =
+    "_protocol" in client && (client._protocol as { readonly _strictMode?: unknown })._strictMode;
+  return strict !== true && [cs, sc].some(({ cipher }) => cipher === chacha20);
+}
+
 /** Logs in; `opened` is called before the next packet is read, so that no event of the connection is missed. */
 function logIn<T>(
   host: ResolvedHost,
@@ -719,6 +748,13 @@ function logIn<T>(
     client.once("close", () =>
       fail(new DialFailed("the connection was closed before the login was complete", true)),
     );
+    client.once("handshake", (negotiated) => {
+      if (!isTerrapin(client, negotiated)) return;
+      const why = `it takes no cipher but ${chacha20}, which is not safe without the strict key exchange that it does not know`;
+      fail(
+        new DialFailed(`${host.address}:${host.port}: ${why}: update its sshd, or have it take AES`, false),
+      );
+    });
     client.on("change password", () => authFailed(" until the password is changed"));
     client.on("error", (error: Error & { level?: string; code?: unknown }) => {
       if (refused !== undefined) return fail(refused);
@@ -761,7 +797,7 @@ function logIn<T>(
     });
     try {
       enforceWindow(client);
-      if (login.hasCertificates) speakCertificates(client);
+      speakKeys(client);
     } catch (error) {
       fail(error);
     }
@@ -783,20 +819,35 @@ class ChosenKeys extends OpenSSHAgent {
   override getIdentities(answer: (error: Error | null | undefined, keys?: ParsedKey[]) => void): void {
     const { agentKeys, identitiesOnly } = this.host;
     super.getIdentities((error, offered = []) => {
-      const keys = offered.filter((key) => "getPublicSSH" in key);
+      const keys = offered.filter((key) => "getPublicSSH" in key).filter(({ type }) => type !== "ssh-dss");
       const configured = (key: ParsedKey) => agentKeys.includes(key.getPublicSSH().toString("base64"));
       const others = identitiesOnly ? [] : keys.filter((key) => !configured(key));
       answer(error, [...keys.filter(configured), ...others]);
     });
   }
+
+  override sign(
+    key: ParsedKey | Buffer | string,
+    data: Buffer,
+    options?: SigningRequestOptions | SignCallback,
+    answer?: SignCallback,
+  ): boolean {
+    return typeof options === "function"
+      ? super.sign(key, data, { hash: soundHash(undefined) }, options)
+      : super.sign(key, data, { hash: soundHash(options?.hash) }, answer);
+  }
 }
 
-function certifiedKeysOf({ privateKey, passphrase, certificates }: IdentityKey): ParsedKey[] {
-  if (certificates.length === 0) return [];
+/** The key's certificates, and itself. As OpenSSH: those come first. */
+function offersOf({ label, privateKey, passphrase, certificates }: IdentityKey): [string, ParsedKey][] {
   const parsed = parseOnce(privateKey, passphrase);
   const key = Array.isArray(parsed) ? parsed[0] : parsed;
-  if (key === undefined || key instanceof Error) return [];
-  return certificates.flatMap((one) => certifiedKey(key, one) ?? []);
+  if (key === undefined || key instanceof Error) throw new Error(`${label} was a key when it was read`);
+  const certified = certificates.flatMap((one) => certifiedKey(key, one) ?? []);
+  return [
+    ...certified.map((one): [string, ParsedKey] => [`${label}'s certificate`, one]),
+    [label, soundKey(key)],
+  ];
 }
 
 interface Prompt {
@@ -810,24 +861,14 @@ interface Prompt {
 class LoginAttempts {
   readonly tried: string[] = [];
   exhausted = false;
-  readonly hasCertificates: boolean;
   private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
 
   constructor(host: ResolvedHost) {
     const { user: username, password } = host;
     const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host);
-    const publicKey = (label: string, key: ParsedKey | string, more: object = {}) => ({
-      ...{ label, method: "publickey", attempt: { type: "publickey", username, key, ...more } },
-    });
-    this.attempts = host.keys.flatMap((identity) => {
-      const { label, privateKey, passphrase } = identity;
-      return [
-        // As OpenSSH: a key's certificate comes before itself.
-        ...certifiedKeysOf(identity).map((key) => publicKey(`${label}'s certificate`, key)),
-        publicKey(label, privateKey, passphrase === undefined ? {} : { passphrase }),
-      ];
-    });
-    this.hasCertificates = this.attempts.length > host.keys.length;
+    this.attempts = host.keys.flatMap(offersOf).map(([label, key]) => ({
+      ...{ label, method: "publickey", attempt: { type: "publickey", username, key } },
+    }));
     if (agent !== undefined) {
       this.attempts.push({
         label: "the agent's keys",

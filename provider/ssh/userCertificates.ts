@@ -1,9 +1,10 @@
 /**
  * User certificates of OpenSSH: an authority's word for a login's key, sent in that key's place. ssh2 writes their name into the
- * signature too, where the plain key's belongs; so the request that it makes is put right before it is sent.
+ * signature too, where the plain key's belongs; so the request that it makes is put right before it is sent. And what ssh2 would sign
+ * with SHA-1 is not: an RSA key for a host that does not say what it takes (RFC 8308, section 3.1).
  * Source: PROTOCOL.certkeys of OpenSSH, RFC 4252 section 7.
  */
-import type { Client, ParsedKey } from "ssh2";
+import type { Client, ParsedKey, SigningRequestOptions } from "ssh2";
 import { certificateSuffix, parseCertificate, Reader, wireString } from "./certificates.js";
 import { keyType } from "./hostKeys.js";
 
@@ -13,6 +14,18 @@ const rsaHash = "sha512";
 /** What a signature by a key of this type is called. */
 function signatureName(type: string): string {
   return type === "ssh-rsa" ? "rsa-sha2-512" : type;
+}
+
+/** The hash to sign with, where ssh2 wants that one. Other keys than RSA's have but one. */
+export function soundHash(hash: SigningRequestOptions["hash"]): "sha256" | "sha512" {
+  return hash === undefined || hash === "sha1" ? rsaHash : hash;
+}
+
+/** The key, which signs with a sound hash whatever ssh2 wants. */
+export function soundKey(key: ParsedKey): ParsedKey {
+  if (key.type !== "ssh-rsa") return key;
+  const sign = (data: Buffer, hash?: SigningRequestOptions["hash"]) => key.sign(data, soundHash(hash));
+  return Object.create(key, { sign: { value: sign } });
 }
 
 /** The key, offered as its certificate; `undefined` where that is no user's, or of another key. */
@@ -60,12 +73,18 @@ interface Protocol {
   };
 }
 
-/** Has a client that is connecting send certified keys as OpenSSH wants them. Throws where ssh2 is another than is known here. */
-export function speakCertificates(client: Client): void {
+/**
+ * Has a client that is connecting send certified keys as OpenSSH wants them, and no RSA key for SHA-1. Throws where ssh2 is another than
+ * is known here.
+ */
+export function speakKeys(client: Client): void {
   const protocol = protocolOf(client);
   const plain = protocol.authPK;
   protocol.authPK = (user, key, algorithm, sign) => {
-    if (!key.type.endsWith(certificateSuffix)) return plain.call(protocol, user, key, algorithm, sign);
+    if (!key.type.endsWith(certificateSuffix)) {
+      const sound = algorithm === "ssh-rsa" ? signatureName(algorithm) : algorithm;
+      return plain.call(protocol, user, key, sound, sign);
+    }
     const name = signatureName(key.type.slice(0, -certificateSuffix.length));
     const { write } = protocol._packetRW;
     const corrected = {
@@ -87,7 +106,7 @@ function protocolOf(client: Client): Protocol {
   const protocol: Protocol | undefined = "_protocol" in client ? (client._protocol as Protocol) : undefined;
   const write = protocol?._packetRW?.write;
   if (typeof protocol?.authPK !== "function" || typeof write?.finalize !== "function")
-    throw new Error("certificates are not sent with this version of ssh2: use 1.17");
+    throw new Error("keys and certificates are not sent with this version of ssh2: use 1.17");
   return protocol;
 }
 

@@ -12,6 +12,7 @@ import {
   secretsOf,
   validateHostArgs,
 } from "../../provider/ssh/config.js";
+import { dsaKey } from "./keyFolder.js";
 
 const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-config-"));
 const key = join(folder, "key");
@@ -232,6 +233,7 @@ describe("an object", () => {
       "host.privateKeyPath",
       /decrypted/,
     ],
+    ["a DSA key", { privateKey: dsaKey }, "host.privateKey", /SHA-1/],
     ["text that is no key", { privateKey: "hunter2" }, "host.privateKey", /not a private key/],
   ])(
     "with %s is KEY_UNREADABLE, which names the property and no secret",

@@ -11,8 +11,15 @@ import {
 import { createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
+import {
+  type AgentInboundRequest,
+  AgentProtocol,
+  type ParsedKey,
+  type SigningRequestOptions,
+  utils,
+} from "ssh2";
 import ts from "typescript";
-import { afterEach, expect, test } from "vitest";
+import { afterEach, describe, expect, test } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
 import type { ResolvedHost } from "../../provider/ssh/config.js";
 import { Connection, DialFailed, LinkLost } from "../../provider/ssh/connection.js";
@@ -28,6 +35,7 @@ import {
   timing,
   until,
 } from "./fakeServer.js";
+import { dsaKey } from "./keyFolder.js";
 
 const read: RemoteCommand = { argv: ["lvs"], deadlineSeconds: 30, kind: "read" };
 
@@ -55,6 +63,25 @@ async function failure(promise: Promise<unknown>): Promise<LvmNbdError> {
   );
   if (!isLvmNbdError(error)) throw new Error(`expected an LvmNbdError, got ${String(error)}`);
   return error;
+}
+
+function parse(key: string): ParsedKey {
+  const parsed = utils.parseKey(key);
+  if (parsed instanceof Error) throw parsed;
+  return parsed;
+}
+
+/** An agent's socket. */
+async function listen(connected: (socket: Socket) => void): Promise<string> {
+  const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-agent-"));
+  const path = join(folder, "socket");
+  const server = createServer(connected);
+  await new Promise<void>((resolve) => server.listen(path, resolve));
+  cleanup.push(() => {
+    server.close();
+    rmSync(folder, { recursive: true });
+  });
+  return path;
 }
 
 function blob(line: string): Buffer {
@@ -374,6 +401,76 @@ test("a server that is hardened to one good cipher is talked to", async () => {
     algorithms: { cipher: ["chacha20-poly1305@openssh.com"], kex: ["diffie-hellman-group18-sha512"] },
   });
   expect((await (await open(server.host())).run(read, undefined)).stdout).toBe("done");
+});
+
+test("a server without strict key exchange is talked to with a cipher that needs none", async () => {
+  const server = await serve({
+    notStrict: true,
+    algorithms: { cipher: ["chacha20-poly1305@openssh.com", "aes256-ctr"] },
+  });
+  expect((await (await open(server.host())).run(read, undefined)).stdout).toBe("done");
+});
+
+test("a server without strict key exchange that takes only what needs one gets no login", async () => {
+  const server = await serve({ notStrict: true, algorithms: { cipher: ["chacha20-poly1305@openssh.com"] } });
+  const error = await open(server.host()).catch((reason: unknown) => reason);
+  expect(error).toBeInstanceOf(DialFailed);
+  expect(error).toMatchObject({ mayPass: false, message: expect.stringContaining("strict key exchange") });
+  expect(server.logins).toEqual([]);
+});
+
+describe("an RSA key signs with SHA-2 for a server that does not say what it takes", () => {
+  const { private: privateKey } = utils.generateKeyPairSync("rsa", { bits: 2048 });
+  const parsed = parse(privateKey);
+
+  /** Takes the key by SHA-2 alone; what else it was offered is told. */
+  async function serveSha2(offered: string[]): Promise<FakeServer> {
+    return serve({
+      signaturesUnsaid: true,
+      authenticate: (context) => {
+        if (context.method !== "publickey") return context.reject(["publickey"]);
+        offered.push(String(context.hashAlgo));
+        const { blob, signature, hashAlgo } = context;
+        if (signature === undefined || blob === undefined) return context.accept();
+        if (hashAlgo === "sha512" && parsed.verify(blob, signature, hashAlgo)) context.accept();
+        else context.reject(["publickey"]);
+      },
+    });
+  }
+
+  test("from a file", async () => {
+    const offered: string[] = [];
+    const server = await serveSha2(offered);
+    const key = { label: "the key", privateKey, passphrase: undefined, certificates: [] };
+    const opened = await open(server.host({ keys: [key], password: undefined }));
+    expect((await opened.run(read, undefined)).stdout).toBe("done");
+    expect(offered).toEqual(["sha512", "sha512"]);
+  });
+
+  test("from an agent", async () => {
+    const offered: string[] = [];
+    const server = await serveSha2(offered);
+    const hashes: unknown[] = [];
+    const agent = await listen((socket) => {
+      const protocol = new AgentProtocol(false);
+      protocol.on("identities", (request: AgentInboundRequest) =>
+        protocol.getIdentitiesReply(request, [parse(dsaKey), parsed]),
+      );
+      protocol.on(
+        "sign",
+        (request: AgentInboundRequest, _key: ParsedKey, data: Buffer, { hash }: SigningRequestOptions) => {
+          hashes.push(hash);
+          protocol.signReply(request, parsed.sign(data, hash ?? "sha1"));
+        },
+      );
+      socket.pipe(protocol).pipe(socket);
+    });
+    const opened = await open(server.host({ agent, password: undefined }));
+    expect((await opened.run(read, undefined)).stdout).toBe("done");
+    expect(hashes).toEqual(["sha512"]);
+    // A DSA key knows nothing but SHA-1.
+    expect(offered).toEqual(["sha512", "sha512"]);
+  });
 });
 
 test("a host's own connect timeout goes before the usual one", async () => {

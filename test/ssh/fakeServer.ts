@@ -26,6 +26,10 @@ export interface FakeServerOptions {
   readonly kill?: (command: Arrived) => void;
   readonly authenticate?: (context: AuthContext) => void;
   readonly algorithms?: NonNullable<ConstructorParameters<typeof Server>[0]["algorithms"]>;
+  /** It does not say which signatures it takes, as servers before 2016. */
+  readonly signaturesUnsaid?: boolean;
+  /** It knows no strict key exchange, as servers before 2023. */
+  readonly notStrict?: boolean;
   readonly maxSessions?: number;
   /** Default: a free one. */
   readonly port?: number;
@@ -81,13 +85,59 @@ export function connection(changes: Partial<ResolvedHost> & { port: number }): R
   };
 }
 
+/** The lists of algorithms in ssh2's lib/protocol/kex.js. */
+interface Offer {
+  readonly lists: {
+    readonly kex: { readonly array: readonly string[] };
+    readonly serverHostKey: List;
+  } & Directions<List>;
+  readonly constructor: new (
+    lists: { kex: readonly string[]; serverHostKey: readonly string[] } & Directions<readonly string[]>,
+  ) => Offer;
+}
+interface List {
+  readonly array: readonly string[];
+}
+type Directions<T> = Record<"cs" | "sc", Record<"cipher" | "mac" | "compress" | "lang", T>>;
+
+/** What ssh2's server has inside; see its lib/protocol/Protocol.js. */
+interface Protocol {
+  _offer: Offer;
+  /** Unless it is set, the client's word alone decides. */
+  _strictMode: boolean | undefined;
+  readonly _kex: { remoteExtInfoEnabled: boolean };
+  _onHandshakeComplete: (...args: unknown[]) => void;
+  channelData(id: number, data: Buffer): void;
+}
+
+function protocolOf(client: Connection): Protocol {
+  return (client as unknown as { readonly _protocol: Protocol })._protocol;
+}
+
+function beNotStrict(protocol: Protocol): void {
+  const { kex, serverHostKey, cs, sc } = protocol._offer.lists;
+  const listed = ({ cipher, mac, compress, lang }: typeof cs) => ({
+    ...{ cipher: cipher.array, mac: mac.array, compress: compress.array, lang: lang.array },
+  });
+  protocol._strictMode = false;
+  protocol._offer = new protocol._offer.constructor({
+    kex: kex.array.filter((one) => !one.startsWith("kex-strict")),
+    ...{ serverHostKey: serverHostKey.array, cs: listed(cs), sc: listed(sc) },
+  });
+}
+
+function leaveSignaturesUnsaid(protocol: Protocol): void {
+  const complete = protocol._onHandshakeComplete;
+  protocol._onHandshakeComplete = (...args) => {
+    protocol._kex.remoteExtInfoEnabled = false;
+    complete(...args);
+  };
+}
+
 /** Sends data on a session's channel, whatever its state and window. */
 function sender(client: Connection, session: Session): (data: Buffer) => void {
-  const { _protocol } = client as unknown as {
-    readonly _protocol: { channelData(id: number, data: Buffer): void };
-  };
   const { _chanInfo } = session as unknown as { readonly _chanInfo: { outgoing: { readonly id: number } } };
-  return (data) => _protocol.channelData(_chanInfo.outgoing.id, data);
+  return (data) => protocolOf(client).channelData(_chanInfo.outgoing.id, data);
 }
 
 export async function startFakeServer(options: FakeServerOptions = {}): Promise<FakeServer> {
@@ -101,6 +151,8 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
     // Several may have connected before the first is announced.
     const socket = sockets.find((one) => one.remotePort === remotePort);
     if (socket === undefined) throw new Error("a client without a connection");
+    if (options.notStrict) beNotStrict(protocolOf(client));
+    if (options.signaturesUnsaid) leaveSignaturesUnsaid(protocolOf(client));
     let sessions = 0;
     // A client that is cut off is what these tests are about.
     client.on("error", () => undefined);

@@ -42,3 +42,6 @@ export function keyFolder(): KeyFolder {
     remove: () => rmSync(folder, { recursive: true }),
   };
 }
+
+/** Reads as a DSA key, which no ssh-keygen makes any more; nothing can be signed with it. */
+export const dsaKey = `-----BEGIN DSA PRIVATE KEY-----\n${Buffer.from("3012020100020105020105020105020105020105", "hex").toString("base64")}\n-----END DSA PRIVATE KEY-----\n`;

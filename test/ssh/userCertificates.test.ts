@@ -3,7 +3,7 @@ import { Client, utils } from "ssh2";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { HostArgs, HostConnection } from "../../provider/ssh/types.js";
-import { certifiedKey, speakCertificates } from "../../provider/ssh/userCertificates.js";
+import { certifiedKey, speakKeys } from "../../provider/ssh/userCertificates.js";
 import { keyFolder, keyTypes } from "./keyFolder.js";
 import { type Sshd, startSshd } from "./sshd.js";
 
@@ -124,6 +124,6 @@ describe("a login by a certificate beside its key", () => {
   });
 
   it("is not sent by an ssh2 that is not known here: an error, and no login that is only half spoken", () => {
-    expect(() => speakCertificates(new Client())).toThrow(/with this version of ssh2/);
+    expect(() => speakKeys(new Client())).toThrow(/with this version of ssh2/);
   });
 });
