@@ -154,8 +154,13 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   };
 }
 
-async function resolveAlias(alias: string, depth: number, forcedPort?: number): Promise<ResolvedHost> {
-  const config = await sshConfig(alias);
+/** `given`: what goes before the configuration, which may have more to say of that user. */
+async function resolveAlias(
+  alias: string,
+  depth: number,
+  given: { readonly user?: string | undefined; readonly port?: number | undefined } = {},
+): Promise<ResolvedHost> {
+  const config = await sshConfig(alias, given.user);
   const command = config.proxycommand;
   if (command !== undefined && command !== "none") {
     throw invalid(
@@ -165,7 +170,7 @@ async function resolveAlias(alias: string, depth: number, forcedPort?: number): 
     );
   }
   const address = config.hostname ?? alias;
-  const port = forcedPort ?? Number(config.port ?? "22");
+  const port = given.port ?? Number(config.port ?? "22");
   const user = config.user ?? "root";
   const expand = (path: string) => expandTokens(path, { alias, address, port, user });
   const keys: IdentityKey[] = [];
@@ -233,8 +238,8 @@ async function resolveJump(jump: HostArgs, depth: number, first: boolean): Promi
     const port = match[3] === undefined ? undefined : Number(match[3]);
     if (port !== undefined && !isPort(port))
       throw invalid("host", `${port} is no port: 1 to 65535 are`, jump);
-    const alias = await resolveAlias(name, depth + 1, port);
-    resolved = { ...alias, user: match[1] ?? alias.user, jumps: first ? alias.jumps : [] };
+    const alias = await resolveAlias(name, depth + 1, { user: match[1], port });
+    resolved = { ...alias, jumps: first ? alias.jumps : [] };
   }
   return [...resolved.jumps, { ...resolved, jumps: [] }];
 }
@@ -258,28 +263,31 @@ interface SshConfig {
 
 const configs = new Map<string, Promise<SshConfig>>();
 
-/** What OpenSSH makes of an alias. Asked once per process. */
-function sshConfig(alias: string): Promise<SshConfig> {
+/** What OpenSSH makes of an alias, for that user or for the configured one. Asked once per process. */
+function sshConfig(alias: string, user?: string): Promise<SshConfig> {
   if (!/^[A-Za-z0-9_.:%@+][A-Za-z0-9_.:%@+-]*$/.test(alias)) {
     throw invalid("host", `"${alias}" is not a host alias: letters, digits and _ . : - are right`, alias);
   }
   const file = process.env.LVM_NBD_SSH_CONFIG;
-  const key = `${file ?? ""}\0${alias}`;
+  const key = [file, alias, user].join("\0");
   let config = configs.get(key);
   if (config === undefined) {
-    config = askOpenSsh(alias, file);
+    config = askOpenSsh(alias, file, user);
     configs.set(key, config);
     config.catch(() => configs.delete(key));
   }
   return config;
 }
 
-async function askOpenSsh(alias: string, file: string | undefined): Promise<SshConfig> {
+async function askOpenSsh(
+  alias: string,
+  file: string | undefined,
+  user: string | undefined,
+): Promise<SshConfig> {
+  const options = [...(file === undefined ? [] : ["-F", file]), ...(user === undefined ? [] : ["-l", user])];
   let stdout: string;
   try {
-    ({ stdout } = await run("ssh", [...(file === undefined ? [] : ["-F", file]), "-G", "--", alias], {
-      timeout: 20_000,
-    }));
+    ({ stdout } = await run("ssh", [...options, "-G", "--", alias], { timeout: 20_000 }));
   } catch (error) {
     const missing = error instanceof Error && "code" in error && error.code === "ENOENT";
     throw invalid(

@@ -147,6 +147,22 @@ Host outer\n HostName 10.0.0.1\n`);
     expect((await resolveHost("web")).jumps[0]).toMatchObject({ port: 2200, hostKeyNames: ["outer-key"] });
   });
 
+  test("a jump as another user is what the configuration says of that user", async () => {
+    sshConfig(`Match user deploy host outer
+      HostKeyAlias deploys-key
+      RevokedHostKeys ${folder}/revoked
+Host web\n ProxyJump deploy@outer
+Host outer\n HostName 10.0.0.1\n User ann\n HostKeyAlias anns-key
+Host inner\n ProxyJump outer`);
+    expect((await resolveHost("web")).jumps[0]).toMatchObject({
+      name: "outer",
+      user: "deploy",
+      hostKeyNames: ["deploys-key"],
+      revokedHostKeys: [`${folder}/revoked`],
+    });
+    expect((await resolveHost("inner")).jumps[0]).toMatchObject({ user: "ann", hostKeyNames: ["anns-key"] });
+  });
+
   test("that jumps in a circle is refused", async () => {
     sshConfig(`Host a\n ProxyJump b\nHost b\n ProxyJump a\n`);
     const error = await failure(resolveHost("a"));
