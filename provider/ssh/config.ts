@@ -12,7 +12,7 @@ import { join } from "node:path";
 import { promisify } from "node:util";
 import { utils } from "ssh2";
 import { LvmNbdError } from "../core/errors.js";
-import { pinProblem, type Trust } from "./hostKeys.js";
+import { type HostKeyLimits, hostKeyAlgorithms, pinProblem, type Trust } from "./hostKeys.js";
 import type { HostArgs, HostConnection } from "./types.js";
 
 const run = promisify(execFile);
@@ -215,12 +215,30 @@ async function resolveAlias(
           .filter((path) => path !== "none")
           .map(expand),
       ),
+      limits: limitsOf(config, alias),
     },
     revokedHostKeys: config.revokedhostkeys.filter((path) => path !== "none").map(expand),
     hostKeyNames: [config.hostkeyalias === undefined && port !== 22 ? `[${base}]:${port}` : base],
     sudo: user !== "root",
     jumps,
   };
+}
+
+/** Raises INVALID_INPUT where nothing that is sound is left. A key that is pinned is not held to them: it has no alias. */
+function limitsOf(
+  { hostkeyalgorithms, casignaturealgorithms }: SshConfig,
+  alias: string,
+): HostKeyLimits | undefined {
+  if (hostkeyalgorithms === undefined) return undefined;
+  const limits = {
+    hostKeyAlgorithms: hostkeyalgorithms.split(","),
+    caSignatureAlgorithms: casignaturealgorithms?.split(","),
+  };
+  if (hostKeyAlgorithms(limits).length === 0) {
+    const what = `HostKeyAlgorithms leaves none that is taken here: ${hostkeyalgorithms}`;
+    throw invalid("host", `the alias "${alias}": ${what}`, alias);
+  }
+  return limits;
 }
 
 /**
@@ -254,6 +272,8 @@ interface SshConfig {
   readonly identityagent?: string;
   readonly identitiesonly?: string;
   readonly connecttimeout?: string;
+  readonly hostkeyalgorithms?: string;
+  readonly casignaturealgorithms?: string;
   readonly identityfile: readonly string[];
   readonly certificatefile: readonly string[];
   readonly revokedhostkeys: readonly string[];
@@ -318,6 +338,8 @@ async function askOpenSsh(
     ...first("identityagent"),
     ...first("identitiesonly"),
     ...first("connecttimeout"),
+    ...first("hostkeyalgorithms"),
+    ...first("casignaturealgorithms"),
     identityfile: lines.filter((line) => line.startsWith("identityfile ")).map((line) => line.slice(13)),
     certificatefile: paths("certificatefile"),
     revokedhostkeys: paths("revokedhostkeys"),

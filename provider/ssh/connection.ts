@@ -11,7 +11,6 @@ import {
   type NegotiatedAlgorithms,
   OpenSSHAgent,
   type ParsedKey,
-  type ServerHostKeyAlgorithm,
   type SignCallback,
   type SigningRequestOptions,
 } from "ssh2";
@@ -22,10 +21,14 @@ import { NotAsked, type Scan, scanCertificates, vouchedFor } from "./hostCertifi
 import {
   authoritiesFor,
   fingerprint,
+  hostKeyAlgorithms,
   hostKeyError,
   judge,
+  keyType,
   knownKeys,
   knownTypes,
+  limitsOf,
+  mayBePlain,
   portlessNames,
   type Verdict,
 } from "./hostKeys.js";
@@ -90,15 +93,6 @@ class KeyRefused extends Error {
 
 /** The host opened no session: the command was not started. */
 class ChannelRefused extends Error {}
-
-const serverHostKeys: readonly ServerHostKeyAlgorithm[] = [
-  "ssh-ed25519",
-  "ecdsa-sha2-nistp256",
-  "ecdsa-sha2-nistp384",
-  "ecdsa-sha2-nistp521",
-  "rsa-sha2-512",
-  "rsa-sha2-256",
-];
 
 const chacha20: CipherAlgorithm = "chacha20-poly1305@openssh.com";
 
@@ -675,11 +669,17 @@ interface VouchedKeys {
 async function vouch({ key, verdict }: KeyRefused, host: ResolvedHost, scan: Scan): Promise<VouchedKeys> {
   const { trust, hostKeyNames: names } = host;
   const authorities = authoritiesFor(names, trust);
-  if (verdict.verdict === "revoked" || authorities.length === 0) return { keys: [], verdict, problems: [] };
-  const vouched = await vouchedFor(key, portlessNames(names), authorities, scan).catch((error: unknown) => {
-    if (!(error instanceof NotAsked)) throw error;
-    throw new DialFailed(`its certificate could not be asked for: ${error.message}`, true);
-  });
+  const limits = limitsOf(trust);
+  if (verdict.verdict === "revoked" || authorities.length === 0) {
+    const wanted = "is what HostKeyAlgorithms asks for, and no @cert-authority of known_hosts is for it";
+    return { keys: [], verdict, problems: mayBePlain(keyType(key), limits) ? [] : [wanted] };
+  }
+  const vouched = await vouchedFor(key, portlessNames(names), authorities, scan, limits).catch(
+    (error: unknown) => {
+      if (!(error instanceof NotAsked)) throw error;
+      throw new DialFailed(`its certificate could not be asked for: ${error.message}`, true);
+    },
+  );
   const keys: Buffer[] = [];
   for (const one of vouched.by) {
     if (!(await isRevoked(host, one.blob))) keys.push(one.key);
@@ -769,18 +769,19 @@ function logIn<T>(
     const known = knownTypes(host.hostKeyNames, host.trust).flatMap((type) =>
       type === "ssh-rsa" ? ["rsa-sha2-512", "rsa-sha2-256"] : [type],
     );
+    const usable = hostKeyAlgorithms(limitsOf(host.trust));
     // What is certified first, which `known` begins with then.
     const certifies = !("pins" in host.trust) && host.trust.certified !== undefined;
     const preferred = certifies
-      ? [...new Set(known)].flatMap((type) => serverHostKeys.filter((one) => one === type))
-      : serverHostKeys.filter((type) => known.includes(type));
+      ? [...new Set(known)].flatMap((type) => usable.filter((one) => one === type))
+      : usable.filter((type) => known.includes(type));
     client.connect({
       sock: stream,
       username: host.user,
       readyTimeout: timing.connect,
       algorithms: {
         ...algorithms,
-        serverHostKey: [...preferred, ...serverHostKeys.filter((type) => !preferred.includes(type))],
+        serverHostKey: [...preferred, ...usable.filter((type) => !preferred.includes(type))],
       },
       // At once, and of each exchange of keys again.
       hostVerifier: (key: Buffer) => {

@@ -6,7 +6,7 @@
 import { execFile } from "node:child_process";
 import { createPublicKey, type JsonWebKey, verify } from "node:crypto";
 import { type Certificate, parseCertificate, Reader } from "./certificates.js";
-import { fingerprint, keyType, wildcard } from "./hostKeys.js";
+import { fingerprint, type HostKeyLimits, keyType, mayBeCertified, wildcard } from "./hostKeys.js";
 
 /** Hashes of the signatures that an authority of each type may make; SHA-1 is none of them. */
 const signatures: Readonly<Record<string, Readonly<Record<string, string | null>>>> = {
@@ -80,14 +80,21 @@ export function certificateProblem(
   names: readonly string[],
   authorities: readonly Buffer[],
   now: number,
+  limits?: HostKeyLimits,
 ): string | undefined {
-  const { authority, isHost, principals, validAfter, validBefore, criticalOptions, keyId } = certificate;
+  const { key, signature, authority, isHost, principals, validAfter, validBefore, criticalOptions, keyId } =
+    certificate;
   const shown = `"${keyId.replace(/[^\x20-\x7e]/g, "?").slice(0, 100)}"`;
   if (!authorities.some((one) => one.equals(authority)))
     return `${shown} is of the authority ${fingerprint(authority)}, which known_hosts does not have for it`;
   if (signatures[keyType(authority)] === undefined)
     return `${shown} is of an authority of the type ${keyType(authority)}, which is not supported here`;
   if (!isSigned(certificate)) return `${shown} is not signed by its authority, or with SHA-1`;
+  if (!mayBeCertified(keyType(key), limits))
+    return `${shown} is of a key of the type ${keyType(key)}, which HostKeyAlgorithms leaves out`;
+  const signedWith = new Reader(signature).text();
+  if (limits?.caSignatureAlgorithms?.includes(signedWith) === false)
+    return `${shown} is signed with ${signedWith}, which CASignatureAlgorithms leaves out`;
   if (!isHost) return `${shown} is a user's`;
   if (criticalOptions.length > 0) return `${shown} has critical options, which a host's has not`;
   const seconds = BigInt(Math.floor(now / 1000));
@@ -174,19 +181,20 @@ export async function vouchedFor(
   names: readonly string[],
   authorities: readonly Buffer[],
   scan: Scan,
+  limits?: HostKeyLimits,
 ): Promise<Vouched> {
   const problems = new Set<string>();
   const good = async (types: readonly string[]) => {
     const { certificates, problem } = await scan(types);
     if (problem !== undefined) problems.add(problem);
     return certificates.filter((one) => {
-      const reason = certificateProblem(one, names, authorities, Date.now());
+      const reason = certificateProblem(one, names, authorities, Date.now(), limits);
       if (reason !== undefined) problems.add(reason);
       return reason === undefined;
     });
   };
   const type = keyType(key);
-  const own = (await good([type])).filter((one) => one.key.equals(key));
+  const own = (mayBeCertified(type, limits) ? await good([type]) : []).filter((one) => one.key.equals(key));
   if (own.length > 0) return { by: own, problems: [] };
   const others = problems.size > 0 ? [] : await good(allTypes.filter((one) => !type.startsWith(one)));
   if (others.length === 0 && problems.size === 0) problems.add("could not be had: it shows none");

@@ -2,8 +2,9 @@
  * Host keys: pins and known_hosts. Always verified; there is no switch. Source: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT.
  */
 import { createHash, createHmac, timingSafeEqual } from "node:crypto";
+import type { ServerHostKeyAlgorithm } from "ssh2";
 import { errorCodes, LvmNbdError } from "../core/errors.js";
-import { parseCertificate } from "./certificates.js";
+import { certificateSuffix, parseCertificate } from "./certificates.js";
 
 /** A line of known_hosts that can say something about a plain host key. */
 interface KnownKey {
@@ -27,7 +28,56 @@ export type Trust =
       readonly certified?: readonly Buffer[] | undefined;
       /** Of the known keys those that another file revokes. */
       readonly revoked?: readonly Buffer[] | undefined;
+      readonly limits?: HostKeyLimits | undefined;
     };
+
+/** What an alias is held to, as ssh_config(5) calls it and `ssh -G` lists it. */
+export interface HostKeyLimits {
+  readonly hostKeyAlgorithms: readonly string[];
+  /** An old OpenSSH knows none. */
+  readonly caSignatureAlgorithms?: readonly string[] | undefined;
+}
+
+export function limitsOf(trust: Trust): HostKeyLimits | undefined {
+  return "pins" in trust ? undefined : trust.limits;
+}
+
+const serverHostKeys: readonly ServerHostKeyAlgorithm[] = [
+  "ssh-ed25519",
+  "ecdsa-sha2-nistp256",
+  "ecdsa-sha2-nistp384",
+  "ecdsa-sha2-nistp521",
+  "rsa-sha2-512",
+  "rsa-sha2-256",
+];
+
+/** What a host may prove its key with, be that taken by itself or by its certificate. */
+export function hostKeyAlgorithms(limits: HostKeyLimits | undefined): ServerHostKeyAlgorithm[] {
+  return serverHostKeys.filter(
+    (one) =>
+      limits === undefined ||
+      limits.hostKeyAlgorithms.includes(one) ||
+      limits.hostKeyAlgorithms.includes(`${one}${certificateSuffix}`),
+  );
+}
+
+/** What a key of that type may sign with. */
+function algorithmsOf(type: string): string[] {
+  return type === "ssh-rsa" ? ["rsa-sha2-512", "rsa-sha2-256"] : [type];
+}
+
+/** True if a key of that type may be taken by itself. */
+export function mayBePlain(type: string, limits: HostKeyLimits | undefined): boolean {
+  return limits === undefined || algorithmsOf(type).some((one) => limits.hostKeyAlgorithms.includes(one));
+}
+
+/** True if a key of that type may be taken by its certificate. */
+export function mayBeCertified(type: string, limits: HostKeyLimits | undefined): boolean {
+  return (
+    limits === undefined ||
+    algorithmsOf(type).some((one) => limits.hostKeyAlgorithms.includes(`${one}${certificateSuffix}`))
+  );
+}
 
 /** `SHA256:...` of a public key blob, as ssh-keygen -l prints it. */
 export function fingerprint(key: Buffer): string {
@@ -61,7 +111,7 @@ export function judge(key: Buffer, names: readonly string[], trust: Trust): Verd
   }
   const revoked = [...revokedFor(names, trust.knownHosts), ...(trust.revoked ?? [])];
   if (revoked.some((one) => one.equals(key))) return { verdict: "revoked" };
-  const plain = plainLines(names, trust.knownHosts);
+  const plain = plainLines(names, trust);
   if ([...plain.map((line) => line.key), ...(trust.certified ?? [])].some((one) => one.equals(key)))
     return { verdict: "ok" };
   if (plain.length === 0) return { verdict: "unknown" };
@@ -75,8 +125,16 @@ function linesFor(names: readonly string[], knownHosts: readonly string[]): Know
 }
 
 /** The lines that say which keys are good by themselves. */
-function plainLines(names: readonly string[], knownHosts: readonly string[]): KnownKey[] {
-  return linesFor(names, knownHosts).filter((line) => line.marker === undefined);
+function plainLines(
+  names: readonly string[],
+  {
+    knownHosts,
+    limits,
+  }: { readonly knownHosts: readonly string[]; readonly limits?: HostKeyLimits | undefined },
+): KnownKey[] {
+  return linesFor(names, knownHosts).filter(
+    (line) => line.marker === undefined && mayBePlain(line.type, limits),
+  );
 }
 
 /** The names without their port: what certificates are for. */
@@ -87,6 +145,7 @@ export function portlessNames(names: readonly string[]): string[] {
 /** Public keys of the authorities whose certificates are to be taken for a host, without those that are revoked. */
 export function authoritiesFor(names: readonly string[], trust: Trust): Buffer[] {
   if ("pins" in trust) return [];
+  if (trust.limits?.hostKeyAlgorithms.some((one) => one.endsWith(certificateSuffix)) === false) return [];
   const revoked = revokedFor(names, trust.knownHosts);
   return markedFor("@cert-authority", names, trust.knownHosts).filter(
     (key) => !revoked.some((one) => one.equals(key)),
@@ -98,7 +157,7 @@ export function knownKeys(
   names: readonly string[],
   trust: { readonly knownHosts: readonly string[] },
 ): Buffer[] {
-  return plainLines(names, trust.knownHosts).map((line) => line.key);
+  return plainLines(names, trust).map((line) => line.key);
 }
 
 /** Keys of the lines with that marker. A line for all ports of a host has none. */
@@ -118,10 +177,7 @@ export function knownTypes(names: readonly string[], trust: Trust): string[] {
   const types =
     "pins" in trust
       ? trust.pins.flatMap((pin) => (pin.startsWith("SHA256:") ? [] : [pin.trim().split(/\s+/)[0] ?? ""]))
-      : [
-          ...(trust.certified ?? []).map(keyType),
-          ...plainLines(names, trust.knownHosts).map((line) => line.type),
-        ];
+      : [...(trust.certified ?? []).map(keyType), ...plainLines(names, trust).map((line) => line.type)];
   return [...new Set(types)];
 }
 

@@ -81,7 +81,7 @@ describe("an alias", () => {
       jumps: [],
     });
     expect(host.keys.map((one) => one.label)).toEqual([key]);
-    expect(host.trust).toEqual({ knownHosts: [`10.1.2.3 ${pin}\n`] });
+    expect(host.trust).toMatchObject({ knownHosts: [`10.1.2.3 ${pin}\n`] });
   });
 
   test("may name the agent, a variable that holds it, or none", async () => {
@@ -105,7 +105,7 @@ describe("an alias", () => {
       GlobalKnownHostsFile none\n`);
     const host = await resolveHost("web");
     expect(host.keys.map((one) => one.label)).toEqual([join(folder, "ann@10.1.2.3 web")]);
-    expect(host.trust).toEqual({ knownHosts: ["spaced\n"] });
+    expect(host.trust).toMatchObject({ knownHosts: ["spaced\n"] });
   });
 
   test("tells which keys an agent is to be asked for, of files that cannot be read without it too", async () => {
@@ -122,6 +122,13 @@ describe("an alias", () => {
   test("with HostKeyAlias is looked up under that name alone", async () => {
     sshConfig(`Host web\n HostName 10.1.2.3\n Port 2222\n HostKeyAlias web-key\n`);
     expect((await resolveHost("web")).hostKeyNames).toEqual(["web-key"]);
+  });
+
+  test("whose HostKeyAlgorithms leave nothing that is sound is INVALID_INPUT, which says what is left", async () => {
+    sshConfig("Host web\n HostKeyAlgorithms ssh-rsa\n");
+    const error = await failure(resolveHost("web"));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.message).toContain("HostKeyAlgorithms leaves none that is taken here: ssh-rsa");
   });
 
   test("is jumped to through a chain, in order", async () => {

@@ -1,4 +1,5 @@
-import { readFileSync, rmSync, writeFileSync } from "node:fs";
+import { randomUUID } from "node:crypto";
+import { copyFileSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { type Certificate, parseCertificate } from "../../provider/ssh/certificates.js";
@@ -302,18 +303,85 @@ describe("a real server with a certificate", () => {
     expect((await run(args)).stdout).toBe("here\n");
   });
 
+  /** The alias `there`, whose known_hosts is the file `known`. */
+  const writeAlias = (...more: string[]) => {
+    const lines = ["Host there", "HostName 127.0.0.1", `Port ${sshd.port}`, `User ${sshd.user}`];
+    const files = [`IdentityFile ${sshd.key}`, `UserKnownHostsFile ${file("known")}`];
+    writeFileSync(file("config"), [...lines, ...files, ...more, ""].join("\n"));
+  };
+
+  const certificates = "HostKeyAlgorithms *-cert-v01@openssh.com";
+  const plain = () => `[127.0.0.1]:${sshd.port} ${sshd.hostKey}`;
+  const authority = () => `@cert-authority * ${line("ca-ed25519")}`;
+  it.each<[string, string[], (() => string)[], RegExp]>([
+    [
+      "is known and certificates alone are taken",
+      [certificates],
+      [plain],
+      /HOST_KEY_UNKNOWN.*is what HostKeyAlgorithms asks for/,
+    ],
+    [
+      "is known and certified and certificates alone are taken",
+      [certificates],
+      [plain, authority],
+      /^let in$/,
+    ],
+    [
+      "is certified and no certificate is taken",
+      ["HostKeyAlgorithms ssh-ed25519"],
+      [authority],
+      /HOST_KEY_UNKNOWN/,
+    ],
+    ["is known and no certificate is taken", ["HostKeyAlgorithms ssh-ed25519"], [plain], /^let in$/],
+    [
+      "is certified and certificates of other types are taken",
+      ["HostKeyAlgorithms ssh-ed25519,ecdsa-*-cert-v01@openssh.com"],
+      [authority],
+      /HOST_KEY_UNKNOWN/,
+    ],
+    [
+      "is known and other types are taken",
+      ["HostKeyAlgorithms rsa-sha2-512"],
+      [plain],
+      /HOST_UNREACHABLE.*no matching host key/,
+    ],
+    [
+      "is certified with a signature that is not taken",
+      ["CASignatureAlgorithms rsa-sha2-512"],
+      [authority],
+      /HOST_KEY_UNKNOWN.*signed with ssh-ed25519, which CASignatureAlgorithms leaves out/,
+    ],
+    [
+      "is certified with a signature that is taken",
+      ["CASignatureAlgorithms ssh-ed25519"],
+      [authority],
+      /^let in$/,
+    ],
+  ])("whose key %s, as its alias says", async (_what, options, known, answer) => {
+    writeFileSync(file("known"), known.map((one) => `${one()}\n`).join(""));
+    writeAlias(...options);
+    // What was made of an alias is remembered by the file's path.
+    process.env.LVM_NBD_SSH_CONFIG = file(`config-${randomUUID()}`);
+    copyFileSync(file("config"), process.env.LVM_NBD_SSH_CONFIG);
+    const alone = createHostPool();
+    try {
+      const there = await alone.get("there");
+      const told = await there.run({ argv: ["true"], deadlineSeconds: 60, kind: "read" }).then(
+        () => "let in",
+        // Another login than root's may have no sudo here.
+        (error: unknown) => String(error).replace(/^SUDO_DENIED.*$/s, "let in"),
+      );
+      expect(told).toMatch(answer);
+    } finally {
+      alone.close();
+      delete process.env.LVM_NBD_SSH_CONFIG;
+    }
+  });
+
   it("is refused where RevokedHostKeys of its alias names it", async () => {
     keygen("-k", "-f", file("krl"), join(sshd.folder, "host_key.pub"));
     writeFileSync(file("known"), `@cert-authority * ${line("ca-ed25519")}\n`);
-    const lines = [
-      `Host there`,
-      "HostName 127.0.0.1",
-      `Port ${sshd.port}`,
-      `User ${sshd.user}`,
-      `IdentityFile ${sshd.key}`,
-    ];
-    const more = [`UserKnownHostsFile ${file("known")}`, `RevokedHostKeys ${file("krl")}`, ""];
-    writeFileSync(file("config"), [...lines, ...more].join("\n"));
+    writeAlias(`RevokedHostKeys ${file("krl")}`);
     process.env.LVM_NBD_SSH_CONFIG = file("config");
     try {
       const there = await pool.get("there");
