@@ -8,6 +8,7 @@ import {
   Client,
   type ClientChannel,
   type ConnectConfig,
+  type GetStreamCallback,
   type NegotiatedAlgorithms,
   OpenSSHAgent,
   type ParsedKey,
@@ -725,7 +726,7 @@ function logIn<T>(
   return new Promise((resolve, reject) => {
     const client = new Client();
     let refused: KeyRefused | undefined;
-    const login = new LoginAttempts(host);
+    const login = new LoginAttempts(host, timing.connect);
     const fail = (error: unknown) => {
       client.removeAllListeners();
       // ssh2 may still report the socket's end; nobody is interested any more.
@@ -810,11 +811,32 @@ function logIn<T>(
  * IdentitiesOnly says so. An agent may hold more keys than the host's MaxAuthTries.
  */
 class ChosenKeys extends OpenSSHAgent {
+  private silent: Error | undefined;
+
+  /** `patienceMs`: how long the agent may take for an answer. After one that it did not give it is not asked again. */
   constructor(
     socket: string,
     private readonly host: Pick<ResolvedHost, "agentKeys" | "identitiesOnly">,
+    private readonly patienceMs: number,
   ) {
     super(socket);
+  }
+
+  override getStream(answer: GetStreamCallback): void {
+    if (this.silent !== undefined) {
+      answer(this.silent);
+      return;
+    }
+    super.getStream((error, stream) => {
+      if (stream !== undefined) {
+        const timer = setTimeout(() => {
+          this.silent = new Error(`no answer within ${this.patienceMs / 1000} s`);
+          stream.destroy(this.silent);
+        }, this.patienceMs);
+        stream.once("close", () => clearTimeout(timer));
+      }
+      answer(error, stream);
+    });
   }
 
   override getIdentities(answer: (error: Error | null | undefined, keys?: ParsedKey[]) => void): void {
@@ -864,9 +886,10 @@ class LoginAttempts {
   exhausted = false;
   private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
 
-  constructor(host: ResolvedHost) {
+  /** `patienceMs`: for the whole login. */
+  constructor(host: ResolvedHost, patienceMs: number) {
     const { user: username, password } = host;
-    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host);
+    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host, patienceMs / 2);
     this.attempts = host.keys.flatMap(offersOf).map(([label, key]) => ({
       ...{ label, method: "publickey", attempt: { type: "publickey", username, key } },
     }));
@@ -916,6 +939,8 @@ class LoginAttempts {
 
   agentFailed(message: string): void {
     const last = this.tried.pop();
-    if (last !== undefined) this.tried.push(`${last} (${message})`);
+    // It tells of each of its keys.
+    const told = ` (${message})`;
+    if (last !== undefined) this.tried.push(last.endsWith(told) ? last : `${last}${told}`);
   }
 }

@@ -131,6 +131,39 @@ test("an agent that cannot be reached leaves the other ways to log in", async ()
   expect(error.message).toContain("the agent's keys (");
 });
 
+describe("an agent that says nothing", () => {
+  const keys = [
+    utils.generateKeyPairSync("ecdsa", { bits: 256 }),
+    utils.generateKeyPairSync("ecdsa", { bits: 384 }),
+  ];
+  const dial = { connect: 2000 };
+
+  test("leaves the other ways to log in, and is let go", async () => {
+    const server = await serve();
+    const asking: Socket[] = [];
+    const agent = await listen((socket) => asking.push(socket.resume()));
+    const opened = await open(server.host({ agent }), dial);
+    expect((await opened.run(read, undefined)).stdout).toBe("done");
+    await until(() => asking.length === 1 && asking.every((socket) => socket.readableEnded), "its end");
+  });
+
+  test("when it is to sign is told, and asked for no other of its keys", async () => {
+    const server = await serve();
+    let signatures = 0;
+    const agent = await listen((socket) => {
+      const protocol = new AgentProtocol(false);
+      const all = keys.map((key) => parse(key.public));
+      protocol.on("identities", (request: AgentInboundRequest) => protocol.getIdentitiesReply(request, all));
+      protocol.on("sign", () => signatures++);
+      socket.pipe(protocol).pipe(socket);
+    });
+    const error = await failure(open(server.host({ agent, password: undefined }), dial));
+    expect(error.code).toBe("AUTH_FAILED");
+    expect(error.message).toMatch(/tried: the agent's keys \(no answer within 1 s\)$/m);
+    expect(signatures).toBe(1);
+  });
+});
+
 test("the password answers a keyboard-interactive login", async () => {
   let answered: string[] = [];
   const server = await serve({
