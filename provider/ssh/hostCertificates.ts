@@ -6,7 +6,7 @@
 import { execFile } from "node:child_process";
 import { createPublicKey, type JsonWebKey, verify } from "node:crypto";
 import { type Certificate, parseCertificate, Reader } from "./certificates.js";
-import { fingerprint, type HostKeyLimits, keyType, mayBeCertified, wildcard } from "./hostKeys.js";
+import { fingerprint, type HostKeyLimits, keyType, matchesWildcard, mayBeCertified } from "./hostKeys.js";
 
 /** Hashes of the signatures that an authority of each type may make; SHA-1 is none of them. */
 const signatures: Readonly<Record<string, Readonly<Record<string, string | null>>>> = {
@@ -112,7 +112,7 @@ export function certificateProblem(
 
 /** As OpenSSH: a principal may hold `*` and `?`, and counts in its case; a host's name is in small letters. */
 function isNamed(principal: string, name: string): boolean {
-  return wildcard(principal, "s").test(name.toLowerCase());
+  return matchesWildcard(principal, name.toLowerCase());
 }
 
 function timeOf(seconds: bigint): string {

@@ -252,20 +252,34 @@ function matchesHost(patterns: string, name: string): boolean {
     return expected.length === computed.length && timingSafeEqual(expected, computed);
   }
   let matched = false;
-  for (const pattern of patterns.split(",")) {
+  for (const pattern of patterns.toLowerCase().split(",")) {
     const negated = pattern.startsWith("!");
-    if (!wildcard(negated ? pattern.slice(1) : pattern).test(name)) continue;
+    if (!matchesWildcard(negated ? pattern.slice(1) : pattern, name.toLowerCase())) continue;
     if (negated) return false;
     matched = true;
   }
   return matched;
 }
 
-/** A pattern of OpenSSH's, of `*` and `?`. `flags`: as of RegExp; known_hosts knows no capitals. */
-export function wildcard(pattern: string, flags = "i"): RegExp {
-  const text = pattern
-    .replace(/[.+^${}()|[\]\\]/g, "\\$&")
-    .replaceAll("*", ".*")
-    .replaceAll("?", ".");
-  return new RegExp(`^${text}$`, flags);
+/**
+ * True if the text is of a pattern of OpenSSH's, of `*` and `?`. Not by a RegExp, which takes for ever over many `*`: patterns come from
+ * hosts too. Only the last `*` is ever given more of the text, since what lay before it has matched.
+ */
+export function matchesWildcard(pattern: string, text: string): boolean {
+  let [at, from] = [0, 0];
+  let star: number | undefined;
+  for (let next = 0; next < text.length; ) {
+    if (pattern[at] === "*") {
+      star = at++;
+      from = next;
+    } else if (at < pattern.length && (pattern[at] === "?" || pattern[at] === text[next])) {
+      at++;
+      next++;
+    } else if (star !== undefined) {
+      at = star + 1;
+      next = ++from;
+    } else return false;
+  }
+  while (pattern[at] === "*") at++;
+  return at === pattern.length;
 }

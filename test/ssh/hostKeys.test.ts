@@ -9,6 +9,7 @@ import {
   judge,
   keyType,
   knownTypes,
+  matchesWildcard,
   pinProblem,
 } from "../../provider/ssh/hostKeys.js";
 
@@ -138,6 +139,34 @@ describe("known_hosts", () => {
     const text = `vm1 ${ecdsa.line}\nvm2 ${mine.line}\n@cert-authority vm1 ${mine.line}`;
     expect(knownTypes(["vm1"], { knownHosts: [text] })).toEqual(["ecdsa-sha2-nistp256"]);
     expect(knownTypes(["vm1"], { pins: [mine.line, fingerprint(ecdsa.blob)] })).toEqual(["ssh-ed25519"]);
+  });
+});
+
+describe("a pattern", () => {
+  test.each([
+    ["", "", true],
+    ["", "a", false],
+    ["*", "", true],
+    ["?", "", false],
+    ["**a", "a", true],
+    ["a*", "a", true],
+    ["a*b", "aXbXb", true],
+    ["a*b", "aXbX", false],
+    ["*ab", "aab", true],
+    ["*a?c*", "xabac", false],
+    ["*a?c*", "xabacc", true],
+    ["a*b*c", "a.b.b.c", true],
+    ["a.c", "abc", false],
+    ["*", "a\nb", true],
+    ["abc", "ab", false],
+  ])("%j and %j", (pattern, text, matches) => {
+    expect(matchesWildcard(pattern, text)).toBe(matches);
+  });
+
+  test("of several stars is not tried in every way", () => {
+    const started = performance.now();
+    expect(matchesWildcard("*a*a*a*b", "a".repeat(3000))).toBe(false);
+    expect(performance.now() - started).toBeLessThan(2000);
   });
 });
 
