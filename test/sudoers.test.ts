@@ -113,12 +113,13 @@ describe("commands that a host keeps", () => {
     ["number", ["0", "17"], ["", "-1", "a[$(id)0]", "1 "]],
     [
       "uri",
-      ["nbd://10.0.0.1:10809/vm1", "nbds://[::1]/a%20b", `nbds://a/b?tls-certificates=${certificatesPlace}`],
+      ["nbd://10.0.0.1:10809/vm1", "nbds://[::1]/a%20b"],
       [
         "",
         "nbd+unix:///?socket=/x",
         "nbd://-oX/x",
         "nbds://a/b?tls-certificates=/root",
+        `nbds://a/b?tls-certificates=${certificatesPlace}`,
         "nbd+ssh://a/b",
         "[ id ]",
       ],
@@ -168,6 +169,17 @@ describe("commands that a host keeps", () => {
     for (const args of [["2", "../x", "1", "/a"], ["2", "a"], ["0"], ["0", "/a", "-x"], []]) {
       expect([args, run(...args)]).toEqual([args, 64]);
     }
+  });
+
+  it("the folder of its certificates is in the URI of a command that is given them", () => {
+    const file = join(folder, "certified");
+    const rules = ["certificates", "uri"] as const;
+    writeFileSync(file, commandFile({ name: "certified", class: "observe", argv: ["true"], rules }));
+    chmodSync(file, 0o755);
+    const run = (...args: string[]) => spawnSync(file, ["lvm-nbd-1", "5", "30", ...args]).status;
+    expect(run("1", "ca-cert.pem", `nbds://a/b?tls-certificates=${certificatesPlace}`)).toBe(0);
+    for (const other of ["", "/root", `${certificatesPlace}/..`])
+      expect([other, run("0", `nbds://a/b?tls-certificates=${other}`)]).toEqual([other, 64]);
   });
 
   it.each([

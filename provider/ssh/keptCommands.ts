@@ -50,7 +50,7 @@ is() {
   number) case $2 in ''|*[!0-9]*) return 1;; esac;;
   uri)
     case $2 in nbd://[A-Za-z0-9[]*|nbds://[A-Za-z0-9[]*) ;; *) return 1;; esac
-    case \${2%"?tls-certificates=$certificates_place"} in *[?\\#]*) return 1;; esac;;
+    case \${2%"$certificates_in_uri"} in *[?\\#]*) return 1;; esac;;
   address) case $2 in ''|*[!0-9A-Fa-f.:]*) return 1;; esac;;
   filter) case $2 in '( sport = :'*' )') ;; *) return 1;; esac; set -- "\${2#'( sport = :'}"; case \${1%' )'} in ''|*[!0-9]*) return 1;; esac;;
   format) case $2 in raw|qcow2) ;; *) return 1;; esac;;
@@ -83,10 +83,12 @@ fits() {
 
 /** What is in it. Arguments: see `wireCommand`. Exit code 64: arguments that the provider never gives. */
 export function commandFile({ name, argv, rules }: HostCommand): string {
+  // A command that is given none would have its program look for that folder where the login is.
+  const inUri = rules?.[0] === "certificates" ? `?tls-certificates=${certificatesPlace}` : "";
   const check =
     rules === undefined
       ? ""
-      : `certificates_place=${quote(certificatesPlace)}${fitsFunction}fits ${quote(rules.join(" "))} "$@" || exit 64\n`;
+      : `certificates_in_uri=${quote(inUri)}${fitsFunction}fits ${quote(rules.join(" "))} "$@" || exit 64\n`;
   return `#!/bin/sh
 # lvm-nbd ${name}, run by sudo. Arguments: a mark, seconds to end in, seconds to run, those of the command.
 export ${quoteAll(environment)} LVM_NBD_KEPT=yes
