@@ -172,7 +172,8 @@ async function resolveAlias(
   const address = config.hostname ?? alias;
   const port = given.port ?? Number(config.port ?? "22");
   const user = config.user ?? "root";
-  const expand = (path: string) => expandTokens(path, { alias, address, port, user });
+  const values = { alias: alias.replace(/^.*@/, ""), address, port, user, hostKeyAlias: config.hostkeyalias };
+  const expand = (path: string) => expandPath(path, values);
   const keys: IdentityKey[] = [];
   const agentKeys: string[] = [];
   const named = config.certificatefile.filter((path) => path !== "none").map(expand);
@@ -188,23 +189,24 @@ async function resolveAlias(
   const jumps: ResolvedHost[] = [];
   if (config.proxyjump !== undefined && config.proxyjump !== "none") {
     for (const jump of config.proxyjump.split(",")) {
-      jumps.push(...(await resolveJump(jump.trim(), depth, jumps.length === 0)));
+      const expanded = expandJump(jump.trim(), values);
+      jumps.push(...(await resolveJump(expanded, depth, jumps.length === 0)));
     }
   }
   const base = config.hostkeyalias ?? address;
   const agent =
     config.identityagent === undefined || config.identityagent === "SSH_AUTH_SOCK"
       ? process.env.SSH_AUTH_SOCK
-      : config.identityagent.startsWith("$")
-        ? process.env[config.identityagent.replace(/^\$\{?|\}$/g, "")]
-        : config.identityagent;
+      : /^\$\w+$/.test(config.identityagent)
+        ? process.env[config.identityagent.slice(1)]
+        : expand(config.identityagent);
   return {
     name: alias,
     address,
     port,
     user,
     keys,
-    agent: agent === "none" || agent === undefined ? undefined : expand(agent),
+    agent: agent === "none" ? undefined : agent,
     agentKeys,
     identitiesOnly: config.identitiesonly === "yes",
     password: undefined,
@@ -327,7 +329,7 @@ async function askOpenSsh(
   const paths = (key: string) =>
     lines
       .filter((line) => line.startsWith(`${key} `))
-      .flatMap((line) => line.slice(key.length + 1).split(/ (?=[/~%]|none$)/));
+      .flatMap((line) => line.slice(key.length + 1).split(/ (?=[/~%]|\$\{|none$)/));
   return {
     ...first("hostname"),
     ...first("port"),
@@ -470,25 +472,58 @@ function isPort(port: number): boolean {
   return Number.isInteger(port) && port >= 1 && port <= 65535;
 }
 
-/** The tokens of ssh_config(5), which `ssh -G` leaves in the names of identity files. */
-function expandTokens(
-  path: string,
-  host: { readonly alias: string; readonly address: string; readonly port: number; readonly user: string },
-): string {
+interface TokenValues {
+  /** Without the user that goes before it. */
+  readonly alias: string;
+  readonly address: string;
+  readonly port: number;
+  readonly user: string;
+  readonly hostKeyAlias: string | undefined;
+}
+
+/** The tokens that `ssh -G` leaves in a jump, by ssh_config(5). */
+function jumpTokens(host: TokenValues): Readonly<Record<string, string>> {
+  return { "%%": "%", "%h": host.address, "%n": host.alias, "%p": String(host.port), "%r": host.user };
+}
+
+/** Those that it leaves in the names of files. */
+function fileTokens(host: TokenValues): Readonly<Record<string, string>> {
   const local = hostname();
-  const tokens: Readonly<Record<string, string>> = {
-    "%%": "%",
+  return {
+    ...jumpTokens(host),
     "%d": homedir(),
-    "%h": host.address,
     "%i": String(process.getuid?.() ?? ""),
+    "%k": host.hostKeyAlias ?? host.alias,
     "%L": local.split(".")[0] ?? local,
     "%l": local,
-    "%n": host.alias,
-    "%p": String(host.port),
-    "%r": host.user,
     "%u": userInfo().username,
   };
-  return expandHome(path.replace(/%./g, (token) => tokens[token] ?? token));
+}
+
+/** The path behind tokens, `${VARIABLE}` and `~`. Raises INVALID_INPUT for what is not known, lest another file be meant. */
+function expandPath(path: string, host: TokenValues): string {
+  const tokens = fileTokens(host);
+  return expandHome(
+    path.replace(/%.?|\$\{([^}]*)\}?/g, (found, variable?: string) => {
+      const value = variable === undefined ? tokens[found] : process.env[variable];
+      if (value === undefined) throw notKnown(found, path, host.alias);
+      return value;
+    }),
+  );
+}
+
+function expandJump(jump: string, host: TokenValues): string {
+  const tokens = jumpTokens(host);
+  return jump.replace(/%.?/g, (found) => {
+    const value = tokens[found];
+    if (value === undefined) throw notKnown(found, jump, host.alias);
+    return value;
+  });
+}
+
+function notKnown(found: string, whole: string, alias: string): LvmNbdError {
+  const what = found.startsWith("$") ? "no variable that is set" : "no token that is known here";
+  return invalid("host", `the alias "${alias}" has ${found} in ${whole}, which is ${what}`, alias);
 }
 
 function invalid(property: string, message: string, host: string): LvmNbdError {

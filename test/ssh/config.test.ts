@@ -108,6 +108,46 @@ describe("an alias", () => {
     expect(host.trust).toMatchObject({ knownHosts: ["spaced\n"] });
   });
 
+  test("may have variables in them, and tokens in its jumps", async () => {
+    const known = join(folder, "known-by-alias");
+    writeFileSync(known, "by alias\n");
+    process.env.LVM_NBD_TEST_FOLDER = folder;
+    try {
+      sshConfig(`Host web
+        HostName 10.1.2.3
+        HostKeyAlias known-by-alias
+        IdentityFile \${LVM_NBD_TEST_FOLDER}/key
+        IdentityAgent \${LVM_NBD_TEST_FOLDER}/agent
+        UserKnownHostsFile ${join(folder, "none-there")} \${LVM_NBD_TEST_FOLDER}/%k
+        GlobalKnownHostsFile none
+        ProxyJump %r@%n-gw
+        User ann
+Host web-gw\n HostName 10.0.0.1\n`);
+      const host = await resolveHost("web");
+      expect(host.keys.map((one) => one.label)).toEqual([key]);
+      expect(host.agent).toBe(join(folder, "agent"));
+      expect(host.trust).toMatchObject({ knownHosts: ["by alias\n"] });
+      expect(host.jumps).toMatchObject([{ address: "10.0.0.1", user: "ann" }]);
+    } finally {
+      delete process.env.LVM_NBD_TEST_FOLDER;
+    }
+  });
+
+  const unset = `\${LVM_NBD_NOT_SET}`;
+  test.each([
+    ["IdentityFile", `${unset}/key`, unset, /no variable that is set/],
+    ["IdentityFile", "/keys/%C", "%C", /no token that is known here/],
+    ["CertificateFile", `${unset}/key`, unset, /no variable that is set/],
+    ["RevokedHostKeys", "/keys/%C", "%C", /no token that is known here/],
+    ["ProxyJump", "%u-gw", "%u", /no token that is known here/],
+  ])("with %s %s is INVALID_INPUT, which names what is not known", async (option, value, found, words) => {
+    sshConfig(`Host web\n ${option} ${value}\n`);
+    const error = await failure(resolveHost("web"));
+    expect(error.code).toBe("INVALID_INPUT");
+    expect(error.message).toContain(found);
+    expect(error.message).toMatch(words);
+  });
+
   test("tells which keys an agent is to be asked for, of files that cannot be read without it too", async () => {
     sshConfig(`Host web\n IdentityFile ${encrypted}\n IdentitiesOnly yes\n ConnectTimeout 7\n`);
     const publicKey = readFileSync(`${encrypted}.pub`, "utf8").split(" ")[1];
