@@ -1,6 +1,6 @@
 /** One SSH connection to one host, with many commands at once over it. */
 import { getCiphers, randomUUID } from "node:crypto";
-import { connect, createServer, type Socket } from "node:net";
+import { connect, createServer, isIP, type Socket } from "node:net";
 import { constants } from "node:os";
 import type { Duplex } from "node:stream";
 import {
@@ -163,7 +163,10 @@ export class Connection {
     return last;
   }
 
-  /** Dials and logs in. A key that is not known by itself ends that, and only a certificate of that very key begins it anew. */
+  /**
+   * Dials and logs in. A key that is not known by itself ends that, and only a certificate of that very key begins it anew, at the same
+   * address: a name may have several machines behind it, each with a key of its own. Behind a jump it is that which resolves the name.
+   */
   private static async reach(
     declared: ResolvedHost,
     name: string,
@@ -171,12 +174,15 @@ export class Connection {
     timing: Timing,
   ): Promise<Connection> {
     const host = await withoutRevoked(declared);
-    let address = host.address;
+    let { address } = host;
     const dial = async (hop: ResolvedHost) => {
-      const socket = before === undefined ? await openSocket(hop, timing) : before.socket;
-      if (before === undefined) address = socket.remoteAddress ?? address;
+      const socket = before === undefined ? await openSocket({ ...hop, address }, timing) : before.socket;
+      // What is an address already may name its interface, too.
+      if (before === undefined && isIP(address) === 0) address = socket.remoteAddress ?? address;
       const stream: Duplex = before === undefined ? socket : await before.forward(hop);
-      return logIn(hop, name, stream, timing, (client) => new Connection(hop, client, socket, timing));
+      // What is run there is ended there, too: see `kill`.
+      const reached = { ...hop, address };
+      return logIn(hop, name, stream, timing, (client) => new Connection(reached, client, socket, timing));
     };
     const scan: Scan = (types) =>
       before === undefined

@@ -1,7 +1,8 @@
 import { randomUUID } from "node:crypto";
+import dns from "node:dns";
 import { copyFileSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { type Certificate, parseCertificate } from "../../provider/ssh/certificates.js";
 import {
   certificateProblem,
@@ -214,7 +215,9 @@ describe("a real server with a certificate", () => {
   const pool = createHostPool();
   beforeAll(async () => {
     [sshd, jump, two] = await Promise.all([
-      startSshd({ certificate: { authority: file("ca-ed25519"), options: ["-n", "127.0.0.1"] } }),
+      startSshd({
+        certificate: { authority: file("ca-ed25519"), options: ["-n", "127.0.0.1,two.example.com"] },
+      }),
       startSshd(),
       startSshd({
         certificate: { authority: file("ca-ed25519"), options: ["-n", "127.0.0.1"], type: "ecdsa" },
@@ -301,6 +304,23 @@ describe("a real server with a certificate", () => {
     ).toHaveLength(1);
     known(authority, `[127.0.0.1]:${sshd.port} ${line("other")}`);
     expect((await run(args)).stdout).toBe("here\n");
+  });
+
+  it("is let in where its name has another machine behind it the next time", async () => {
+    const addresses = ["127.0.0.1", "127.0.0.2"];
+    vi.spyOn(dns, "lookup").mockImplementation(((
+      _name: string,
+      _options: object,
+      answer: (error: null, found: { address: string; family: number }[]) => void,
+    ) => answer(null, [{ address: addresses.shift() ?? "", family: 4 }])) as typeof dns.lookup);
+    try {
+      const args = to("ca-ed25519", { address: "two.example.com" });
+      writeFileSync(file("known-ca-ed25519"), `@cert-authority two.example.com ${line("ca-ed25519")}\n`);
+      expect((await run(args)).stdout).toBe("here\n");
+      expect(addresses).toEqual(["127.0.0.2"]);
+    } finally {
+      vi.restoreAllMocks();
+    }
   });
 
   /** The alias `there`, whose known_hosts is the file `known`. */
