@@ -32,6 +32,8 @@ export const errorCodes = {
     "A command printed more than can be right and was stopped. Run it by hand on the host to see why.",
   CANCELLED:
     "The operation was cancelled; the remote command was stopped. The next `pulumi up` goes on from there.",
+  OPERATION_TIMED_OUT:
+    "The time that `customTimeouts` gives the operation has passed; the remote command was stopped. Give it more and run again: it goes on from what is there.",
   LVM_LOCKED: "Another LVM command holds the volume group's lock. Run again when it has finished.",
   PROGRAM_MISSING:
     "A program the operation needs is not installed on the host; the message names its package. Install it, or let a HostSetup do so, and run again.",

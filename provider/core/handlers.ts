@@ -4,10 +4,12 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { hostAddress, hostName, validateHostArgs } from "../ssh/config.js";
+import { hostAddress, hostName, hostOfName, validateHostArgs } from "../ssh/config.js";
 import type { Host, HostArgs } from "../ssh/types.js";
 import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
-import { converge, PartialSuccess, refresh, remove } from "./reconciler.js";
+import { type Claimant, declareInstead, ownerOf } from "./owner.js";
+import { PartialFailure } from "./partialFailure.js";
+import { converge, find, foresee, PartialSuccess, refresh, remove } from "./reconciler.js";
 import type { AnyResourceType, Change, CommonInputs, Context, Problem } from "./resource.js";
 
 type Values = Readonly<Record<string, unknown>>;
@@ -25,6 +27,8 @@ export interface Environment {
 export interface CheckResult {
   /** The inputs with defaults; what is unknown is left out. */
   readonly inputs: Values;
+  /** Outputs that follow from them. */
+  readonly predicted: Values;
   readonly problems: readonly Problem[];
 }
 
@@ -33,28 +37,44 @@ export interface DiffResult {
   readonly deleteBeforeReplace: boolean;
 }
 
+export interface PreviewResult {
+  /** The state as far as it is known. */
+  readonly state: Values;
+  /** Outputs that are only known later. */
+  readonly unknown: readonly string[];
+}
+
+/** What an id alone leads to. */
+export interface Found {
+  readonly id: string;
+  /** What to declare, those of their default left out. */
+  readonly inputs: Values;
+  readonly state: Values;
+}
+
+/** Who reads by an id alone. */
+export interface Finder extends Claimant {
+  /** How to reach the host, where the id does not tell it all. */
+  readonly host: unknown;
+  /** Whether it is only read, whoever owns it, and not taken into the state to be managed. */
+  readonly readsOnly: boolean;
+}
+
 /** The handlers of one resource type. */
 export interface Handlers {
+  readonly nameInput: string | undefined;
   /** `unknown`: properties whose values are only known later; they are in neither `old` nor `wanted`. */
   check(old: Values | undefined, wanted: Values, unknown: ReadonlySet<string>): Promise<CheckResult>;
   diff(state: Values, wanted: Values, unknown: ReadonlySet<string>): Promise<DiffResult>;
+  /** What a create, or an update of `state`, would make. Looks at the host for a create of which all is known; changes nothing. */
+  preview(state: Values | undefined, wanted: Values, unknown: ReadonlySet<string>): Promise<PreviewResult>;
   create(wanted: Values): Promise<{ id: string; state: Values }>;
   /** `undefined`: positively gone. */
   read(state: Values): Promise<Values | undefined>;
+  /** Reads by the id alone. `undefined`: positively not there. */
+  find(id: string, finder: Finder): Promise<Found | undefined>;
   update(state: Values, wanted: Values): Promise<Values>;
   remove(state: Values): Promise<void>;
-}
-
-/** An operation that failed after it made something. Pulumi keeps `state`; the next `up` goes on from it. */
-export class PartialFailure extends Error {
-  constructor(
-    readonly id: string,
-    readonly state: Values,
-    override readonly cause: unknown,
-  ) {
-    super(cause instanceof Error ? cause.message : String(cause));
-    this.name = "PartialFailure";
-  }
 }
 
 export function createHandlers(type: AnyResourceType, environment: Environment): Handlers {
@@ -106,32 +126,56 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     });
   };
 
+  const changed = async (oldValues: Values, wanted: Values, unknown: ReadonlySet<string>) => {
+    const state = parse(oldValues, stateShape);
+    const changes = [...type.diff(state, wanted, unknown)];
+    if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
+    else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
+      const sameHost = await isSameHost(state.host, wanted.host as HostArgs);
+      if (!sameHost) type.refuseMove?.(state, wanted);
+      changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
+    }
+    if (wanted.adopt !== undefined && wanted.adopt !== state.adopt)
+      changes.push({ property: "adopt", effect: "connection" });
+    return { state, changes };
+  };
+
+  /** Outputs that an update does not change. */
+  const staying = async (
+    oldValues: Values | undefined,
+    wanted: Values,
+    unknown: ReadonlySet<string>,
+  ): Promise<Values> => {
+    if (oldValues === undefined) return {};
+    const { state, changes } = await changed(oldValues, wanted, unknown);
+    const outputs = picked(state, type.outputs.shape);
+    if (areOfConnection(changes)) return outputs;
+    const lasting = new Set(type.lasting?.(state, new Set(changes.map(({ property }) => property))));
+    return Object.fromEntries(Object.entries(outputs).filter(([key]) => lasting.has(key)));
+  };
+
+  /** Inputs that are known as far as an id tells them. */
+  const placed = (values: Values): CommonInputs => parse(values, type.inputs.partial());
+
   return {
+    nameInput: type.nameInput,
+
     async check(old, wanted, unknown) {
       const shape = Object.fromEntries(
         Object.entries(type.inputs.shape).filter(([key]) => !unknown.has(key)),
       );
       const parsed = z.strictObject(shape).safeParse(wanted);
-      if (!parsed.success) return { inputs: wanted, problems: problemsOf(parsed.error.issues, wanted) };
+      if (!parsed.success)
+        return { inputs: wanted, predicted: {}, problems: problemsOf(parsed.error.issues, wanted) };
       const inputs = defined(parsed.data);
       const problems = [...type.validate(inputs, old, unknown)];
       if (!unknown.has("host"))
         problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host)));
-      // Pulumi takes the inputs for the outputs of a preview: what can be known of them already is put there.
-      return { inputs: { ...inputs, ...type.predict(inputs, unknown) }, problems };
+      return { inputs, predicted: type.predict(inputs, unknown), problems };
     },
 
     async diff(oldValues, wanted, unknown) {
-      const state = parse(oldValues, stateShape);
-      const changes = [...type.diff(state, wanted, unknown)];
-      if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
-      else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
-        const sameHost = await isSameHost(state.host, wanted.host as HostArgs);
-        if (!sameHost) type.refuseMove?.(state, wanted);
-        changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
-      }
-      if (wanted.adopt !== undefined && wanted.adopt !== state.adopt)
-        changes.push({ property: "adopt", effect: "connection" });
+      const { state, changes } = await changed(oldValues, wanted, unknown);
       // Also for another host: if it is the same machine under another name, a create first would take over what
       // is there, and the delete after it would remove just that.
       const deleteBeforeReplace = type.collides(state, wanted);
@@ -143,6 +187,17 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
         await attempt(inputs, (opened) => suitable(opened, inputs));
       }
       return { changes, deleteBeforeReplace };
+    },
+
+    async preview(oldValues, wanted, unknown) {
+      const predicted = type.predict(wanted, unknown);
+      const known = { ...(await staying(oldValues, wanted, unknown)), ...wanted, ...predicted };
+      const outputs = Object.keys(type.outputs.shape).filter((key) => !(key in known) && !unknown.has(key));
+      if (oldValues === undefined && unknown.size === 0) {
+        const inputs = parse(wanted, type.inputs);
+        await attempt(inputs, (opened) => foresee(type, opened, inputs));
+      }
+      return { state: known, unknown: outputs };
     },
 
     async create(values) {
@@ -157,11 +212,37 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       return seen === undefined ? undefined : harmless(defined(seen), state);
     },
 
+    async find(id, finder) {
+      const { byId } = type;
+      if (byId === undefined) {
+        const message = `a ${type.type} cannot be read by its id alone`;
+        throw new LvmNbdError("INVALID_INPUT", { message, property: "id", advice: declareInstead });
+      }
+      const at = id.indexOf("/");
+      const place = at < 1 ? undefined : byId.place(id.slice(at + 1));
+      if (place === undefined) {
+        const message = `"${id}" is no id of a ${type.type}: that is HOST/${byId.form}`;
+        throw new LvmNbdError("INVALID_INPUT", { message, property: "id" });
+      }
+      const { organization = "", project, stack, name } = finder;
+      const owner = ownerOf(organization, project, stack, name);
+      const host = finder.host ?? hostOfName(id.slice(0, at));
+      const looked = placed({ host, owner, ...place });
+      const found = await attempt(looked, (opened) =>
+        find(type, opened, looked, finder.readsOnly ? undefined : finder),
+      );
+      if (found === undefined) return undefined;
+      const wanted = parse(defined({ host, ...found.declared }), type.inputs);
+      const state = harmless(defined(type.toState(wanted, found.seen)), wanted);
+      const inputs = defined(declaredBeside(type.inputs.partial().parse({}), wanted));
+      return { id: type.id(wanted, hostName(wanted.host)), inputs, state };
+    },
+
     async update(oldValues, values) {
       const state = parse(oldValues, stateShape);
       const wanted = parse(values, type.inputs);
       const { changes } = await this.diff(oldValues, values, new Set());
-      if (changes.length > 0 && changes.every(({ effect }) => effect === "connection")) {
+      if (areOfConnection(changes)) {
         // What was seen stays; what was declared and no longer is does not.
         return defined({ ...picked(state, type.outputs.shape), ...wanted });
       }
@@ -174,6 +255,11 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       await attempt(state, (opened) => remove(type, opened, state));
     },
   };
+}
+
+/** Only Pulumi's side is concerned: nothing runs. */
+function areOfConnection(changes: readonly Change[]): boolean {
+  return changes.length > 0 && changes.every(({ effect }) => effect === "connection");
 }
 
 async function hostProblems(host: HostArgs): Promise<Problem[]> {
@@ -200,6 +286,13 @@ function named(error: unknown, resource: string): unknown {
 
 function picked(values: object, shape: object): Values {
   return Object.fromEntries(Object.entries(values).filter(([key]) => key in shape));
+}
+
+/** What has another value than its default. */
+function declaredBeside(defaults: object, values: object): Values {
+  return Object.fromEntries(
+    Object.entries(values).filter(([key, value]) => !isDeepStrictEqual(value, Reflect.get(defaults, key))),
+  );
 }
 
 /** Pulumi's states hold no `undefined`. */

@@ -22,6 +22,39 @@ export function ownerMark(owner: string): string {
   return owner.startsWith(ownerTag) ? owner : ownerTag + ownerInTag(owner);
 }
 
+/** Who a resource is, as its URN tells it: that names no organisation. */
+export interface Claimant {
+  /** Where it is known. */
+  readonly organization: string | undefined;
+  readonly project: string;
+  readonly stack: string;
+  readonly name: string;
+}
+
+/** Why nothing can be marked, where no program tells the organisation. */
+export const organizationMissing =
+  "the organisation is not known, which is part of the mark by which no stack takes what another made, and Pulumi tells it to " +
+  "programs alone: say it once for the stack, `pulumi config set lvm-nbd:organization NAME` (with a backend of one's own it is `organization`)";
+
+/** What to do about a thing of which an id alone does not tell enough. */
+export const declareInstead =
+  "Declare it with all its properties and run `pulumi up`: what carries its mark is found and kept.";
+
+/** The organisation of an owner; `undefined` for a mark as it was seen, which may be shortened. */
+export function organizationOf(owner: string): string | undefined {
+  return owner.startsWith(ownerTag) ? undefined : owner.split("/")[0];
+}
+
+/** The claimant as the owner that the mark names; `undefined` if that is another. */
+export function ownerByMark(
+  mark: string,
+  { organization, project, stack, name }: Claimant,
+): string | undefined {
+  const named = organization ?? organizationOf(ownerOfMark(mark));
+  const owner = named === undefined ? undefined : ownerOf(named, project, stack, name);
+  return owner !== undefined && ownerMark(owner) === mark ? owner : undefined;
+}
+
 /** An owner as part of a tag. Characters a tag may not hold are written `#XX` (UTF-8 bytes in hex). */
 export function ownerInTag(owner: string): string {
   const encoded = [...Buffer.from(owner, "utf8")]

@@ -5,8 +5,9 @@
  * somebody else's is refused with its owner named. After a lost link nothing is repeated blindly: the host
  * is looked at again and the work goes on from what is there.
  */
+import { refusal } from "./command.js";
 import { firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
-import { ownerMark, ownerOfMark } from "./owner.js";
+import { type Claimant, organizationMissing, ownerByMark, ownerMark, ownerOfMark } from "./owner.js";
 import {
   type AnyResourceType,
   ChangedMeanwhile,
@@ -134,6 +135,62 @@ async function leftBehind(
     context.warn(`what the failed operation left could not be looked at: ${firstLine(error)}`);
     return undefined;
   }
+}
+
+/**
+ * For a preview: looks at what a create would find, changes nothing, and tells as a warning what it would refuse now, or that it
+ * cannot be told. Not as an error: another resource of the same program may put it right before.
+ */
+export async function foresee(type: AnyResourceType, context: Context, wanted: CommonInputs): Promise<void> {
+  try {
+    const before = await type.observe(context, wanted);
+    if (before !== undefined) refuseForeign(type, context, before, wanted, undefined);
+    else await (type.foresee ?? type.suitable)?.(context, wanted);
+  } catch (error) {
+    if (!isLvmNbdError(error) || isLvmNbdError(error, "CANCELLED")) throw error;
+    const known = !isLvmNbdError(error, ...unseen);
+    context.warn(
+      `${known ? "as its host is now, this would be refused" : "whether this can be made could not be told"}: ${firstLine(error)}`,
+    );
+  }
+}
+
+/** Codes of a look that tells nothing of what was looked for. */
+const unseen = [
+  ...(["HOST_UNKNOWN", "HOST_UNREACHABLE", "HOST_KEY_UNKNOWN", "HOST_KEY_MISMATCH", "AUTH_FAILED"] as const),
+  ...(["KEY_UNREADABLE", "SUDO_DENIED", "LINK_LOST", "COMMAND_FAILED", "COMMAND_TIMED_OUT"] as const),
+  ...(["OUTPUT_UNREADABLE", "OUTPUT_TOO_LARGE", "LVM_LOCKED"] as const),
+];
+
+/**
+ * Reads what is at a place, for who asks for it by its id alone. `undefined`: positively not there. `claimant`: who takes it into
+ * its state, of which nothing of another's is; `undefined`: somebody who only reads it.
+ */
+export async function find(
+  type: AnyResourceType,
+  context: Context,
+  place: CommonInputs,
+  claimant: Claimant | undefined,
+): Promise<
+  { readonly declared: Readonly<Record<string, unknown>>; readonly seen: CommonObservation } | undefined
+> {
+  const seen = await type.observe(context, place);
+  if (seen === undefined || seen.halfMade || type.byId === undefined) return undefined;
+  const { mark } = seen;
+  const owner =
+    claimant === undefined ? mark : mark === undefined ? place.owner : ownerByMark(mark, claimant);
+  if (owner === undefined && mark !== undefined) {
+    throw new LvmNbdError("FOREIGN_RESOURCE", {
+      message: `${seen.what ?? type.id(place, context.host.name)} belongs to ${ownerOfMark(mark)}`,
+      host: context.host.name,
+      resource: context.resource,
+      advice: "Import it under that name into that stack; nothing of another's is taken over.",
+    });
+  }
+  if (mark === undefined && claimant !== undefined && claimant.organization === undefined)
+    throw refusal(context, "INVALID_INPUT", organizationMissing);
+  const declared = await type.byId.declared(context, seen);
+  return { declared: { ...declared, owner: owner ?? place.owner }, seen };
 }
 
 /** Observes for a refresh. `undefined`: positively gone, or something that is not ours has taken its place. */

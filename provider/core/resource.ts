@@ -68,6 +68,16 @@ export class ChangedMeanwhile extends Error {
   }
 }
 
+/** How a thing is found by its id alone, as an import does, and declared so that nothing is to change. */
+export interface ById<Inputs, Observed> {
+  /** The form of the id behind the host, for messages, e.g. `VOLUMEGROUP/NAME`. */
+  readonly form: string;
+  /** What that part of an id tells; `undefined` if it is not of the form. */
+  place(path: string): Readonly<Record<string, unknown>> | undefined;
+  /** Declared properties as they are seen. Looks only. Raises INVALID_INPUT for what no look can tell. */
+  declared(context: Context, seen: Observed): Promise<Partial<Inputs>>;
+}
+
 /** Outputs that only the work itself can tell, and no look at the thing; they stay in the state until the next work. */
 // biome-ignore lint/suspicious/noConfusingVoidType: most have nothing to tell
 export type Told<State> = Partial<State> | void;
@@ -131,6 +141,12 @@ export interface ResourceType<
    * there is one.
    */
   converge(context: Context, wanted: Inputs, observed: Observed, old?: State): Promise<Told<State>>;
+  /** For a preview: refuses, by looking only, what `create` would refuse of a host as it is now. Default: `suitable`. */
+  foresee?(context: Context, wanted: Inputs): Promise<void>;
+  /** Outputs that an update in place of these properties leaves as they are, so that a preview knows them. */
+  lasting?(state: State, changed: ReadonlySet<string>): readonly (keyof State & string)[];
+  /** Reading by the id alone, where that is enough. */
+  readonly byId?: ById<Inputs, Observed>;
   /** True if the thing was made for another declaration than this one, and is to be made anew for it. */
   isStale?(observed: Observed, wanted: Inputs): boolean;
   /** True if the thing has become another resource's since the state was saved: it is not removed with this one. */

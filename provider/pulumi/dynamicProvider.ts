@@ -6,7 +6,8 @@
  */
 import type * as pulumi from "@pulumi/pulumi";
 import { isLvmNbdError } from "../core/errors.js";
-import { type Handlers, PartialFailure } from "../core/handlers.js";
+import type { Handlers } from "../core/handlers.js";
+import { PartialFailure } from "../core/partialFailure.js";
 import { unknownProperties, withoutProperties } from "./unknowns.js";
 
 type Bag = Record<string, unknown>;
@@ -18,10 +19,13 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
     async check(olds: Bag, news: Bag) {
       const unknown = unknownProperties(news);
       const old = Object.keys(olds).length === 0 ? undefined : known(olds, unknown);
-      const { inputs, problems } = await plainly(handlers.check(old, known(news, unknown), unknown));
+      const { inputs, predicted, problems } = await plainly(
+        handlers.check(old, known(news, unknown), unknown),
+      );
       const later = Object.fromEntries(Object.entries(news).filter(([key]) => unknown.has(key)));
       return {
-        inputs: { ...inputs, ...later, [providerKey]: news[providerKey] },
+        // Pulumi takes the inputs for the outputs of a preview: what can be known of them already is put there.
+        inputs: { ...inputs, ...predicted, ...later, [providerKey]: news[providerKey] },
         // Of a property that is named the engine prints the value, secret or not.
         failures: problems.map(({ property, reason }) => ({
           property: "",

@@ -3,7 +3,7 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, refusal, succeed } from "../core/command.js";
+import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, readableBy, refusing, replaces, triggersInput } from "../core/inputs.js";
@@ -58,6 +58,7 @@ import {
   holdersOf,
   listed,
   named,
+  observeSeconds,
   pathOf,
   refuseHalfWritten,
   refuseOtherGroup,
@@ -914,6 +915,46 @@ function shrinkingReason(old: string | number | undefined, wanted: string | numb
   );
 }
 
+/** Also that the group has room for the store, which LVM makes no larger than it can ever need. */
+async function foresee(context: Context, wanted: Inputs): Promise<void> {
+  const origin = await suitableOrigin(context, wanted);
+  if (wanted.size === undefined) return;
+  const most = storeNeed(origin.sizeBytes, chunkSizeBytes(wanted.chunkSize) ?? 64 * KiB);
+  const bytes = Math.min(sizeInBytes(parseSize(wanted.size), origin.sizeBytes) ?? most, most);
+  if (bytes <= origin.volumeGroupFreeBytes) return;
+  throw refusal(
+    context,
+    "NO_SPACE",
+    `size: the snapshot needs ${bytes} bytes, and ${wanted.volumeGroup} has ${origin.volumeGroupFreeBytes} free`,
+  );
+}
+
+/** The chunk of a COW store, in bytes; a line for each of its segments. Arguments: group, name. */
+const chunkSizeScript = hostScript(
+  "snapshot-chunk-size",
+  "observe",
+  'lvs --noheadings --units b --nosuffix -o chunk_size "$1/$2"',
+  ["name", "name"],
+);
+
+async function declared(context: Context, { lv }: Observed): Promise<Partial<Inputs>> {
+  const { volumeGroup, name, origin, readOnly } = lv;
+  if ((lv.kind !== "cow" && lv.kind !== "thin") || origin === undefined)
+    throw refusal(context, "INVALID_INPUT", `${pathOf(lv)} is not a snapshot, or of nothing that is there`);
+  const both = { volumeGroup, name, origin, readOnly, tags: userTags(lv.tags) };
+  if (lv.kind === "thin") return both;
+  const command: RemoteCommand = {
+    argv: script(chunkSizeScript, volumeGroup, name),
+    ...({ kind: "read", deadlineSeconds: observeSeconds } as const),
+  };
+  const what = `the chunk size of ${pathOf(lv)} could not be read`;
+  const result = await succeed(context, command, what, ({ stderr }) => lvmFailure(stderr));
+  const chunk = parseOutput(context, command, result, (stdout) =>
+    z.coerce.number().int().positive().parse(stdout.trim().split(/\s+/)[0]),
+  );
+  return { ...both, size: lv.sizeBytes, chunkSize: chunk };
+}
+
 /** The resource as the reconciler sees it. */
 export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   type: "LvSnapshot",
@@ -945,6 +986,17 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
   collides: (state, wanted) => state.name === wanted.name,
   async suitable(context, wanted) {
     await suitableOrigin(context, wanted);
+  },
+  foresee,
+  // An overflowed or unfinished one is taken anew.
+  lasting: ({ state }) => (state === "valid" ? ["uuid", "originUuid", "originSizeBytes", "createdAt"] : []),
+  byId: {
+    form: "VOLUMEGROUP/NAME",
+    place(path) {
+      const [volumeGroup, name, ...more] = path.split("/");
+      return volumeGroup && name && more.length === 0 ? { volumeGroup, name } : undefined;
+    },
+    declared,
   },
   create,
   converge,

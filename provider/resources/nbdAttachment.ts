@@ -3,12 +3,12 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { failure, parseOutput, succeed } from "../core/command.js";
+import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, plainName, readableBy, refusing, replaces, secret } from "../core/inputs.js";
-import { ownerMark } from "../core/owner.js";
+import { declareInstead, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import {
@@ -42,7 +42,15 @@ import { unitNameProblem } from "../linux/unitName.js";
 import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
 import { asking, clientTlsInput, tlsProblems, tlsRecordShape } from "./tls.js";
-import { enable, lookAtUnit, readPlan, unitDrift, withCertificates, writtenMeanwhile } from "./unit.js";
+import {
+  enable,
+  isName,
+  lookAtUnit,
+  readPlan,
+  unitDrift,
+  withCertificates,
+  writtenMeanwhile,
+} from "./unit.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -716,6 +724,18 @@ function validate(
   return [...problems, ...tlsProblems(wanted.uri, wanted.tls, unknown)];
 }
 
+/** To what it is attached and how, as the unit's record has it. */
+async function declared(context: Context, { plan }: Observed): Promise<Partial<Inputs>> {
+  if (plan === undefined)
+    throw refusal(context, "INVALID_INPUT", "its unit has no record of what is attached");
+  if (plan.tls !== undefined) {
+    const message = "tls: it has certificates, which are not read back from the host";
+    throw refusal(context, "INVALID_INPUT", message, declareInstead);
+  }
+  const { name, readOnly, connections, timeoutSeconds, blockSize } = plan;
+  return { name, uri: nbdUri(endpointOf(plan)), readOnly, connections, timeoutSeconds, blockSize };
+}
+
 /** The resource as the reconciler sees it. */
 export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   type: "NbdAttachment",
@@ -752,6 +772,9 @@ export const nbdAttachment: ResourceType<Inputs, State, Observed> = {
   diff,
   collides: (state, wanted) =>
     state.name === wanted.name || (wanted.device !== undefined && wanted.device === state.device),
+  lasting: ({ state }, changed) =>
+    state === "attached" && !changed.has("device") ? ["device", "sizeBytes"] : [],
+  byId: { form: "NAME", place: (path) => (isName(path) ? { name: path } : undefined), declared },
   create: (context, wanted) => attach(context, wanted, undefined, undefined),
   converge,
   async remove(context, state, seen) {

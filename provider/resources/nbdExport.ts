@@ -5,12 +5,12 @@ import { isIP } from "node:net";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { makeCertificates } from "../core/certificateAuthority.js";
-import { failure, parseOutput, succeed } from "../core/command.js";
+import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, refusing, replaces, secret, triggersInput } from "../core/inputs.js";
-import { digest, ownerMark } from "../core/owner.js";
+import { declareInstead, digest, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { writingAmong } from "../core/restoreMark.js";
 import { clientProblem, isAnyAddress, isLoopback } from "../linux/addresses.js";
@@ -75,7 +75,15 @@ import {
 } from "./clientsProof.js";
 import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
-import { enable, lookAtUnit, readPlan, unitDrift, withCertificates, writtenMeanwhile } from "./unit.js";
+import {
+  enable,
+  isName,
+  lookAtUnit,
+  readPlan,
+  unitDrift,
+  withCertificates,
+  writtenMeanwhile,
+} from "./unit.js";
 import { writtenBy } from "./volumes.js";
 
 const deviceInput = z
@@ -1096,6 +1104,19 @@ function renewal({ tls }: State): string {
     : "give new ones";
 }
 
+/** What is served and how, as the unit's record has it. */
+async function declared(context: Context, { plan }: Observed): Promise<Partial<Inputs>> {
+  if (plan === undefined) throw refusal(context, "INVALID_INPUT", "its unit has no record of what it serves");
+  if (plan.tls !== undefined && plan.tls.made === undefined) {
+    const message = "tls: its certificates were given, and are not read back from the host";
+    throw refusal(context, "INVALID_INPUT", message, declareInstead);
+  }
+  const { exportName, listenAddress, port, readOnly, clients, server, tls } = plan;
+  const served = "file" in plan ? { file: plan.file, format: plan.format } : { device: plan.device };
+  const secured = tls === undefined ? {} : { tls: true };
+  return { ...served, exportName, listenAddress, port, readOnly, clients: [...clients], server, ...secured };
+}
+
 /** The resource as the reconciler sees it. */
 export const nbdExport: ResourceType<Inputs, State, Observed> = {
   type: "NbdExport",
@@ -1133,6 +1154,13 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,
   toState,
   diff,
+  // What it is to serve need not be there yet.
+  foresee: requireServing,
+  lasting: (_state, changed) =>
+    ["tls", "triggers", "listenAddress", "state"].some((property) => changed.has(property))
+      ? ["sizeBytes"]
+      : ["sizeBytes", "clientTls", "certificatesExpireAt"],
+  byId: { form: "EXPORTNAME", place: (path) => (isName(path) ? { exportName: path } : undefined), declared },
   // Two exports cannot listen on one port either.
   collides: (state, wanted) => state.exportName === wanted.exportName || state.port === wanted.port,
   create,

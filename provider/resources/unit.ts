@@ -44,6 +44,11 @@ export function readPlan<Plan>(unitText: string, shape: z.ZodType<Plan>): Plan |
   return shape.safeParse(value).data;
 }
 
+/** True for a name as it stands behind the host in an id. */
+export function isName(path: string): boolean {
+  return path !== "" && !path.includes("/");
+}
+
 /** For a script that ended with `changedMeanwhile`. */
 export function writtenMeanwhile(
   context: Context,

@@ -61,6 +61,13 @@ export function hostName(args: HostArgs): string {
     : `${isIP(args.address) === 6 ? `[${args.address}]` : args.address}:${port}`;
 }
 
+/** The host of that `hostName`, as far as it tells. */
+export function hostOfName(name: string): HostArgs {
+  const [, bracketed, plain, port] = /^(?:\[(.+)\]|([^:]+)):(\d+)$/.exec(name) ?? [];
+  const address = bracketed ?? plain;
+  return address === undefined ? name : { address, port: Number(port) };
+}
+
 /**
  * `address:port`, to see whether two declarations mean the same machine. Jumps do not count: another way to an
  * address is far more often a new way than another machine, and taking it for another machine would remove

@@ -1,8 +1,9 @@
 import { describe, expect, it } from "vitest";
 import { z } from "zod";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { createHandlers, PartialFailure } from "../../provider/core/handlers.js";
+import { createHandlers } from "../../provider/core/handlers.js";
 import { ownerMark } from "../../provider/core/owner.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType, resourceTypes } from "../../provider/core/registry.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";

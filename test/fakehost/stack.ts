@@ -1,10 +1,6 @@
 /** As much of Pulumi's engine as decides what the handlers are asked, in what order, and what is kept. */
-import {
-  createHandlers,
-  type Environment,
-  type Handlers,
-  PartialFailure,
-} from "../../provider/core/handlers.js";
+import { createHandlers, type Environment, type Handlers } from "../../provider/core/handlers.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import type { Change } from "../../provider/core/resource.js";
 import { createHostPool } from "../../provider/ssh/pool.js";

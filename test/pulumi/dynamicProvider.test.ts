@@ -1,6 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import type { Handlers } from "../../provider/core/handlers.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { toDynamicProvider } from "../../provider/pulumi/dynamicProvider.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
 
@@ -10,13 +11,22 @@ const bag = { host: "server1", __provider: "code" };
 function recorder(overrides: Partial<Handlers> = {}) {
   const calls: unknown[][] = [];
   const handlers: Handlers = {
+    nameInput: undefined,
     async check(old, wanted, unknown) {
       calls.push(["check", old, wanted, [...unknown]]);
-      return { inputs: { ...wanted, added: 1 }, problems: [] };
+      return { inputs: { ...wanted, added: 1 }, predicted: { path: "/dev/x" }, problems: [] };
     },
     async diff(state, wanted, unknown) {
       calls.push(["diff", state, wanted, [...unknown]]);
       return { changes: [], deleteBeforeReplace: true };
+    },
+    async preview(state, wanted, unknown) {
+      calls.push(["preview", state, wanted, [...unknown]]);
+      return { state: wanted, unknown: ["uuid"] };
+    },
+    async find(id, finder) {
+      calls.push(["find", id, finder]);
+      return undefined;
     },
     async create(wanted) {
       calls.push(["create", wanted]);
@@ -63,12 +73,16 @@ describe("check", () => {
     expect(calls).toEqual([
       ["check", undefined, { host: "server1", port: 1 }, ["device", "clients", "deep"]],
     ]);
-    expect(inputs).toEqual({ ...news, added: 1 });
+    expect(inputs).toEqual({ ...news, added: 1, path: "/dev/x" });
   });
 
   it("names a problem's property in the text alone: of one that is named the engine prints the value, were it a key", async () => {
     const { method } = recorder({
-      check: async () => ({ inputs: {}, problems: [{ property: "size", reason: "is required" }] }),
+      check: async () => ({
+        inputs: {},
+        predicted: {},
+        problems: [{ property: "size", reason: "is required" }],
+      }),
     });
     expect((await method("check")({}, bag)).failures).toEqual([
       { property: "", reason: "size: is required" },

@@ -12,7 +12,8 @@ import {
 import { dirname } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { asideOf } from "../../provider/linux/copiedVolume.js";
 import { CopyHost } from "../support/copyHost.js";

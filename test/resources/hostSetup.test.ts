@@ -1,6 +1,6 @@
 import { chmodSync, mkdirSync, symlinkSync } from "node:fs";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
-import { PartialFailure } from "../../provider/core/handlers.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { SetupHost } from "../support/setupHost.js";
 

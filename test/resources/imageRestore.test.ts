@@ -6,8 +6,9 @@ import { existsSync, mkdirSync, readFileSync, rmSync, statSync, utimesSync, writ
 import { dirname, join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
 import { ownerInTag, ownerMark } from "../../provider/core/owner.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { restoreGeneration, restoreMarksAmong, restoreTagOf } from "../../provider/core/restoreMark.js";
 import { restoreJob, unfollowedMinutes } from "../../provider/linux/imageRestore.js";

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { PartialFailure } from "../../provider/core/handlers.js";
 import { generationMark, ownerMark } from "../../provider/core/owner.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { restoreTagOf } from "../../provider/core/restoreMark.js";
 import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
@@ -122,19 +122,10 @@ describe("bad input is refused before any host is asked", () => {
   });
 
   it("nothing of it holds for good input, and defaults are filled in", async () => {
-    const { inputs, problems: found } = await handlersOn("LvSnapshot", untouchedHost()).check(
-      undefined,
-      declared,
-      none,
-    );
-    expect(found).toEqual([]);
-    expect(inputs).toMatchObject({
-      readOnly: true,
-      chunkSize: 65536,
-      triggers: [],
-      adopt: false,
-      path: "/dev/VgVm/vm1-snap",
-    });
+    const checked = await handlersOn("LvSnapshot", untouchedHost()).check(undefined, declared, none);
+    expect(checked.problems).toEqual([]);
+    expect(checked.inputs).toMatchObject({ readOnly: true, chunkSize: 65536, triggers: [], adopt: false });
+    expect(checked.predicted).toEqual({ path: "/dev/VgVm/vm1-snap" });
   });
 
   it("what is not known yet is not judged", async () => {
@@ -1056,5 +1047,151 @@ describe("quiesce", () => {
       state: expect.objectContaining({ uuid: expect.any(String) }),
     });
     expect(asked.changes[0]?.graceSeconds).toBeGreaterThan(14);
+  });
+});
+
+describe("read by its id alone", () => {
+  const finder = {
+    organization: "o",
+    project: "p",
+    stack: "s",
+    name: "vm1",
+    host: undefined,
+    readsOnly: false,
+  };
+  const hostOf = (state: "valid" | "thin" | "empty", edit: (report: string) => string = (report) => report) =>
+    fakeHost(({ argv }) => {
+      if (argv.join().includes("chunk_size")) return "  4096\n  4096\n";
+      return argv[0] === "vgs" ? "  VgVm\n" : edit(recordedLvs(state));
+    });
+
+  it.each([
+    ["a COW one", "valid", "vm1", { size: 16 * MiB, chunkSize: 4096, tags: ["mine"] }],
+    ["a thin one without a mark", "thin", "thin1", {}],
+  ] as const)(
+    "%s is declared as it is seen, so that nothing is to change",
+    async (_what, at, origin, more) => {
+      const asked = hostOf(at);
+      const handlers = handlersOn("LvSnapshot", asked);
+      const id = `192.0.2.1/VgVm/${origin}-snap`;
+      const found = await handlers.find(id, finder);
+      expect(found).toMatchObject({ id, state: { state: "valid" } });
+      expect(found?.inputs).toEqual({
+        ...{
+          host: "192.0.2.1",
+          owner: "o/p/s/vm1",
+          volumeGroup: "VgVm",
+          origin,
+          name: `${origin}-snap`,
+          ...more,
+        },
+      });
+      const { inputs, problems: left } = await handlers.check(undefined, found?.inputs ?? {}, none);
+      expect(left).toEqual([]);
+      expect((await handlers.diff(found?.state ?? {}, inputs, none)).changes).toEqual([]);
+      expect(await handlers.read(found?.state ?? {})).toEqual(found?.state);
+      expect(asked.commands.filter(({ kind }) => kind === "change")).toEqual([]);
+    },
+  );
+
+  it.each([
+    [
+      "another form",
+      "192.0.2.1/vm1-snap",
+      /"192\.0\.2\.1\/vm1-snap" is no id of a LvSnapshot: that is HOST\/VOLUMEGROUP\/NAME/,
+    ],
+    ["a name that none can have", "192.0.2.1/VgVm/..", /INVALID_INPUT.*name: /s],
+    ["a volume that is no snapshot", "192.0.2.1/VgVm/vm1", /VgVm\/vm1 is not a snapshot/],
+  ])("of %s is refused", async (_what, id, message) => {
+    await expect(handlersOn("LvSnapshot", hostOf("valid")).find(id, finder)).rejects.toThrow(message);
+  });
+
+  it("of what is positively not there is nothing; of a host that cannot be reached it is an error", async () => {
+    expect(
+      await handlersOn("LvSnapshot", hostOf("empty")).find("192.0.2.1/VgVm/vm1-snap", finder),
+    ).toBeUndefined();
+    const failing = fakeHost(() => ({ exitCode: 5, stderr: "  Internal error" }));
+    await expect(handlersOn("LvSnapshot", failing).find("192.0.2.1/VgVm/vm1-snap", finder)).rejects.toThrow(
+      /COMMAND_FAILED/,
+    );
+  });
+
+  it("without a mark asks for the organisation where that is not known, and guesses none", async () => {
+    const unknown = { ...finder, organization: undefined };
+    await expect(
+      handlersOn("LvSnapshot", hostOf("thin")).find("192.0.2.1/VgVm/thin1-snap", unknown),
+    ).rejects.toThrow(/INVALID_INPUT.*lvm-nbd:organization/s);
+  });
+});
+
+describe("a preview", () => {
+  const warningsOf = async (
+    state: Parameters<typeof recordedLvs>[0],
+    change: object,
+    edit?: (report: string) => string,
+  ) => {
+    const asked = recordedHost(state, edit);
+    const handlers = handlersOn("LvSnapshot", asked);
+    const seen = await handlers.preview(undefined, { ...complete, ...change }, none);
+    expect(asked.changes).toEqual([]);
+    return { warnings: handlers.warnings, seen };
+  };
+
+  it("of a snapshot that can be taken knows its path, and warns of nothing", async () => {
+    const { warnings, seen } = await warningsOf("valid", { name: "vm1-other" });
+    expect(warnings).toEqual([]);
+    expect(seen.state.path).toBe("/dev/VgVm/vm1-other");
+    expect(seen.unknown).toEqual(
+      expect.arrayContaining(["uuid", "sizeBytes", "originUuid", "createdAt", "state"]),
+    );
+  });
+
+  it.each([
+    ["an origin that is not there", { name: "x", origin: "gone" }, /refused: ORIGIN_NOT_FOUND/],
+    [
+      "a store that the group has no room for",
+      { name: "x", size: "100%ORIGIN" },
+      /refused: NO_SPACE: .*1024 free/,
+    ],
+    [
+      "a name that is somebody's",
+      { owner: "o/p/s/other" },
+      /refused: FOREIGN_RESOURCE: .*belongs to o\/p\/s\/vm1/,
+    ],
+  ])("warns of %s", async (_what, change, message) => {
+    const full = (report: string) => report.replaceAll(/"vg_free":"\d+"/g, '"vg_free":"1024"');
+    const { warnings } = await warningsOf("valid", change, full);
+    expect(warnings).toEqual([expect.stringMatching(message)]);
+  });
+
+  it("says of a host that cannot be looked at that nothing is known", async () => {
+    const handlers = handlersOn(
+      "LvSnapshot",
+      fakeHost(() => ({ exitCode: 5, stderr: "  Internal error" })),
+    );
+    await handlers.preview(undefined, complete, none);
+    expect(handlers.warnings).toEqual([
+      expect.stringMatching(/whether this can be made could not be told: COMMAND_FAILED/),
+    ]);
+  });
+
+  it("asks no host while something is only known later", async () => {
+    const { origin: _, ...rest } = complete;
+    const seen = await handlersOn("LvSnapshot", untouchedHost()).preview(
+      undefined,
+      rest,
+      new Set(["origin"]),
+    );
+    expect(seen.state.path).toBe("/dev/VgVm/vm1-snap");
+  });
+
+  it("of an update keeps what identifies the snapshot, unless that is taken anew", async () => {
+    const handlers = handlersOn("LvSnapshot", untouchedHost());
+    const { kept } = await stateOf("valid");
+    const grown = await handlers.preview(kept, { ...complete, size: "32M" }, none);
+    expect(grown.state).toMatchObject({ uuid: kept.uuid, size: "32M", path: "/dev/VgVm/vm1-snap" });
+    expect(grown.unknown).toEqual(["sizeBytes", "usedPercent", "state"]);
+    const anew = await handlers.preview({ ...kept, state: "unfinished" }, complete, none);
+    expect(anew.unknown).toContain("uuid");
   });
 });

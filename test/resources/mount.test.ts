@@ -2,7 +2,7 @@ import { type ChildProcess, spawn } from "node:child_process";
 import { mkdirSync, rmSync, symlinkSync } from "node:fs";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { PartialFailure } from "../../provider/core/handlers.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { MountHost } from "../support/mountHost.js";
 import type { Kill } from "../support/shellHost.js";

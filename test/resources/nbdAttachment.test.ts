@@ -78,7 +78,8 @@ describe("bad input is refused before any host is asked", () => {
       new Set(["uri"]),
     );
     expect(checked.problems).toEqual([]);
-    expect(checked.inputs).toMatchObject({ path: "/dev/lvm-nbd/vm1", timeoutSeconds: 30 });
+    expect(checked.inputs).toMatchObject({ timeoutSeconds: 30 });
+    expect(checked.predicted).toEqual({ path: "/dev/lvm-nbd/vm1" });
   });
 });
 
@@ -587,4 +588,46 @@ describe("of an export with TLS", () => {
     ).rejects.toThrow(/NO_FREE_DEVICE/);
     expect(asked.changes.at(-1)?.argv.join("\n")).toContain('|| rm -rf "$2"');
   });
+});
+
+describe("read by its id alone", () => {
+  const finder = {
+    organization: "o",
+    project: "p",
+    stack: "s",
+    name: "vm1",
+    host: undefined,
+    readsOnly: false,
+  };
+
+  it("is declared as its unit has it, so that nothing is to change", async () => {
+    const asked = world({ unit: renderAttachUnit(plan) });
+    const handlers = handlersOn("NbdAttachment", asked);
+    const found = await handlers.find("[2001:db8::1]:2222/vm1", finder);
+    const at = { address: "2001:db8::1", port: 2222 };
+    expect(found).toEqual({
+      id: "[2001:db8::1]:2222/vm1",
+      inputs: { ...declared, host: at },
+      state: { ...state, host: at },
+    });
+    const checked = await handlers.check(undefined, found?.inputs ?? {}, none);
+    expect(checked.problems).toEqual([]);
+    expect((await handlers.diff(found?.state ?? {}, checked.inputs, none)).changes).toEqual([]);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("with certificates is refused: their key is not read back", async () => {
+    const unit = renderAttachUnit({ ...plan, tls: { digest: "0".repeat(64) } });
+    await expect(handlersOn("NbdAttachment", world({ unit })).find("server2/vm1", finder)).rejects.toThrow(
+      /INVALID_INPUT.*tls: /s,
+    );
+  });
+});
+
+it("a preview of an update knows the device, unless another is declared", async () => {
+  const handlers = handlersOn("NbdAttachment", untouchedHost());
+  const kept = await handlers.preview(state, { ...complete, connections: 2 }, none);
+  expect(kept.state).toMatchObject({ device: "/dev/nbd0", sizeBytes: 1048576, path: "/dev/lvm-nbd/vm1" });
+  const moved = await handlers.preview({ ...state, state: "detached" }, complete, none);
+  expect(moved.unknown).toEqual(["device", "sizeBytes", "certificatesExpireAt", "state"]);
 });

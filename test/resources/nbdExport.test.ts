@@ -109,13 +109,10 @@ describe("bad input is refused before any host is asked", () => {
 
   it("loopback needs no clients, and the uri is known before anything runs", async () => {
     const wanted = { ...declared, listenAddress: "127.0.0.1", clients: undefined };
-    const { inputs, problems: found } = await handlersOn("NbdExport", untouchedHost()).check(
-      undefined,
-      wanted,
-      none,
-    );
-    expect(found).toEqual([]);
-    expect(inputs).toMatchObject({ clients: [], uri: "nbd://127.0.0.1:10809/vm1", server: "nbdkit" });
+    const checked = await handlersOn("NbdExport", untouchedHost()).check(undefined, wanted, none);
+    expect(checked.problems).toEqual([]);
+    expect(checked.inputs).toMatchObject({ clients: [], server: "nbdkit" });
+    expect(checked.predicted).toEqual({ uri: "nbd://127.0.0.1:10809/vm1" });
   });
 });
 
@@ -495,8 +492,8 @@ describe("the host's own look at its export", () => {
 
 it("an export on all interfaces is reached by the name of its host", async () => {
   const wanted = { ...declared, listenAddress: "0.0.0.0" };
-  const { inputs } = await handlersOn("NbdExport", untouchedHost()).check(undefined, wanted, none);
-  expect(inputs).toMatchObject({ uri: "nbd://192.0.2.1:10809/vm1" });
+  const { predicted } = await handlersOn("NbdExport", untouchedHost()).check(undefined, wanted, none);
+  expect(predicted).toEqual({ uri: "nbd://192.0.2.1:10809/vm1" });
 });
 
 describe("refresh", () => {
@@ -1092,8 +1089,93 @@ describe("with TLS", () => {
   it("its uri is known at a preview, also while its certificates are not", async () => {
     const handlers = handlersOn("NbdExport", untouchedHost());
     const secure = await handlers.check(undefined, { ...declared, tls: true }, none);
-    expect(secure.inputs.uri).toBe("nbds://10.0.0.1:10809/vm1");
+    expect(secure.predicted.uri).toBe("nbds://10.0.0.1:10809/vm1");
     const later = await handlers.check(undefined, declared, new Set(["tls"]));
-    expect(later.inputs.uri).toBe("nbds://10.0.0.1:10809/vm1");
+    expect(later.predicted.uri).toBe("nbds://10.0.0.1:10809/vm1");
+  });
+});
+
+describe("read by its id alone", () => {
+  const finder = {
+    organization: "o",
+    project: "p",
+    stack: "s",
+    name: "vm1",
+    host: undefined,
+    readsOnly: false,
+  };
+  const unit = renderExportUnit(plan);
+
+  it("is declared as its unit has it, so that nothing is to change", async () => {
+    const asked = world({ unit });
+    const handlers = handlersOn("NbdExport", asked);
+    const found = await handlers.find("192.0.2.1/vm1", finder);
+    expect(found).toEqual({
+      id: "192.0.2.1/vm1",
+      inputs: {
+        ...{ host: "192.0.2.1", owner: "o/p/s/vm1", device: plan.device, exportName: "vm1" },
+        ...{ listenAddress: "10.0.0.1", clients: ["10.0.0.2"] },
+      },
+      state: { ...state, host: "192.0.2.1" },
+    });
+    const { inputs, problems: left } = await handlers.check(undefined, found?.inputs ?? {}, none);
+    expect(left).toEqual([]);
+    expect((await handlers.diff(found?.state ?? {}, inputs, none)).changes).toEqual([]);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("is nothing where no such unit is", async () => {
+    expect(await handlersOn("NbdExport", world({})).find("192.0.2.1/vm1", finder)).toBeUndefined();
+  });
+
+  it("of another resource is refused with whose it is, and given to who only reads it", async () => {
+    const handlers = handlersOn("NbdExport", world({ unit }));
+    const other = { ...finder, name: "vm2" };
+    await expect(handlers.find("192.0.2.1/vm1", other)).rejects.toThrow(
+      /FOREIGN_RESOURCE: NbdExport vm2 on host server1: server1\/vm1 belongs to o\/p\/s\/vm1/,
+    );
+    const found = await handlers.find("192.0.2.1/vm1", { ...other, readsOnly: true });
+    expect(await handlers.read(found?.state ?? {})).toEqual(found?.state);
+  });
+
+  it("takes the organisation from the mark where that alone tells it", async () => {
+    const found = await handlersOn("NbdExport", world({ unit })).find("192.0.2.1/vm1", {
+      ...finder,
+      organization: undefined,
+    });
+    expect(found?.inputs.owner).toBe("o/p/s/vm1");
+  });
+
+  it("with certificates that were given is refused: their keys are not read back", async () => {
+    const secured = renderExportUnit({ ...plan, tls: { digest: "0".repeat(64) } });
+    await expect(
+      handlersOn("NbdExport", world({ unit: secured })).find("192.0.2.1/vm1", finder),
+    ).rejects.toThrow(/INVALID_INPUT.*tls: .*given.*what to do: Declare it/s);
+  });
+});
+
+describe("a preview", () => {
+  it("warns of a port that is taken, and of what is served there needs nothing", async () => {
+    const listeners = 'LISTEN 0 5 10.0.0.1:10809 0.0.0.0:* users:(("sshd",pid=9,fd=3))';
+    const asked = world({ device: "absent", listeners });
+    const handlers = handlersOn("NbdExport", asked);
+    const { state: seen, unknown } = await handlers.preview(undefined, complete, none);
+    expect(handlers.warnings).toEqual([
+      expect.stringMatching(/as its host is now, this would be refused: PORT_IN_USE: .*10809.*sshd/),
+    ]);
+    expect(seen).toEqual({ ...complete, uri: "nbd://10.0.0.1:10809/vm1" });
+    expect(unknown).toEqual(["clientTls", "certificatesExpireAt", "sizeBytes", "state"]);
+    expect(asked.changes).toEqual([]);
+  });
+
+  it("of an update knows the size, and the certificates while those stay", async () => {
+    const handlers = handlersOn("NbdExport", untouchedHost());
+    const clientTls = { caCertificate: "a", certificate: "c", privateKey: "k" };
+    const old = { ...state, tls: true, clientTls };
+    const kept = await handlers.preview(old, { ...complete, tls: true, readOnly: false }, none);
+    expect(kept.state).toMatchObject({ sizeBytes: 1048576, clientTls, readOnly: false });
+    expect(kept.unknown).toEqual(["certificatesExpireAt", "state"]);
+    const renewed = await handlers.preview(old, { ...complete, tls: true, triggers: [1] }, none);
+    expect(renewed.unknown).toContain("clientTls");
   });
 });

@@ -11,7 +11,8 @@ import {
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { createHandlers, type Handlers, PartialFailure } from "../../provider/core/handlers.js";
+import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
+import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { suggestedStore } from "../../provider/resources/copySource.js";
 import type { Host } from "../../provider/ssh/types.js";
