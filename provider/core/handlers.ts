@@ -78,7 +78,7 @@ export interface Handlers {
 }
 
 export function createHandlers(type: AnyResourceType, environment: Environment): Handlers {
-  const stateShape = z.object({ ...type.inputs.shape, ...type.outputs.shape });
+  const { state: stateShape, place: placeShape, known: knownShape } = shapesOf(type);
 
   const context = async (values: CommonInputs): Promise<Context> => {
     const resource = label(type, values);
@@ -155,16 +155,13 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
   };
 
   /** Inputs that are known as far as an id tells them. */
-  const placed = (values: Values): CommonInputs => parse(values, type.inputs.partial());
+  const placed = (values: Values): CommonInputs => parse(values, placeShape);
 
   return {
     nameInput: type.nameInput,
 
     async check(old, wanted, unknown) {
-      const shape = Object.fromEntries(
-        Object.entries(type.inputs.shape).filter(([key]) => !unknown.has(key)),
-      );
-      const parsed = z.strictObject(shape).safeParse(wanted);
+      const parsed = knownShape(unknown).safeParse(wanted);
       if (!parsed.success)
         return { inputs: wanted, predicted: {}, problems: problemsOf(parsed.error.issues, wanted) };
       const inputs = defined(parsed.data);
@@ -234,7 +231,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       if (found === undefined) return undefined;
       const wanted = parse(defined({ host, ...found.declared }), type.inputs);
       const state = harmless(defined(type.toState(wanted, found.seen)), wanted);
-      const inputs = defined(declaredBeside(type.inputs.partial().parse({}), wanted));
+      const inputs = defined(declaredBeside(placeShape.parse({}), wanted));
       return { id: type.id(wanted, hostName(wanted.host)), inputs, state };
     },
 
@@ -255,6 +252,35 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       await attempt(state, (opened) => remove(type, opened, state));
     },
   };
+}
+
+/** The objects that values of a type are read with. Each is compiled at its first use, which costs more than many uses. */
+interface Shapes {
+  readonly state: z.ZodObject;
+  /** Inputs of which some are not known. */
+  readonly place: z.ZodObject;
+  /** Inputs without those. */
+  known(unknown: ReadonlySet<string>): z.ZodObject;
+}
+
+const shapes = new WeakMap<AnyResourceType, Shapes>();
+
+function shapesOf(type: AnyResourceType): Shapes {
+  const { inputs, outputs } = type;
+  const known = new Map<string, z.ZodObject>();
+  const own = shapes.get(type) ?? {
+    state: z.object({ ...inputs.shape, ...outputs.shape }),
+    place: inputs.partial(),
+    known(unknown) {
+      const entries = Object.entries(inputs.shape).filter(([key]) => !unknown.has(key));
+      const name = entries.map(([key]) => key).join();
+      const shape = known.get(name) ?? z.strictObject(Object.fromEntries(entries));
+      known.set(name, shape);
+      return shape;
+    },
+  };
+  shapes.set(type, own);
+  return own;
 }
 
 /** Only Pulumi's side is concerned: nothing runs. */

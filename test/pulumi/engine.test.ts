@@ -1,52 +1,32 @@
-import * as grpc from "@grpc/grpc-js";
 import { afterAll, beforeAll, expect, it, vi } from "vitest";
 import { connectEngineLog } from "../../provider/pulumi/engine.js";
-import { engineGrpc, engineProto } from "../../provider/pulumi/proto.js";
+import { engineProto } from "../../provider/pulumi/proto.js";
+import { startEngine } from "../support/pluginClient.js";
 
-const received: { message: string; severity: number; ephemeral: boolean }[] = [];
-const server = new grpc.Server();
-let address = "";
+/** Of no resource's row. */
+const anywhere = { urn: "", stream: 0 };
+let engine: Awaited<ReturnType<typeof startEngine>>;
 
 beforeAll(async () => {
-  const { log } = engineGrpc.EngineService as unknown as grpc.ServiceDefinition;
-  if (log === undefined) throw new Error("the engine has no log");
-  // An empty answer is no bytes.
-  server.addService(
-    { log: { ...log, responseSerialize: () => Buffer.alloc(0) } },
-    {
-      log: (
-        call: grpc.ServerUnaryCall<engineProto.LogRequest, unknown>,
-        answer: grpc.sendUnaryData<unknown>,
-      ) => {
-        const { request } = call;
-        received.push({
-          message: request.getMessage(),
-          severity: request.getSeverity(),
-          ephemeral: request.getEphemeral(),
-        });
-        answer(null, {});
-      },
-    },
-  );
-  const port = await new Promise<number>((resolve, reject) => {
-    server.bindAsync("127.0.0.1:0", grpc.ServerCredentials.createInsecure(), (error, bound) =>
-      error ? reject(error) : resolve(bound),
-    );
-  });
-  address = `127.0.0.1:${port}`;
+  engine = await startEngine();
 });
 
-afterAll(() => server.forceShutdown());
+afterAll(() => engine.close());
 
 it("shows progress that passes and warnings that stay", async () => {
-  const log = connectEngineLog(address);
+  const log = connectEngineLog(engine.address);
   log.progress("taking the snapshot");
   log.warn("is stopped");
-  await vi.waitFor(() => expect(received).toHaveLength(2));
-  expect(received).toEqual(
+  await vi.waitFor(() => expect(engine.lines).toHaveLength(2));
+  expect(engine.lines).toEqual(
     expect.arrayContaining([
-      { message: "taking the snapshot", severity: engineProto.LogSeverity.INFO, ephemeral: true },
-      { message: "is stopped", severity: engineProto.LogSeverity.WARNING, ephemeral: false },
+      {
+        ...anywhere,
+        message: "taking the snapshot",
+        severity: engineProto.LogSeverity.INFO,
+        ephemeral: true,
+      },
+      { ...anywhere, message: "is stopped", severity: engineProto.LogSeverity.WARNING, ephemeral: false },
     ]),
   );
 });

@@ -1,0 +1,70 @@
+#!/usr/bin/env -S node --optimize-for-size
+/**
+ * `pulumi-resource-lvm-nbd`: started by Pulumi's engine with its address as the last argument, it prints the port of its
+ * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 is
+ * to take the little memory that it needs.
+ */
+import { fstatSync, readFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import * as grpc from "@grpc/grpc-js";
+import type { Environment, Handlers } from "./core/handlers.js";
+import { providerGrpc } from "./pulumi/proto.js";
+import { createService } from "./pulumi/service.js";
+
+const packageFolder = join(__dirname, "..");
+/** States with certificates and long lists may be large; the engine bounds nothing either. */
+const limits = { "grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1 };
+
+let openHost: Environment["openHost"] | undefined;
+
+async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
+  const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
+    import("./core/handlers.js"),
+    import("./core/registry.js"),
+    import("./ssh/pool.js"),
+  ]);
+  if (openHost === undefined) {
+    const pool = createHostPool();
+    openHost = (host) => pool.get(host);
+  }
+  return createHandlers(resourceType(type), { ...environment, openHost });
+}
+
+function version(): string {
+  const { version }: { version: string } = JSON.parse(
+    readFileSync(join(packageFolder, "package.json"), "utf8"),
+  );
+  return version;
+}
+
+/**
+ * Without an engine nobody waits for what runs; the next run finds it on the host. The engine holds the other ends of these; that of
+ * stdin only where it started this process itself, and not through a language's host.
+ */
+function endWithPulumi(): void {
+  for (const stream of [process.stdout, process.stderr]) stream.on("error", () => process.exit(1));
+  const stdin = fstatSync(0);
+  if (stdin.isFIFO() || stdin.isSocket()) process.stdin.on("close", () => process.exit(1)).resume();
+}
+
+function start(): void {
+  endWithPulumi();
+  const server = new grpc.Server(limits);
+  const address = process.argv.at(-1);
+  const parts = {
+    version: version(),
+    schema: () => readFile(join(packageFolder, "schema.json"), "utf8"),
+    handlers,
+  };
+  server.addService(
+    providerGrpc.ResourceProviderService,
+    createService(parts, /:\d+$/.test(address ?? "") ? address : undefined),
+  );
+  server.bindAsync("127.0.0.1:0", grpc.ServerCredentials.createInsecure(), (error, port) => {
+    if (error) throw error;
+    process.stdout.write(`${port}\n`);
+  });
+}
+
+start();

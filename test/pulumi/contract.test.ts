@@ -1,0 +1,409 @@
+/** The plugin as a black box: what the engine may send, over the wire, for every property that the schema has. */
+import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
+import { readFileSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+import * as grpc from "@grpc/grpc-js";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { z } from "zod";
+import { LvmNbdError } from "../../provider/core/errors.js";
+import { createHandlers, type Environment } from "../../provider/core/handlers.js";
+import { resourceType } from "../../provider/core/registry.js";
+import { isSecret } from "../../provider/core/secrets.js";
+import { providerProto, structOf } from "../../provider/pulumi/proto.js";
+import { unknownValue } from "../../provider/pulumi/unknowns.js";
+import type { Host } from "../../provider/ssh/types.js";
+import { type Answer, type FakeHost, fakeHost } from "../support/fakeHost.js";
+import {
+  callPlain,
+  connectPlugin,
+  secret,
+  startEngine,
+  startService,
+  urnOf,
+} from "../support/pluginClient.js";
+import { recordedLvs } from "../support/recorded.js";
+
+type Values = Readonly<Record<string, unknown>>;
+
+const resources = z
+  .object({
+    resources: z.record(z.string(), z.object({ inputProperties: z.record(z.string(), z.unknown()) })),
+  })
+  .parse(JSON.parse(readFileSync("schema.json", "utf8"))).resources;
+const everyInput = Object.entries(resources).flatMap(([token, { inputProperties }]) =>
+  Object.keys(inputProperties).map((property) => [typeOf(token), property] as const),
+);
+const everyType = Object.keys(resources).map((token) => [typeOf(token)] as const);
+
+function typeOf(token: string): string {
+  return token.split(":").at(-1) ?? "";
+}
+
+const host = {
+  ...{ address: "192.0.2.1", user: "admin", password: "planted" },
+  hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
+};
+const uuid = "ua3XsD-JfZg-sm4f-mixX-TEqj-5JCI-nnYZE4";
+/** A declaration of each type that is right. */
+const declarations: Readonly<Record<string, Values>> = {
+  HostSetup: { host, roles: ["source"] },
+  LvSnapshot: {
+    ...{ host, volumeGroup: "VgVm", origin: "vm1", name: "vm1-snap", size: "16M", tags: ["mine"] },
+    quiesce: { freeze: "freeze-it", thaw: "thaw-it" },
+  },
+  NbdExport: { host, device: "/dev/VgVm/vm1-snap", listenAddress: "10.0.0.1", clients: ["10.0.0.2"] },
+  NbdAttachment: { host, uri: "nbd://10.0.0.1:10809/vm1" },
+  Mount: { host, device: "/dev/lvm-nbd/vm1", path: "/mnt/vm1" },
+  VolumeCopy: { host, uri: "nbd://10.0.0.1:10809/vm1", file: "/backup/vm1" },
+  BackupImage: {
+    ...{ host, source: { host, listenAddress: "10.0.0.1" } },
+    volumes: [{ volumeGroup: "VgVm", origin: "vm1", size: "16M", file: "/backup/vm1" }],
+  },
+  LvRestore: { host, volumeGroup: "VgVm", origin: "vm1", snapshot: { name: "vm1-snap", uuid } },
+};
+const declared = (type: string): Values => declarations[type] ?? {};
+
+/** As it comes back: what always is a secret is one. */
+const kept = (property: string, value: unknown) => (isSecret(property, value) ? secret(value) : value);
+
+let answer: (command: Parameters<Parameters<typeof fakeHost>[0]>[0]) => Answer;
+let asked: FakeHost;
+let opened: Host;
+let engine: Awaited<ReturnType<typeof startEngine>>;
+let plugin: Awaited<ReturnType<typeof startService>>;
+
+beforeEach(async () => {
+  answer = () => new LvmNbdError("HOST_UNREACHABLE", { message: "no route" });
+  asked = fakeHost((command) => answer(command));
+  opened = asked;
+  const parts = {
+    version: "1.0.0",
+    schema: () => readFile("schema.json", "utf8"),
+    handlers: async (type: string, environment: Omit<Environment, "openHost">) =>
+      createHandlers(resourceType(type), { ...environment, openHost: async () => opened }),
+  };
+  engine = await startEngine();
+  plugin = await startService(parts, engine.address);
+  await plugin.configure({ organization: "o" });
+});
+afterEach(() => {
+  plugin.close();
+  engine.close();
+});
+
+describe("every resource of the schema", () => {
+  it.each(everyType)(
+    "%s has a declaration that is right, and whose check gives the same again",
+    async (type) => {
+      const { inputs, failures } = await plugin.check(urnOf(type), declared(type));
+      expect(failures).toEqual([]);
+      expect(inputs.owner).toBe("o/p/s/vm1");
+      expect(await plugin.check(urnOf(type), inputs, inputs)).toEqual({ inputs, failures: [] });
+    },
+  );
+
+  it.each(everyType)(
+    "%s with everything unknown is checked and previewed, and no host is asked",
+    async (type) => {
+      const token = `lvm-nbd:index:${type}`;
+      const keys = Object.keys(resources[token]?.inputProperties ?? {});
+      const later = Object.fromEntries(keys.map((key) => [key, kept(key, unknownValue)]));
+      const { inputs, failures } = await plugin.check(urnOf(type), later);
+      expect(failures).toEqual([]);
+      expect(inputs).toEqual({ ...later, owner: "o/p/s/vm1" });
+      const { id, properties } = await plugin.create(urnOf(type), inputs, { preview: true });
+      expect(id).toBe("");
+      expect(properties).toMatchObject(later);
+      for (const key of Object.keys(resourceType(type).outputs.shape))
+        expect(properties?.[key], key).toEqual(kept(key, unknownValue));
+      expect(asked.commands).toEqual([]);
+    },
+  );
+
+  it.each(everyType)("%s with everything missing or null has the same failures", async (type) => {
+    const keys = Object.keys(resources[`lvm-nbd:index:${type}`]?.inputProperties ?? {});
+    const missing = await plugin.check(urnOf(type), {});
+    const nulls = await plugin.check(urnOf(type), Object.fromEntries(keys.map((key) => [key, null])));
+    expect(nulls.failures).toEqual(missing.failures);
+    expect(missing.failures.map(({ property }) => property)).toContain("host");
+  });
+
+  it.each(everyType)("%s keeps the passwords that nobody marked, at a preview too", async (type) => {
+    const { inputs } = await plugin.check(urnOf(type), declared(type));
+    const { properties } = await plugin.create(urnOf(type), inputs, { preview: true });
+    for (const values of [inputs, properties]) expect(plainText(values)).not.toContain("planted");
+  });
+});
+
+describe("every property of the schema", () => {
+  it.each(everyInput)("%s.%s may be unknown, itself and inside", async (type, property) => {
+    for (const later of [unknownValue, [unknownValue], { deep: [{ er: unknownValue }] }]) {
+      const { inputs, failures } = await plugin.check(urnOf(type), { ...declared(type), [property]: later });
+      expect(failures).toEqual([]);
+      expect(inputs[property]).toEqual(kept(property, later));
+    }
+  });
+
+  it.each(everyInput)(
+    "%s.%s that is a secret stays one, through check and preview",
+    async (type, property) => {
+      const value = declared(type)[property];
+      if (value === undefined) return;
+      const { inputs, failures } = await plugin.check(urnOf(type), {
+        ...declared(type),
+        [property]: secret(value),
+      });
+      expect(failures).toEqual([]);
+      expect(inputs[property]).toMatchObject(secret(value));
+      const { properties } = await plugin.create(urnOf(type), inputs, { preview: true });
+      expect(properties?.[property]).toEqual(inputs[property]);
+    },
+  );
+
+  it.each(everyInput)(
+    "%s.%s of any form is answered, and never a defect of the plugin",
+    async (type, property) => {
+      const forms = [
+        "",
+        [],
+        {},
+        [[[[[["deep"]]]]]],
+        0,
+        -1e308,
+        true,
+        "\u0000\ud7ff",
+        { a: { b: {} } },
+        [null],
+      ];
+      for (const form of forms) {
+        const { failures } = await plugin.check(urnOf(type), { ...declared(type), [property]: form });
+        for (const { reason } of failures) expect(reason).not.toBe("");
+      }
+    },
+  );
+
+  it.each(everyInput)("%s.%s takes no asset, and says so", async (type, property) => {
+    const asset = { "4dabf18193072939515e22adb298388d": "c44067f5952c0a294b673a41bacd8c17", text: "x" };
+    const { failures } = await plugin.check(urnOf(type), { ...declared(type), [property]: asset });
+    expect(failures).toContainEqual({ property, reason: expect.stringContaining("is an asset") });
+  });
+});
+
+describe("a snapshot, as the engine has it made", () => {
+  const urn = urnOf("LvSnapshot");
+  const recorded = () => {
+    answer = ({ argv }) => {
+      if (argv.join().includes("chunk_size")) return "  65536\n";
+      return argv[0] === "vgs" ? "  VgVm\n" : recordedLvs("valid");
+    };
+  };
+
+  it("is previewed by a look at its host, made, refreshed and found unchanged", async () => {
+    recorded();
+    const { inputs } = await plugin.check(urn, { ...declared("LvSnapshot"), size: secret("16M") });
+    const preview = await plugin.create(urn, inputs, { preview: true });
+    expect(preview.properties).toMatchObject({ path: "/dev/VgVm/vm1-snap", uuid: unknownValue });
+    expect(asked.changes).toEqual([]);
+    // One of its own mark is there: it is brought to its declared form.
+    const { id, properties = {} } = await plugin.create(urn, inputs);
+    expect(id).toBe("192.0.2.1/VgVm/vm1-snap");
+    expect(properties).toMatchObject({ uuid, size: secret("16M"), host: { password: secret("planted") } });
+    const refreshed = await plugin.read(urn, id, properties, inputs);
+    expect(refreshed).toEqual({ id, properties, inputs: undefined });
+    const news = (await plugin.check(urn, inputs, inputs)).inputs;
+    expect((await plugin.diff(urn, properties, news, { oldInputs: inputs })).diffs).toEqual([]);
+  });
+
+  it("is imported by its id alone, and the next preview is empty", async () => {
+    recorded();
+    const found = await plugin.read(urn, "192.0.2.1/VgVm/vm1-snap");
+    expect(found.inputs).toEqual({
+      ...{ host: "192.0.2.1", owner: "o/p/s/vm1", volumeGroup: "VgVm", origin: "vm1", name: "vm1-snap" },
+      ...{ size: 16777216, tags: ["mine"] },
+    });
+    const { owner: _, ...program } = found.inputs ?? {};
+    const { inputs, failures } = await plugin.check(urn, program, found.inputs);
+    expect(failures).toEqual([]);
+    expect(
+      (await plugin.diff(urn, found.properties ?? {}, inputs, { oldInputs: found.inputs ?? {} })).diffs,
+    ).toEqual([]);
+    expect(await plugin.read(urn, found.id, found.properties)).toMatchObject({
+      properties: found.properties,
+    });
+    await expect(plugin.read(urnOf("LvSnapshot", "vm2"), found.id)).rejects.toThrow(/FOREIGN_RESOURCE/);
+  });
+
+  it("of a host that cannot be reached is neither gone nor found", async () => {
+    recorded();
+    const { properties } = await plugin.read(urn, "192.0.2.1/VgVm/vm1-snap");
+    answer = () => new LvmNbdError("HOST_UNREACHABLE", { message: "no route" });
+    await expect(plugin.read(urn, "192.0.2.1/VgVm/vm1-snap", properties)).rejects.toThrow(/HOST_UNREACHABLE/);
+    await expect(plugin.read(urn, "192.0.2.1/VgVm/vm1-snap")).rejects.toThrow(/HOST_UNREACHABLE/);
+  });
+
+  it("that is cancelled in the middle answers, and so does everything else that runs", async () => {
+    const running = vi.fn();
+    opened = {
+      name: "server1",
+      run: (_command, signal) =>
+        new Promise((_, reject) => {
+          running();
+          signal?.addEventListener("abort", () =>
+            reject(new LvmNbdError("CANCELLED", { message: "cancelled" })),
+          );
+          // The look at what is left has a signal of its own.
+          if (running.mock.calls.length > 20)
+            reject(new LvmNbdError("HOST_UNREACHABLE", { message: "gone" }));
+        }),
+    };
+    const { inputs } = await plugin.check(urn, declared("LvSnapshot"));
+    const all = Promise.allSettled(
+      Array.from({ length: 20 }, (_, at) => plugin.create(urnOf("LvSnapshot", `vm${at}`), inputs)),
+    );
+    await vi.waitFor(() => expect(running).toHaveBeenCalledTimes(20));
+    await plugin.cancel();
+    for (const result of await all) {
+      expect(result).toMatchObject({ status: "rejected", reason: { code: grpc.status.ABORTED } });
+    }
+  });
+});
+
+it("a thousand calls at once are answered, each for itself", async () => {
+  const types = everyType.map(([type]) => type);
+  const answers = await Promise.all(
+    Array.from({ length: 1000 }, (_, at) => {
+      const type = types[at % types.length] ?? "";
+      return plugin.check(urnOf(type, `r${at}`), declared(type));
+    }),
+  );
+  expect(answers.map(({ inputs }) => inputs.owner)).toEqual(answers.map((_, at) => `o/p/s/r${at}`));
+  expect(answers.flatMap(({ failures }) => failures)).toEqual([]);
+});
+
+describe("what is no message", () => {
+  const methods = [
+    "Handshake",
+    "Check",
+    "Diff",
+    "Create",
+    "Read",
+    "Update",
+    "Delete",
+    "Configure",
+    "CheckConfig",
+  ];
+  const refusals = [grpc.status.INTERNAL, grpc.status.INVALID_ARGUMENT];
+  const stillAnswers = async () => {
+    await plugin.configure({ organization: "o" });
+    const { failures } = await plugin.check(urnOf("NbdExport"), declared("NbdExport"));
+    expect(failures).toEqual([]);
+  };
+
+  const answerTo = (method: string, bytes: Uint8Array) =>
+    callPlain(plugin.client, method, Buffer.from(bytes)).then(
+      () => grpc.status.OK,
+      (error: grpc.ServiceError) => error.code,
+    );
+
+  it.each(methods)(
+    "%s of a message that was cut anywhere is an error, or what was left of it",
+    async (method) => {
+      const request = new providerProto.CheckRequest();
+      request.setUrn(urnOf("NbdExport"));
+      request.setOlds(structOf(declared("NbdExport")));
+      request.setNews(structOf(declared("NbdExport")));
+      const bytes = request.serializeBinary();
+      for (let length = 0; length < bytes.length; length += 7)
+        expect([grpc.status.OK, ...refusals]).toContain(await answerTo(method, bytes.slice(0, length)));
+      await stillAnswers();
+    },
+  );
+
+  it.each([
+    ["a field of no known number", [0xf8, 0x7f, 0x01]],
+    ["a number where a text is to be", [0x08, 0x01]],
+    ["a text that is no UTF-8", [0x0a, 0x02, 0xff, 0xfe]],
+    ["a wire type that does not exist", [0x0f]],
+    ["a length without end", [0x0a, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]],
+  ])("with %s is refused, and the next one is answered as ever", async (_what, bytes) => {
+    for (const method of ["Check", "Create", "Read", "Delete"])
+      expect(refusals).toContain(await answerTo(method, Uint8Array.from(bytes)));
+    await stillAnswers();
+  });
+
+  it("nested without end is an error of that call alone", async () => {
+    let deep: unknown = "x";
+    for (let level = 0; level < 700; level++) deep = { a: [deep] };
+    await plugin.check(urnOf("LvSnapshot"), { size: deep }).catch((error: unknown) => error);
+    await stillAnswers();
+  });
+
+  it("of a thousand volumes is answered", async () => {
+    const volumes = Array.from({ length: 1000 }, (_, at) => ({
+      ...{ volumeGroup: "VgVm", origin: `vm${at}`, size: "16M", file: `/backup/vm${at}` },
+    }));
+    const { failures } = await plugin.check(urnOf("BackupImage"), { ...declared("BackupImage"), volumes });
+    for (const { reason } of failures) expect(reason).toMatch(/volumes/);
+  });
+});
+
+describe("the program", () => {
+  let child: ChildProcess;
+  const start = async () => {
+    const program = join("dist", "plugin.js");
+    const [, flags = ""] = /^#!.* node (.*)/.exec(readFileSync(program, "utf8")) ?? [];
+    child = spawn(process.execPath, [...flags.split(" "), program, "127.0.0.1:1"], {
+      stdio: ["pipe", "pipe", "inherit"],
+    });
+    if (child.stdout === null) throw new Error("it has no stdout");
+    const [line] = (await once(createInterface(child.stdout), "line")) as [string];
+    return connectPlugin(Number(line));
+  };
+  afterEach(() => child.kill("SIGKILL"));
+
+  it("prints its port and nothing else before, and answers there, in little memory", async () => {
+    const own = await start();
+    await own.configure({ organization: "o" });
+    const all = await Promise.all(
+      Array.from({ length: 1000 }, (_, at) =>
+        own.check(urnOf("LvSnapshot", `r${at}`), declared("LvSnapshot")),
+      ),
+    );
+    expect(all.flatMap(({ failures }) => failures)).toEqual([]);
+    await Promise.all(
+      all.map(({ inputs }) =>
+        own.create(urnOf("LvSnapshot"), { ...inputs, origin: unknownValue }, { preview: true }),
+      ),
+    );
+    const [, kilobytes] = /VmRSS:\s*(\d+)/.exec(readFileSync(`/proc/${child.pid}/status`, "utf8")) ?? [];
+    expect(Number(kilobytes) / 1024).toBeLessThan(120);
+    own.close();
+  });
+
+  it("ends when the engine that started it is gone", async () => {
+    const own = await start();
+    const ended = once(child, "exit");
+    child.stdin?.destroy();
+    expect(await ended).toEqual([1, null]);
+    own.close();
+  });
+
+  it("serves the package's schema", async () => {
+    const own = await start();
+    const bytes = await callPlain(own.client, "GetSchema");
+    expect(bytes.toString("utf8")).toContain(readFileSync("schema.json", "utf8").slice(0, 200));
+    own.close();
+  });
+});
+
+/** Everything that is not marked as secret. */
+function plainText(value: unknown): string {
+  return JSON.stringify(value, (_key, child: unknown) =>
+    typeof child === "object" && child !== null && "4dabf18193072939515e22adb298388d" in child
+      ? "secret"
+      : child,
+  );
+}
