@@ -63,6 +63,8 @@ export interface Finder extends Claimant {
 /** The handlers of one resource type. */
 export interface Handlers {
   readonly nameInput: string | undefined;
+  /** The id of what the state tells of, as it is now. */
+  id(state: Values): string;
   /** `unknown`: properties whose values are only known later; they are in neither `old` nor `wanted`. */
   check(old: Values | undefined, wanted: Values, unknown: ReadonlySet<string>): Promise<CheckResult>;
   diff(state: Values, wanted: Values, unknown: ReadonlySet<string>): Promise<DiffResult>;
@@ -159,6 +161,11 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
 
   return {
     nameInput: type.nameInput,
+
+    id(values) {
+      const state = parse(values, stateShape);
+      return type.id(state, hostName(state.host));
+    },
 
     async check(old, wanted, unknown) {
       const parsed = knownShape(unknown).safeParse(wanted);

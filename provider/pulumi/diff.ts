@@ -29,7 +29,8 @@ export function diffResponse(
   response.setDiffsList([...properties]);
   const replaces = changes.filter(({ effect }) => effect === "replace");
   response.setReplacesList([...new Set(replaces.map(({ property }) => property))]);
-  response.setDeletebeforereplace(replaces.length > 0 && deleteBeforeReplace);
+  // Also where none is to be replaced: `replaceOnChanges` may have it so, and a create first would take over what is there.
+  response.setDeletebeforereplace(deleteBeforeReplace);
   const detailed = response.getDetaileddiffMap();
   for (const property of properties) {
     const diff = new providerProto.PropertyDiff();

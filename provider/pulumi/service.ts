@@ -50,8 +50,13 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
   /** Of the calls that are not answered yet. Not one signal for all: what waits for that is kept as long as it. */
   const running = new Set<AbortController>();
   let cancelled = false;
+  /** Ids of what this run made, by URN. */
+  const made = new Map<string, string>();
 
+  /** An engine begins. It ends with a cancel; a plugin that somebody else started serves the next one then. */
   const connect = (address: string) => {
+    cancelled = false;
+    made.clear();
     if (address === connected) return;
     engine.close();
     engine = connectEngineLog(address);
@@ -197,6 +202,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
           return response;
         }
         const { id, state } = await keeping(news.secrets, handlers.create(known(news)));
+        made.set(request.getUrn(), id);
         log.progress(`made ${id}`);
         response.setId(id);
         response.setProperties(encode(state, news.secrets));
@@ -253,8 +259,16 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
     ),
 
     delete: unary((request: providerProto.DeleteRequest) =>
-      operate(request, async ({ handlers }) => {
-        await handlers.remove(known(decode(request.getProperties())));
+      operate(request, async ({ handlers, log }) => {
+        const state = known(decode(request.getProperties()));
+        const own = made.get(request.getUrn());
+        if (own !== undefined && own === handlers.id(state)) {
+          log.warn(
+            `${own} was there already when it was to be replaced, and bears this resource's mark: it is kept as it is. To have it made anew, remove it first.`,
+          );
+          return new Empty();
+        }
+        await handlers.remove(state);
         return new Empty();
       }),
     ),

@@ -20,6 +20,8 @@ export interface Volume {
   readonly createdAt: number;
   /** What a reader sees. */
   data: string;
+  /** Of a COW store, in bytes; "0" of another. */
+  readonly chunkSize: string;
   /** Fill level of a COW store. */
   usedPercent: number;
   /** `waits`: for its origin to be activated while nobody has it open. */
@@ -258,7 +260,9 @@ export class FakeLvm {
       const chosen = yield* this.selected(process, parsed);
       const field = parsed.options.get("-o")?.[0];
       if (chosen !== undefined && field !== undefined)
-        process.out(`  ${this.row(chosen.group, chosen.volume)[field]}\n`);
+        process.out(
+          `  ${field === "chunk_size" ? chosen.volume.chunkSize : this.row(chosen.group, chosen.volume)[field]}\n`,
+        );
       return 0;
     }
     const rows = this.all().map(({ group, volume }) => this.row(this.group(group), volume));
@@ -310,7 +314,8 @@ export class FakeLvm {
       yield process.wait({});
       group.volumes.delete(plain);
       this.unlink(group, plain);
-      this.insert(group, { ...plain, kind: "cow", data: origin.data, origin });
+      const chunkSize = options.get("-c")?.[0]?.replace("b", "") ?? "4096";
+      this.insert(group, { ...plain, kind: "cow", data: origin.data, origin, chunkSize });
     }
     yield process.wait({});
     process.out(`  Logical volume "${name}" created.\n`);
@@ -469,6 +474,7 @@ export class FakeLvm {
     this.made += 1;
     const volume: Volume = {
       origin: undefined,
+      chunkSize: "0",
       pool: "",
       readOnly: false,
       active: true,

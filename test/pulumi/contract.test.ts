@@ -28,11 +28,21 @@ import { recordedLvs } from "../support/recorded.js";
 
 type Values = Readonly<Record<string, unknown>>;
 
-const resources = z
+const schema = z
   .object({
-    resources: z.record(z.string(), z.object({ inputProperties: z.record(z.string(), z.unknown()) })),
+    resources: z.record(
+      z.string(),
+      z.object({
+        isComponent: z.boolean().default(false),
+        inputProperties: z.record(z.string(), z.unknown()),
+      }),
+    ),
   })
-  .parse(JSON.parse(readFileSync("schema.json", "utf8"))).resources;
+  .parse(JSON.parse(readFileSync("schema.json", "utf8")));
+/** Components are made of these, by Construct. */
+const resources = Object.fromEntries(
+  Object.entries(schema.resources).filter(([, { isComponent }]) => !isComponent),
+);
 const everyInput = Object.entries(resources).flatMap(([token, { inputProperties }]) =>
   Object.keys(inputProperties).map((property) => [typeOf(token), property] as const),
 );

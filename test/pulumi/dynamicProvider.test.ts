@@ -12,6 +12,7 @@ function recorder(overrides: Partial<Handlers> = {}) {
   const calls: unknown[][] = [];
   const handlers: Handlers = {
     nameInput: undefined,
+    id: () => "server1/x",
     async check(old, wanted, unknown) {
       calls.push(["check", old, wanted, [...unknown]]);
       return { inputs: { ...wanted, added: 1 }, predicted: { path: "/dev/x" }, problems: [] };

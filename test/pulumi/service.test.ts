@@ -26,6 +26,7 @@ let plugin: Awaited<ReturnType<typeof startService>>;
 /** Handlers that remember what they were given. */
 const recorder = (): Handlers => ({
   nameInput: "name",
+  id: ({ host, uuid }) => `${host}/${uuid ?? "x"}`,
   async check(old, wanted, unknown) {
     calls.push(["check", old, wanted, [...unknown]]);
     return { inputs: { ...wanted, added: 1 }, predicted: { path: "/dev/x" }, problems: [] };
@@ -275,10 +276,10 @@ describe("check", () => {
 describe("diff", () => {
   const { Kind } = providerProto.PropertyDiff;
 
-  it("of nothing is nothing, and asks for no order", async () => {
+  it("of nothing is nothing, and says how it would be replaced, since a program may have it so", async () => {
     expect(await plugin.diff(urn, base, base)).toEqual({
       ...{ changes: providerProto.DiffResponse.DiffChanges.DIFF_NONE, replaces: [], diffs: [] },
-      ...{ deleteBeforeReplace: false, detailed: {} },
+      ...{ deleteBeforeReplace: true, detailed: {} },
     });
   });
 
@@ -368,6 +369,27 @@ describe("create", () => {
   it("takes no value that is not known", async () => {
     await expect(plugin.create(urn, { ...base, size: unknownValue })).rejects.toThrow(/size is not known/);
     expect(calls).toEqual([]);
+  });
+});
+
+describe("delete", () => {
+  it("removes what the state tells of", async () => {
+    await plugin.remove(urn, { ...base, size: secret("1G") });
+    expect(calls).toEqual([["remove", { ...base, size: "1G" }]]);
+  });
+
+  it("of the old half of a replacement leaves the thing alone where the new one is that very thing", async () => {
+    const { id } = await plugin.create(urn, base);
+    expect(id).toBe("server1/x");
+    await plugin.remove(urn, base);
+    expect(calls).toEqual([["create", base]]);
+    await plugin.remove(urn, { ...base, uuid: "before" });
+    await plugin.remove(urnOf("LvSnapshot", "vm2"), base);
+    expect(calls).toHaveLength(3);
+    // Another run has nothing to do with it.
+    await ask((answer) => plugin.client.handshake(new providerProto.ProviderHandshakeRequest(), answer));
+    await plugin.remove(urn, base);
+    expect(calls).toHaveLength(4);
   });
 });
 
@@ -481,6 +503,15 @@ describe("an operation that does not end", () => {
     await plugin.cancel();
     expect((await running).code).toBe(grpc.status.ABORTED);
     expect((await rejection(plugin.update(urn, base, base))).details).toMatch(/^CANCELLED: /);
+  });
+
+  it("is not what the next engine finds, where the plugin outlives the one that ended with a cancel", async () => {
+    await plugin.cancel();
+    const request = new pluginProto.PluginAttach();
+    request.setAddress("127.0.0.1:1");
+    await ask((answer) => plugin.client.attach(request, answer));
+    await plugin.check(urn, base);
+    expect(environments.at(-1)?.signal.aborted).toBe(false);
   });
 
   it("with time left is not bothered", async () => {
