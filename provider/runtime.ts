@@ -19,7 +19,7 @@ export function handlers(type: string): pulumi.dynamic.ResourceProvider {
   if (provider === undefined) {
     environment ??= createEnvironment();
     const own: Handlers = createHandlers(resourceType(type), environment);
-    provider = toDynamicProvider(own);
+    provider = toDynamicProvider(own, environment.warn);
     made.set(type, provider);
   }
   return provider;

@@ -55,6 +55,14 @@ export function ownerByMark(
   return owner !== undefined && ownerMark(owner) === mark ? owner : undefined;
 }
 
+/** Of what a create of this run took for its own, when it is to be removed as what that replaces. */
+export function keptInstead(id: string): string {
+  return (
+    `${id} was there already when it was to be replaced, and bears this resource's mark: it is kept as it is. To have it made anew, ` +
+    "change what makes it anew (such as `triggers`), or remove it first."
+  );
+}
+
 /** An owner as part of a tag. Characters a tag may not hold are written `#XX` (UTF-8 bytes in hex). */
 export function ownerInTag(owner: string): string {
   const encoded = [...Buffer.from(owner, "utf8")]

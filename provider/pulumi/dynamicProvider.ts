@@ -7,6 +7,7 @@
 import type * as pulumi from "@pulumi/pulumi";
 import { isLvmNbdError } from "../core/errors.js";
 import type { Handlers } from "../core/handlers.js";
+import { keptInstead } from "../core/owner.js";
 import { PartialFailure } from "../core/partialFailure.js";
 import { unknownProperties, withoutProperties } from "./unknowns.js";
 
@@ -14,7 +15,13 @@ type Bag = Record<string, unknown>;
 
 const providerKey = "__provider";
 
-export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourceProvider {
+/** `warn`: shows what a person should know. */
+export function toDynamicProvider(
+  handlers: Handlers,
+  warn: (message: string) => void,
+): pulumi.dynamic.ResourceProvider {
+  /** The ids of what this run of Pulumi made, by owner. */
+  const made = new Map<unknown, string>();
   return {
     async check(olds: Bag, news: Bag) {
       const unknown = unknownProperties(news);
@@ -50,6 +57,7 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
     async create(inputs: Bag) {
       try {
         const { id, state } = await handlers.create(known(inputs, new Set()));
+        made.set(state.owner, id);
         return { id, outs: state };
       } catch (error) {
         throw partial(error, inputs);
@@ -73,7 +81,11 @@ export function toDynamicProvider(handlers: Handlers): pulumi.dynamic.ResourcePr
     },
 
     async delete(_id: string, props: Bag) {
-      await handlers.remove(known(props, new Set()));
+      const state = known(props, new Set());
+      // `pulumi up --replace` and a tainted resource: the create found what was there by its mark.
+      const own = made.get(state.owner);
+      if (own !== undefined && own === handlers.id(state)) warn(keptInstead(own));
+      else await handlers.remove(state);
     },
   };
 }

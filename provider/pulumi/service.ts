@@ -5,7 +5,7 @@
 import type * as grpc from "@grpc/grpc-js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Environment, Handlers } from "../core/handlers.js";
-import { organizationMissing } from "../core/owner.js";
+import { keptInstead, organizationMissing } from "../core/owner.js";
 import { PartialFailure } from "../core/partialFailure.js";
 import type { Problem } from "../core/resource.js";
 import { type Decoded, decode, encode, holdsSecret } from "./codec.js";
@@ -263,9 +263,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
         const state = known(decode(request.getProperties()));
         const own = made.get(request.getUrn());
         if (own !== undefined && own === handlers.id(state)) {
-          log.warn(
-            `${own} was there already when it was to be replaced, and bears this resource's mark: it is kept as it is. To have it made anew, remove it first.`,
-          );
+          log.warn(keptInstead(own));
           return new Empty();
         }
         await handlers.remove(state);

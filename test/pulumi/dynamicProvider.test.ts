@@ -12,7 +12,7 @@ function recorder(overrides: Partial<Handlers> = {}) {
   const calls: unknown[][] = [];
   const handlers: Handlers = {
     nameInput: undefined,
-    id: () => "server1/x",
+    id: (state) => `${state.host}/x`,
     async check(old, wanted, unknown) {
       calls.push(["check", old, wanted, [...unknown]]);
       return { inputs: { ...wanted, added: 1 }, predicted: { path: "/dev/x" }, problems: [] };
@@ -46,13 +46,14 @@ function recorder(overrides: Partial<Handlers> = {}) {
     },
     ...overrides,
   };
-  const provider = toDynamicProvider(handlers);
+  const warnings: string[] = [];
+  const provider = toDynamicProvider(handlers, (message) => warnings.push(message));
   const method = <Name extends "check" | "diff" | "create" | "read" | "update" | "delete">(name: Name) => {
     const found = provider[name];
     if (found === undefined) throw new Error(`no ${name}`);
     return found.bind(provider) as NonNullable<typeof found>;
   };
-  return { calls, method };
+  return { calls, method, warnings };
 }
 
 it("knows Pulumi's own word for an unknown value", async () => {
@@ -177,6 +178,29 @@ describe("state", () => {
   it("a whole failure stays as it is", async () => {
     const { method } = recorder({ create: () => Promise.reject(new Error("refused")) });
     await expect(method("create")(bag)).rejects.not.toHaveProperty("id");
+  });
+});
+
+describe("a replacement that no diff asked for, which creates first", () => {
+  const owned = { ...bag, owner: "o/p/s/vm1" };
+
+  it("keeps what the create took for its own by its mark, and says so", async () => {
+    const { calls, method, warnings } = recorder();
+    await method("create")(owned);
+    await method("delete")("server1/x", owned);
+    expect(calls.map(([name]) => name)).toEqual(["create"]);
+    expect(warnings).toEqual([expect.stringMatching(/^server1\/x was there already .* it is kept as it is/)]);
+  });
+
+  it.each([
+    ["another place", { ...owned, host: "server2" }],
+    ["another's", { ...owned, owner: "o/p/s/vm2" }],
+  ])("removes what is at %s", async (_what, old) => {
+    const { calls, method, warnings } = recorder();
+    await method("create")(owned);
+    await method("delete")("", old);
+    expect(calls.map(([name]) => name)).toEqual(["create", "remove"]);
+    expect(warnings).toEqual([]);
   });
 });
 
