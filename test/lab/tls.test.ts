@@ -73,7 +73,7 @@ describe.each(nbdServers)("an export by %s with TLS", (server: NbdServer) => {
     expect(state.uri).toBe(`nbds://${lab.server1.privateAddress}:10809/vm1`);
     const { stdout } = await lab.server1.run("stat -c '%U %a %n' /etc/lvm-nbd/*~*/* | sed 's,/etc.*/,,'");
     expect(stdout.trim().split("\n")).toEqual(
-      ["ca-cert.pem", "client-cert.pem", "client-key.pem", "server-cert.pem", "server-key.pem"].map(
+      ["ca-cert.pem", "client-cert.pem", "client-key.pem", "proven", "server-cert.pem", "server-key.pem"].map(
         (name) => `root 600 ${name}`,
       ),
     );
