@@ -33,7 +33,7 @@ import {
   portlessNames,
   type Verdict,
 } from "./hostKeys.js";
-import { enforceWindow } from "./receiveWindow.js";
+import { enforceWindow, leastChunk } from "./receiveWindow.js";
 import { isRevokedIn } from "./revokedKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
 import { certifiedKey, soundHash, soundKey, speakKeys } from "./userCertificates.js";
@@ -43,8 +43,6 @@ const firstChannelLimit = 8;
 /** For a free channel: many commands of a large stack on a slow host stand in one queue. */
 const longestQueueSeconds = 600;
 const defaultMaxOutput = 16 * 1024 * 1024;
-/** Bytes that a piece of output counts as at least: a host may send each byte by itself, and each costs that to keep. */
-const leastChunk = 64;
 /** setTimeout takes more than this for "at once". */
 const longestTimer = 2 ** 31 - 1;
 

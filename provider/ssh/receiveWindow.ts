@@ -2,10 +2,15 @@
  * How much a host may send on a channel before it is asked for more (RFC 4254, section 5.2). ssh2 takes whatever comes, and keeps what
  * nobody reads yet, e.g. on the channel of a command that the host has not confirmed.
  */
+import type { Readable } from "node:stream";
 import type { Client, ClientChannel } from "ssh2";
 
 /** Bytes on a channel that nobody reads yet. A host that confirms a command before it sends what that prints sends none. */
 const mostUnread = 64 * 1024;
+/** Bytes that a piece of data counts as at least: a host may send each byte by itself, and each costs about that to keep. */
+export const leastChunk = 320;
+/** RFC 4254, section 5.2: the only type of extended data there is. */
+const stderrType = 1;
 
 type OnData = (protocol: unknown, channel: number, data: Buffer, type?: number) => void;
 
@@ -28,20 +33,28 @@ export function enforceWindow(client: Client): void {
   const handlers = _protocol?._handlers;
   if (typeof handlers?.CHANNEL_DATA !== "function" || typeof _chanMgr?.get !== "function")
     throw new Error("what a host sends is not bounded with this version of ssh2: use 1.17");
+  const unread = new WeakMap<Readable, number>();
   for (const kind of ["CHANNEL_DATA", "CHANNEL_EXTENDED_DATA"] as const) {
     const take = handlers[kind];
     handlers[kind] = (protocol, id, data, type) => {
+      // ssh2 drops it, but not what has been copied for it by then.
+      if (kind === "CHANNEL_EXTENDED_DATA" && type !== stderrType) return;
       const channel = _chanMgr.get(id);
       if (typeof channel === "object") {
         const stream = kind === "CHANNEL_DATA" ? channel : channel.stderr;
-        const unread = stream.readableFlowing === null ? stream.readableLength + data.length : 0;
-        if (data.length > channel.incoming.window || unread > mostUnread) {
+        const kept = (unread.get(stream) ?? 0) + Math.max(data.length, leastChunk);
+        // A stream that is read once is so from then on.
+        if (stream.readableFlowing === null) unread.set(stream, kept);
+        else unread.delete(stream);
+        if (data.length > channel.incoming.window || (unread.get(stream) ?? 0) > mostUnread) {
           client.emit("error", new Error("the host sent more than it may"));
           return;
         }
       }
-      // A copy: the data is a part of the packet, which may be far longer, and would be kept with it.
-      take(protocol, id, Buffer.from(data), type);
+      // A copy: the data is a part of the packet, which may be far longer, and would be kept with it; so would Node's pool.
+      const copy = Buffer.allocUnsafeSlow(data.length);
+      copy.set(data);
+      take(protocol, id, copy, type);
     };
   }
 }
