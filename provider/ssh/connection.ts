@@ -50,13 +50,15 @@ const longestTimer = 2 ** 31 - 1;
 export interface Timing {
   /** For the TCP connection, for the login, and for a jump to reach the next hop. */
   readonly connect: number;
+  /** For an agent to sign, which may ask its owner first: not of the host's time. sshd waits 120 s for a login unless configured. */
+  readonly signature: number;
   /** Beyond a command's own deadline and grace: for the host to answer at all. */
   readonly slack: number;
   /** Between two keepalives while commands run; three without an answer are a lost link. */
   readonly keepalive: number;
 }
 
-const usualTiming: Timing = { connect: 20_000, slack: 10_000, keepalive: 10_000 };
+const usualTiming: Timing = { connect: 20_000, signature: 60_000, slack: 10_000, keepalive: 10_000 };
 
 /** The link broke. `sent` tells whether the command may have run. */
 export class LinkLost extends Error {
@@ -730,9 +732,26 @@ function logIn<T>(
   return new Promise((resolve, reject) => {
     const client = new Client();
     let refused: KeyRefused | undefined;
-    const login = new LoginAttempts(host, timing.connect);
-    const fail = (error: unknown) => {
+    let ended = false;
+    let timer: NodeJS.Timeout | undefined;
+    /** Gives the login so much time from now on. */
+    const extend = (ms: number) => {
+      clearTimeout(timer);
+      if (ended) return;
+      timer = setTimeout(() => {
+        const what = `no login within ${timing.connect / 1000} s`;
+        fail(new DialFailed(`${host.address}:${host.port}: ${what}`, false));
+      }, ms);
+    };
+    const login = new LoginAttempts(host, timing, extend);
+    const end = () => {
+      ended = true;
+      clearTimeout(timer);
       client.removeAllListeners();
+    };
+    const fail = (error: unknown) => {
+      end();
+      login.end();
       // ssh2 may still report the socket's end; nobody is interested any more.
       client.on("error", () => undefined);
       client.end();
@@ -747,7 +766,7 @@ function logIn<T>(
         }),
       );
     client.once("ready", () => {
-      client.removeAllListeners();
+      end();
       resolve(opened(client));
     });
     client.once("close", () =>
@@ -768,8 +787,7 @@ function logIn<T>(
       if (error.level === "client-authentication") return login.exhausted ? authFailed("") : undefined;
       // A disconnect by the host in the middle of the login, e.g. "Too many authentication failures".
       if (login.tried.length > 0 && typeof error.code === "number") return authFailed(` (${error.message})`);
-      const mayPass = error.level !== "client-timeout" && error.level !== "handshake";
-      fail(new DialFailed(`${host.address}:${host.port}: ${error.message}`, mayPass));
+      fail(new DialFailed(`${host.address}:${host.port}: ${error.message}`, error.level !== "handshake"));
     });
     const known = knownTypes(host.hostKeyNames, host.trust).flatMap((type) =>
       type === "ssh-rsa" ? ["rsa-sha2-512", "rsa-sha2-256"] : [type],
@@ -780,10 +798,12 @@ function logIn<T>(
     const preferred = certifies
       ? [...new Set(known)].flatMap((type) => usable.filter((one) => one === type))
       : usable.filter((type) => known.includes(type));
+    extend(timing.connect);
     client.connect({
       sock: stream,
       username: host.user,
-      readyTimeout: timing.connect,
+      // `extend` sees to it.
+      readyTimeout: 0,
       algorithms: {
         ...algorithms,
         serverHostKey: [...preferred, ...usable.filter((type) => !preferred.includes(type))],
@@ -816,14 +836,25 @@ function logIn<T>(
  */
 class ChosenKeys extends OpenSSHAgent {
   private silent: Error | undefined;
+  private asked: Duplex | undefined;
+  private patience: { readonly ms: number; readonly without: string };
 
-  /** `patienceMs`: how long the agent may take for an answer. After one that it did not give it is not asked again. */
+  /** After an answer that the agent did not give in time it is not asked again. `extend`: gives the login so much time. */
   constructor(
     socket: string,
     private readonly host: Pick<ResolvedHost, "agentKeys" | "identitiesOnly">,
-    private readonly patienceMs: number,
+    private readonly timing: Timing,
+    private readonly extend: (ms: number) => void,
   ) {
     super(socket);
+    // It lists its keys, and leaves time for another way.
+    const ms = timing.connect / 2;
+    this.patience = { ms, without: `no answer within ${ms / 1000} s` };
+  }
+
+  end(): void {
+    this.silent = new Error("the login has ended");
+    this.asked?.destroy(this.silent);
   }
 
   override getStream(answer: GetStreamCallback): void {
@@ -831,12 +862,14 @@ class ChosenKeys extends OpenSSHAgent {
       answer(this.silent);
       return;
     }
+    const { ms, without } = this.patience;
     super.getStream((error, stream) => {
+      this.asked = stream;
       if (stream !== undefined) {
         const timer = setTimeout(() => {
-          this.silent = new Error(`no answer within ${this.patienceMs / 1000} s`);
+          this.silent = new Error(without);
           stream.destroy(this.silent);
-        }, this.patienceMs);
+        }, ms);
         stream.once("close", () => clearTimeout(timer));
       }
       answer(error, stream);
@@ -859,9 +892,17 @@ class ChosenKeys extends OpenSSHAgent {
     options?: SigningRequestOptions | SignCallback,
     answer?: SignCallback,
   ): boolean {
-    return typeof options === "function"
-      ? super.sign(key, data, { hash: soundHash(undefined) }, options)
-      : super.sign(key, data, { hash: soundHash(options?.hash) }, answer);
+    const [hash, done] = typeof options === "function" ? [undefined, options] : [options?.hash, answer];
+    const ms = this.timing.signature;
+    this.patience = {
+      ms,
+      without: `no signature within ${ms / 1000} s: it did not answer, or nobody confirmed it`,
+    };
+    this.extend(ms + this.timing.connect);
+    return super.sign(key, data, { hash: soundHash(hash) }, (error, signature) => {
+      this.extend(this.timing.connect);
+      done?.(error, signature);
+    });
   }
 }
 
@@ -889,11 +930,12 @@ class LoginAttempts {
   readonly tried: string[] = [];
   exhausted = false;
   private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
+  private readonly agent: ChosenKeys | undefined;
 
-  /** `patienceMs`: for the whole login. */
-  constructor(host: ResolvedHost, patienceMs: number) {
+  constructor(host: ResolvedHost, timing: Timing, extend: (ms: number) => void) {
     const { user: username, password } = host;
-    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host, patienceMs / 2);
+    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host, timing, extend);
+    this.agent = agent;
     this.attempts = host.keys.flatMap(offersOf).map(([label, key]) => ({
       ...{ label, method: "publickey", attempt: { type: "publickey", username, key } },
     }));
@@ -939,6 +981,11 @@ class LoginAttempts {
         this.tried.push(taken ? current.label : `${current.label} (the host does not take it)`);
       if (taken) return current.attempt;
     }
+  }
+
+  /** Lets the agent go, which may still be asking its owner. */
+  end(): void {
+    this.agent?.end();
   }
 
   agentFailed(message: string): void {

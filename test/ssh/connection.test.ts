@@ -131,37 +131,70 @@ test("an agent that cannot be reached leaves the other ways to log in", async ()
   expect(error.message).toContain("the agent's keys (");
 });
 
-describe("an agent that says nothing", () => {
-  const keys = [
+describe("an agent", () => {
+  const pairs = [
     utils.generateKeyPairSync("ecdsa", { bits: 256 }),
     utils.generateKeyPairSync("ecdsa", { bits: 384 }),
   ];
-  const dial = { connect: 2000 };
 
-  test("leaves the other ways to log in, and is let go", async () => {
+  /** One that has those keys, and lets `sign` answer. */
+  const listenWithKeys = (sign: (reply: () => void, socket: Socket) => void) =>
+    listen((socket) => {
+      const protocol = new AgentProtocol(false);
+      const all = pairs.map((pair) => parse(pair.public));
+      protocol.on("identities", (request: AgentInboundRequest) => protocol.getIdentitiesReply(request, all));
+      protocol.on("sign", (request: AgentInboundRequest, key: ParsedKey, data: Buffer) => {
+        const pair = pairs.find((one) => parse(one.public).getPublicSSH().equals(key.getPublicSSH()));
+        sign(() => protocol.signReply(request, parse(pair?.private ?? "").sign(data)), socket);
+      });
+      socket.pipe(protocol).pipe(socket);
+    });
+
+  test("that says nothing leaves the other ways to log in, and is let go", async () => {
     const server = await serve();
     const asking: Socket[] = [];
     const agent = await listen((socket) => asking.push(socket.resume()));
-    const opened = await open(server.host({ agent }), dial);
+    const opened = await open(server.host({ agent }), { connect: 2000 });
     expect((await opened.run(read, undefined)).stdout).toBe("done");
     await until(() => asking.length === 1 && asking.every((socket) => socket.readableEnded), "its end");
   });
 
-  test("when it is to sign is told, and asked for no other of its keys", async () => {
+  test("that does not sign is told, and asked for no other of its keys", async () => {
     const server = await serve();
     let signatures = 0;
-    const agent = await listen((socket) => {
-      const protocol = new AgentProtocol(false);
-      const all = keys.map((key) => parse(key.public));
-      protocol.on("identities", (request: AgentInboundRequest) => protocol.getIdentitiesReply(request, all));
-      protocol.on("sign", () => signatures++);
-      socket.pipe(protocol).pipe(socket);
-    });
-    const error = await failure(open(server.host({ agent, password: undefined }), dial));
+    const agent = await listenWithKeys(() => signatures++);
+    const error = await failure(open(server.host({ agent, password: undefined }), { signature: 300 }));
     expect(error.code).toBe("AUTH_FAILED");
-    expect(error.message).toMatch(/tried: the agent's keys \(no answer within 1 s\)$/m);
+    expect(error.message).toMatch(
+      /tried: the agent's keys \(no signature within 0.3 s: it did not answer, or nobody confirmed it\)$/m,
+    );
     expect(signatures).toBe(1);
   });
+
+  test("that asks before it signs has longer for that than the host for the login", async () => {
+    const server = await serve();
+    const agent = await listenWithKeys((reply) => setTimeout(reply, 1500));
+    const host = server.host({ agent, password: undefined, connectSeconds: 1 });
+    expect((await (await open(host)).run(read, undefined)).stdout).toBe("done");
+  });
+
+  test("is let go when the host does not wait for it", async () => {
+    const server = await serve();
+    const asking: Socket[] = [];
+    const agent = await listenWithKeys((_reply, socket) => {
+      asking.push(socket);
+      for (const one of server.sockets) one.destroy();
+    });
+    const opening = open(server.host({ agent, password: undefined }), { signature: 600_000 });
+    expect(await opening.catch((reason: unknown) => reason)).toBeInstanceOf(DialFailed);
+    await until(() => asking.length === 1 && asking.every((socket) => socket.readableEnded), "its end");
+  });
+});
+
+test("a host that does not answer a login is given up in the time that it has for it", async () => {
+  const server = await serve({ authenticate: () => undefined });
+  const opening = open(server.host({ connectSeconds: 0.5 }), { signature: 600_000 });
+  await expect(opening).rejects.toThrow("no login within 0.5 s");
 });
 
 test("the password answers a keyboard-interactive login", async () => {

@@ -63,7 +63,7 @@ export const fakeHostKey = hostKey.public;
 export const otherKey = utils.generateKeyPairSync("ed25519").public;
 
 /** Short where the usual waits are long, long enough for a busy machine. */
-export const timing: Timing = { connect: 5000, slack: 2000, keepalive: 10_000 };
+export const timing: Timing = { connect: 5000, signature: 5000, slack: 2000, keepalive: 10_000 };
 
 export function connection(changes: Partial<ResolvedHost> & { port: number }): ResolvedHost {
   return {
