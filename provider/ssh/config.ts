@@ -244,7 +244,7 @@ function limitsOf(
     caSignatureAlgorithms: casignaturealgorithms?.split(","),
   };
   if (hostKeyAlgorithms(limits).length === 0) {
-    const what = `HostKeyAlgorithms leaves none that is taken here: ${hostkeyalgorithms}`;
+    const what = `HostKeyAlgorithms leaves none that is taken here: ${hostkeyalgorithms || "nothing"}`;
     throw invalid("host", `the alias "${alias}": ${what}`, alias);
   }
   return limits;
@@ -329,7 +329,8 @@ async function askOpenSsh(
   }
   const lines = stdout.split("\n").map((line) => line.trim());
   const first = (key: string) => {
-    const line = lines.find((candidate) => candidate.startsWith(`${key} `));
+    // Of an empty list, e.g. of algorithms, the key alone is printed.
+    const line = lines.find((candidate) => candidate === key || candidate.startsWith(`${key} `));
     return line === undefined ? {} : { [key]: line.slice(key.length + 1) };
   };
   // Printed without quotes: what does not begin like a path goes on with the one before it.

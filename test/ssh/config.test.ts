@@ -164,12 +164,18 @@ Host web-gw\n HostName 10.0.0.1\n`);
     expect((await resolveHost("web")).hostKeyNames).toEqual(["web-key"]);
   });
 
-  test("whose HostKeyAlgorithms leave nothing that is sound is INVALID_INPUT, which says what is left", async () => {
-    sshConfig("Host web\n HostKeyAlgorithms ssh-rsa\n");
-    const error = await failure(resolveHost("web"));
-    expect(error.code).toBe("INVALID_INPUT");
-    expect(error.message).toContain("HostKeyAlgorithms leaves none that is taken here: ssh-rsa");
-  });
+  test.each([
+    ["ssh-rsa", "ssh-rsa"],
+    ["-*", "nothing"],
+  ])(
+    "whose HostKeyAlgorithms %s leave nothing that is sound is INVALID_INPUT, which says what is left",
+    async (given, left) => {
+      sshConfig(`Host web\n HostKeyAlgorithms ${given}\n`);
+      const error = await failure(resolveHost("web"));
+      expect(error.code).toBe("INVALID_INPUT");
+      expect(error.message).toContain(`HostKeyAlgorithms leaves none that is taken here: ${left}`);
+    },
+  );
 
   test("is jumped to through a chain, in order", async () => {
     sshConfig(`Host web\n HostName 10.0.0.3\n ProxyJump inner

@@ -372,6 +372,12 @@ describe("a real server with a certificate", () => {
       /HOST_KEY_UNKNOWN.*signed with ssh-ed25519, which CASignatureAlgorithms leaves out/,
     ],
     [
+      "is certified and no signature is taken",
+      ["CASignatureAlgorithms -*"],
+      [authority],
+      /HOST_KEY_UNKNOWN.*signed with ssh-ed25519, which CASignatureAlgorithms leaves out/,
+    ],
+    [
       "is certified with a signature that is taken",
       ["CASignatureAlgorithms ssh-ed25519"],
       [authority],
