@@ -43,6 +43,8 @@ const firstChannelLimit = 8;
 /** For a free channel: many commands of a large stack on a slow host stand in one queue. */
 const longestQueueSeconds = 600;
 const defaultMaxOutput = 16 * 1024 * 1024;
+/** Of what is said on stderr, with `leastChunk`: a process id comes within that or not at all. */
+const mostBeforePid = 64 * 1024;
 /** setTimeout takes more than this for "at once". */
 const longestTimer = 2 ** 31 - 1;
 
@@ -383,6 +385,7 @@ export class Connection {
     const out: Buffer[] = [];
     const err: Buffer[] = [];
     let size = 0;
+    let errSize = 0;
     let exitCode: number | undefined;
     let exitSignal: string | undefined;
     return new Promise((resolve, reject) => {
@@ -457,11 +460,15 @@ export class Connection {
         finish(() => reject(stopping === undefined ? new LinkLost(true, why) : unconfirmed(stopping)));
       };
       const collect = (into: Buffer[]) => (chunk: Buffer) => {
+        if (finished) return;
         if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
-        size += Math.max(chunk.length, leastChunk);
+        const counted = Math.max(chunk.length, leastChunk);
+        size += counted;
+        if (into === err) errSize += counted;
         into.push(chunk);
-        if (stopping !== undefined) killWhenKnown();
-        else if (size > maxOutput)
+        // Not of each piece: a host may send each byte by itself, and it is all looked through.
+        if (stopping !== undefined && errSize <= mostBeforePid && chunk.includes("\n")) killWhenKnown();
+        if (stopping === undefined && size > maxOutput)
           stop(this.error("OUTPUT_TOO_LARGE", `it printed more than ${maxOutput} bytes`, command));
       };
       const ended = () => {

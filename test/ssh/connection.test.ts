@@ -19,7 +19,7 @@ import {
   utils,
 } from "ssh2";
 import ts from "typescript";
-import { afterEach, describe, expect, test } from "vitest";
+import { afterEach, describe, expect, test, vi } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
 import type { ResolvedHost } from "../../provider/ssh/config.js";
 import { Connection, DialFailed, LinkLost } from "../../provider/ssh/connection.js";
@@ -351,6 +351,57 @@ test("endless output is stopped", async () => {
   const error = await failure(opened.run({ ...read, maxOutputBytes: 1_000_000, graceSeconds: 1 }, undefined));
   expect(error.code).toBe("OUTPUT_TOO_LARGE");
   expect(server.kills).toHaveLength(1);
+});
+
+describe("of a command that is stopped before its process id is known", () => {
+  /** How often something that came byte by byte has been put together. */
+  const watchJoins = () => {
+    const concat = vi.spyOn(Buffer, "concat");
+    cleanup.push(() => concat.mockRestore());
+    return () =>
+      concat.mock.calls.filter(([list]) => list.length > 0 && list.every((one) => one.length === 1)).length;
+  };
+
+  test.each([
+    ["x", 5],
+    ["\n", 250],
+  ])("%j again and again is not looked through for it each time", async (byte, most) => {
+    const controller = new AbortController();
+    const server = await serve({
+      run: (command) => {
+        controller.abort();
+        for (let bytes = 0; bytes < 1000; bytes++) command.channel.stderr.write(byte);
+        command.exit();
+      },
+    });
+    const opened = await open(server.host());
+    const joins = watchJoins();
+    expect((await failure(opened.run(read, controller.signal))).code).toBe("CANCELLED");
+    expect(joins()).toBeLessThanOrEqual(most);
+  });
+
+  test("what comes when it has been given up is not looked through", async () => {
+    const controller = new AbortController();
+    let given: Arrived | undefined;
+    const server = await serve({
+      run: (command) => {
+        if (given !== undefined) {
+          command.started();
+          command.exit();
+        }
+        given ??= command;
+        controller.abort();
+      },
+    });
+    const opened = await open(server.host(), { slack: 0 });
+    expect((await failure(opened.run({ ...read, graceSeconds: 0.1 }, controller.signal))).code).toBe(
+      "CANCELLED",
+    );
+    const joins = watchJoins();
+    for (let bytes = 0; bytes < 50; bytes++) given?.channel.stderr.write("\n");
+    await opened.run(read, undefined);
+    expect(joins()).toBe(0);
+  });
 });
 
 test("a command that the host does not stop at its deadline is given up in bounded time", async () => {
