@@ -161,13 +161,14 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   };
 }
 
-/** `given`: what goes before the configuration, which may have more to say of that user. */
-async function resolveAlias(
-  alias: string,
-  depth: number,
-  given: { readonly user?: string | undefined; readonly port?: number | undefined } = {},
-): Promise<ResolvedHost> {
-  const config = await sshConfig(alias, given.user);
+/** What goes before the configuration, which may have more to say of that user, and to name by that port. */
+interface Given {
+  readonly user?: string | undefined;
+  readonly port?: number | undefined;
+}
+
+async function resolveAlias(alias: string, depth: number, given: Given = {}): Promise<ResolvedHost> {
+  const config = await sshConfig(alias, given);
   const command = config.proxycommand;
   if (command !== undefined && command !== "none") {
     throw invalid(
@@ -179,7 +180,10 @@ async function resolveAlias(
   const address = config.hostname ?? alias;
   const port = given.port ?? Number(config.port ?? "22");
   const user = config.user ?? "root";
-  const values = { alias: alias.replace(/^.*@/, ""), address, port, user, hostKeyAlias: config.hostkeyalias };
+  const values = {
+    ...{ alias: alias.replace(/^.*@/, ""), address, port, user },
+    ...{ hostKeyAlias: config.hostkeyalias, hash: config.controlpath },
+  };
   const expand = (path: string) => expandPath(path, values);
   const keys: IdentityKey[] = [];
   const agentKeys: string[] = [];
@@ -220,9 +224,10 @@ async function resolveAlias(
     connectSeconds: connectSeconds > 0 ? connectSeconds : undefined,
     trust: {
       knownHosts: await readTexts(
+        // In the user's ssh has put the values for tokens, and in the system's there are none.
         [...config.userknownhostsfile, ...config.globalknownhostsfile]
           .filter((path) => path !== "none")
-          .map(expand),
+          .map(expandHome),
       ),
       limits: limitsOf(config, alias),
     },
@@ -281,6 +286,8 @@ interface SshConfig {
   readonly identityagent?: string;
   readonly identitiesonly?: string;
   readonly connecttimeout?: string;
+  /** Not the configuration's: see `askOpenSsh`. */
+  readonly controlpath?: string;
   readonly hostkeyalgorithms?: string;
   readonly casignaturealgorithms?: string;
   readonly identityfile: readonly string[];
@@ -292,16 +299,16 @@ interface SshConfig {
 
 const configs = new Map<string, Promise<SshConfig>>();
 
-/** What OpenSSH makes of an alias, for that user or for the configured one. Asked once per process. */
-function sshConfig(alias: string, user?: string): Promise<SshConfig> {
+/** What OpenSSH makes of an alias. Asked once per process. */
+function sshConfig(alias: string, given: Given = {}): Promise<SshConfig> {
   if (!/^[A-Za-z0-9_.:%@+][A-Za-z0-9_.:%@+-]*$/.test(alias)) {
     throw invalid("host", `"${alias}" is not a host alias: letters, digits and _ . : - are right`, alias);
   }
   const file = process.env.LVM_NBD_SSH_CONFIG;
-  const key = [file, alias, user].join("\0");
+  const key = [file, alias, given.user, given.port].join("\0");
   let config = configs.get(key);
   if (config === undefined) {
-    config = askOpenSsh(alias, file, user);
+    config = askOpenSsh(alias, file, given);
     configs.set(key, config);
     config.catch(() => configs.delete(key));
   }
@@ -311,9 +318,15 @@ function sshConfig(alias: string, user?: string): Promise<SshConfig> {
 async function askOpenSsh(
   alias: string,
   file: string | undefined,
-  user: string | undefined,
+  { user, port }: Given,
 ): Promise<SshConfig> {
-  const options = [...(file === undefined ? [] : ["-F", file]), ...(user === undefined ? [] : ["-l", user])];
+  const options = [
+    ...(file === undefined ? [] : ["-F", file]),
+    ...(user === undefined ? [] : ["-l", user]),
+    ...(port === undefined ? [] : ["-p", String(port)]),
+    // What %C is a hash of is another thing with each OpenSSH; in this option it puts it itself.
+    ...["-o", "ControlPath=%C"],
+  ];
   let stdout: string;
   try {
     ({ stdout } = await run("ssh", [...options, "-G", "--", alias], { timeout: 20_000 }));
@@ -348,6 +361,7 @@ async function askOpenSsh(
     ...first("identityagent"),
     ...first("identitiesonly"),
     ...first("connecttimeout"),
+    ...first("controlpath"),
     ...first("hostkeyalgorithms"),
     ...first("casignaturealgorithms"),
     identityfile: lines.filter((line) => line.startsWith("identityfile ")).map((line) => line.slice(13)),
@@ -487,6 +501,8 @@ interface TokenValues {
   readonly port: number;
   readonly user: string;
   readonly hostKeyAlias: string | undefined;
+  /** Of the connection. */
+  readonly hash: string | undefined;
 }
 
 /** The tokens that `ssh -G` leaves in a jump, by ssh_config(5). */
@@ -499,6 +515,7 @@ function fileTokens(host: TokenValues): Readonly<Record<string, string>> {
   const local = hostname();
   return {
     ...jumpTokens(host),
+    ...(host.hash === undefined ? {} : { "%C": host.hash }),
     "%d": homedir(),
     "%i": String(process.getuid?.() ?? ""),
     "%k": host.hostKeyAlias ?? host.alias,

@@ -1,6 +1,7 @@
 import { execFileSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { hostname, tmpdir } from "node:os";
 import { join } from "node:path";
 import { utils } from "ssh2";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test, vi } from "vitest";
@@ -133,12 +134,37 @@ Host web-gw\n HostName 10.0.0.1\n`);
     }
   });
 
+  test("may have its connection's hash in the names of its files, that of a jump with the jump's port", async () => {
+    const hash = (...words: string[]) =>
+      createHash("sha1")
+        .update(`${hostname()}${words.join("")}`)
+        .digest("hex");
+    sshConfig(`Host web\n HostName 10.1.2.3\n User ann
+      CertificateFile ${folder}/%C-cert.pub
+      RevokedHostKeys /keys/%C
+Host inner\n ProxyJump web:2200
+`);
+    expect((await resolveHost("web")).revokedHostKeys).toEqual([`/keys/${hash("10.1.2.3", "22", "ann")}`]);
+    expect((await resolveHost("inner")).jumps[0]?.revokedHostKeys).toEqual([
+      `/keys/${hash("10.1.2.3", "2200", "ann")}`,
+    ]);
+  });
+
+  test("has files of known hosts with no token but those that ssh has put values in for", async () => {
+    for (const name of ["100%host", "%h"]) writeFileSync(join(folder, name), `${name}\n`);
+    sshConfig(`Host web
+      HostName 10.1.2.3
+      UserKnownHostsFile ${folder}/100%%host
+      GlobalKnownHostsFile ${folder}/%h\n`);
+    expect((await resolveHost("web")).trust).toMatchObject({ knownHosts: ["100%host\n", "%h\n"] });
+  });
+
   const unset = `\${LVM_NBD_NOT_SET}`;
   test.each([
     ["IdentityFile", `${unset}/key`, unset, /no variable that is set/],
-    ["IdentityFile", "/keys/%C", "%C", /no token that is known here/],
+    ["IdentityFile", "/keys/%x", "%x", /no token that is known here/],
     ["CertificateFile", `${unset}/key`, unset, /no variable that is set/],
-    ["RevokedHostKeys", "/keys/%C", "%C", /no token that is known here/],
+    ["RevokedHostKeys", "/keys/%x", "%x", /no token that is known here/],
     ["ProxyJump", "%u-gw", "%u", /no token that is known here/],
   ])("with %s %s is INVALID_INPUT, which names what is not known", async (option, value, found, words) => {
     sshConfig(`Host web\n ${option} ${value}\n`);
