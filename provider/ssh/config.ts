@@ -264,7 +264,7 @@ async function resolveJump(jump: HostArgs, depth: number, first: boolean): Promi
   let resolved: ResolvedHost;
   if (typeof jump !== "string") resolved = await resolveConnection(jump, depth + 1);
   else {
-    const match = /^(?:ssh:\/\/)?(?:([^@]+)@)?(\[[^\]]+\]|[^:]+)(?::(\d+))?\/?$/.exec(jump);
+    const match = /^(?:ssh:\/\/)?(?:(.+)@)?(\[[^\]@]+\]|[^:@]+)(?::(\d+))?\/?$/.exec(jump);
     if (match?.[2] === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
     const name = match[2].replace(/^\[(.*)\]$/, "$1");
     const port = match[3] === undefined ? undefined : Number(match[3]);

@@ -242,6 +242,16 @@ Host inner\n ProxyJump outer`);
     expect((await resolveHost("inner")).jumps[0]).toMatchObject({ user: "ann", hostKeyNames: ["anns-key"] });
   });
 
+  test.each([
+    ["ann@corp.com@gw", "ann@corp.com", "gw", 22],
+    ["ssh://ann@gw:2200", "ann", "gw", 2200],
+    ["ann@[fe80::1]:2200", "ann", "fe80::1", 2200],
+    ["ann@gw", "ann", "gw", 22],
+  ])("a jump through %s is as the user before the last @", async (jump, user, name, port) => {
+    sshConfig(`Host web\n ProxyJump ${jump}\n`);
+    expect((await resolveHost("web")).jumps[0]).toMatchObject({ user, name, port });
+  });
+
   test("that jumps in a circle is refused", async () => {
     sshConfig(`Host a\n ProxyJump b\nHost b\n ProxyJump a\n`);
     const error = await failure(resolveHost("a"));
