@@ -1,8 +1,8 @@
 /**
  * How much a host may send on a channel before it is asked for more (RFC 4254, section 5.2). ssh2 takes whatever comes, and keeps what
- * nobody reads yet, e.g. on the channel of a command that the host has not confirmed.
+ * nobody reads yet, e.g. on the channel of a command that the host has not confirmed, and answers that the host does not take.
  */
-import type { Readable } from "node:stream";
+import type { Readable, Writable } from "node:stream";
 import type { Client, ClientChannel } from "ssh2";
 
 /** Bytes on a channel that nobody reads yet. A host that confirms a command before it sends what that prints sends none. */
@@ -12,11 +12,19 @@ export const leastChunk = 320;
 /** RFC 4254, section 5.2: the only type of extended data there is. */
 const stderrType = 1;
 
+/** Bytes that are to be sent. What a command reads is far less, and so is all that is sent beside it. */
+const mostUnsent = 4 * 1024 ** 2;
+
 type OnData = (protocol: unknown, channel: number, data: Buffer, type?: number) => void;
+type OnRequest = (...request: unknown[]) => void;
 
 /** What ssh2's `Client` has inside; see its lib/client.js. */
 interface Inside {
-  readonly _protocol: { readonly _handlers: Record<"CHANNEL_DATA" | "CHANNEL_EXTENDED_DATA", OnData> };
+  readonly _protocol: {
+    readonly _handlers: Record<"CHANNEL_DATA" | "CHANNEL_EXTENDED_DATA", OnData> &
+      Record<"GLOBAL_REQUEST" | "CHANNEL_REQUEST" | "CHANNEL_OPEN", OnRequest>;
+  };
+  readonly _sock: Writable;
   readonly _chanMgr: {
     /** A function while the channel is being opened. */
     get(
@@ -29,10 +37,24 @@ interface Inside {
  * Has a client that is connecting end with an error when a host sends more than it may. Throws where ssh2 is another than is known here.
  */
 export function enforceWindow(client: Client): void {
-  const { _protocol, _chanMgr } = client as Client & Partial<Inside>;
+  const { _protocol, _chanMgr, _sock } = client as Client & Partial<Inside>;
   const handlers = _protocol?._handlers;
-  if (typeof handlers?.CHANNEL_DATA !== "function" || typeof _chanMgr?.get !== "function")
+  if (
+    typeof handlers?.CHANNEL_DATA !== "function" ||
+    typeof _chanMgr?.get !== "function" ||
+    typeof _sock?.writableLength !== "number"
+  )
     throw new Error("what a host sends is not bounded with this version of ssh2: use 1.17");
+  for (const kind of ["GLOBAL_REQUEST", "CHANNEL_REQUEST", "CHANNEL_OPEN"] as const) {
+    const take = handlers[kind];
+    handlers[kind] = (...request) => {
+      if (_sock.writableLength > mostUnsent) {
+        client.emit("error", new Error("the host asks on and on, and takes no answers"));
+        return;
+      }
+      take(...wanted(request));
+    };
+  }
   const unread = new WeakMap<Readable, number>();
   for (const kind of ["CHANNEL_DATA", "CHANNEL_EXTENDED_DATA"] as const) {
     const take = handlers[kind];
@@ -57,4 +79,13 @@ export function enforceWindow(client: Client): void {
       take(protocol, id, copy, type);
     };
   }
+}
+
+/**
+ * A request as it is, unless it tells of the host's other keys: ssh2 would ask for a proof of each time, and keep them until it comes,
+ * and nobody wants to know.
+ */
+function wanted(request: unknown[]): unknown[] {
+  const [protocol, name, reply] = request;
+  return name === "hostkeys-00@openssh.com" ? [protocol, "not wanted", reply, []] : request;
 }

@@ -6,19 +6,31 @@ import { enforceWindow } from "../../provider/ssh/receiveWindow.js";
 const stderr = 1;
 
 let taken: Buffer[];
+let asked: unknown[][];
 let errors: Error[];
 beforeEach(() => {
   taken = [];
+  asked = [];
   errors = [];
 });
 
 /** ssh2's handlers, of a client with one channel. */
-function handlersFor(channel: object) {
+function handlersFor(channel: object, socket = { writableLength: 0 }) {
   const take = (_protocol: unknown, _channel: number, data: Buffer, _type?: number) => {
     taken.push(data);
   };
-  const handlers = { CHANNEL_DATA: take, CHANNEL_EXTENDED_DATA: take };
-  const inside = { _protocol: { _handlers: handlers }, _chanMgr: { get: () => channel } };
+  const ask = (...request: unknown[]) => {
+    asked.push(request);
+  };
+  const handlers = {
+    ...{ CHANNEL_DATA: take, CHANNEL_EXTENDED_DATA: take },
+    ...{ GLOBAL_REQUEST: ask, CHANNEL_REQUEST: ask, CHANNEL_OPEN: ask },
+  };
+  const inside = {
+    _protocol: { _handlers: handlers },
+    _chanMgr: { get: () => channel },
+    _sock: socket,
+  };
   const client = Object.assign(new Client(), inside);
   client.on("error", (error) => errors.push(error));
   enforceWindow(client);
@@ -67,6 +79,25 @@ test("extended data of a type that is not known is not even copied", () => {
   const channel = Object.assign(new PassThrough().resume(), { incoming: { window: 100 } });
   handlersFor(channel).CHANNEL_EXTENDED_DATA(undefined, 0, Buffer.from("x"), 2);
   expect([taken, errors]).toEqual([[], []]);
+});
+
+test.each(["GLOBAL_REQUEST", "CHANNEL_REQUEST", "CHANNEL_OPEN"] as const)(
+  "%s: a host that asks on and on and takes no answers is an error",
+  (kind) => {
+    const socket = { writableLength: 3 * 1024 ** 2 };
+    const handlers = handlersFor({}, socket);
+    handlers[kind]("protocol", "what", true, "data");
+    expect([asked, errors]).toEqual([[["protocol", "what", true, "data"]], []]);
+    socket.writableLength = 5 * 1024 ** 2;
+    handlers[kind]("protocol", "what", true, "data");
+    expect(asked).toHaveLength(1);
+    expect(errors).toMatchObject([{ message: "the host asks on and on, and takes no answers" }]);
+  },
+);
+
+test("a host is not asked to prove the other keys that it tells of, for which it may let the client wait", () => {
+  handlersFor({}).GLOBAL_REQUEST("protocol", "hostkeys-00@openssh.com", true, ["key"]);
+  expect(asked).toEqual([["protocol", "not wanted", true, []]]);
 });
 
 test("an ssh2 that is not known here is an error, and no connection without bounds", () => {
