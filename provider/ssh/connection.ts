@@ -190,15 +190,12 @@ export class Connection {
       before === undefined
         ? scanCertificates(address, host.port, types, timing.connect)
         : before.forwarded(host, (port) => scanCertificates("127.0.0.1", port, types, timing.connect));
-    const refused = (error: unknown, { verdict, problems }: Partial<VouchedKeys> = {}) =>
+    const refused = (error: unknown, { verdict, problems = [] }: Partial<VouchedKeys> = {}) =>
       error instanceof KeyRefused
-        ? hostKeyError(
-            name,
-            host.hostKeyNames[0] ?? host.address,
-            error.key,
-            verdict ?? error.verdict,
+        ? hostKeyError(name, host.hostKeyNames[0] ?? host.address, error.key, verdict ?? error.verdict, {
             problems,
-          )
+            limits: limitsOf(host.trust),
+          })
         : error;
     try {
       return await dial(host);

@@ -181,13 +181,19 @@ export function knownTypes(names: readonly string[], trust: Trust): string[] {
   return [...new Set(types)];
 }
 
-/** The error for a key that was not accepted; it says how to go on. `problems`: why no certificate vouches for it, where one could. */
+/**
+ * The error for a key that was not accepted; it says how to go on. `problems`: why no certificate vouches for it, where one could;
+ * `limits`: what the host is held to.
+ */
 export function hostKeyError(
   host: string,
   name: string,
   key: Buffer,
   verdict: Verdict,
-  problems: readonly string[] = [],
+  {
+    problems = [],
+    limits,
+  }: { readonly problems?: readonly string[]; readonly limits?: HostKeyLimits | undefined } = {},
 ): LvmNbdError {
   const type = keyType(key);
   const shown = `${type} ${fingerprint(key)}`;
@@ -196,9 +202,11 @@ export function hostKeyError(
     return new LvmNbdError("HOST_KEY_UNKNOWN", {
       host,
       message: `its host key ${shown} is not known${certificates}`,
-      advice:
-        `Compare it with \`ssh-keygen -lf /etc/ssh/ssh_host_${type.replace(/^ssh-|-.*$/g, "")}_key.pub\` run on the host itself. ` +
-        `If it is the same, pin it with hostKey: "${type} ${key.toString("base64")}" or add to known_hosts: ${name} ${type} ${key.toString("base64")}`,
+      advice: mayBePlain(type, limits)
+        ? `Compare it with \`ssh-keygen -lf /etc/ssh/ssh_host_${type.replace(/^ssh-|-.*$/g, "")}_key.pub\` run on the host itself. ` +
+          `If it is the same, pin it with hostKey: "${type} ${key.toString("base64")}" or add to known_hosts: ${name} ${type} ${key.toString("base64")}`
+        : "As HostKeyAlgorithms says, a key of its type is taken by a certificate alone: " +
+          `add \`@cert-authority ${name} ...\` with the key that signs the host's certificate to known_hosts, or allow ${algorithmsOf(type)[0]} in HostKeyAlgorithms.`,
     });
   }
   const expected =

@@ -183,6 +183,14 @@ describe("the error", () => {
     );
   });
 
+  test("of a key that its alias takes by a certificate alone does not tell to pin it", () => {
+    const limits = { hostKeyAlgorithms: ["ssh-ed25519-cert-v01@openssh.com"] };
+    const { message } = hostKeyError("web", "web", mine.blob, { verdict: "unknown" }, { limits });
+    expect(message).toContain("@cert-authority web");
+    expect(message).toContain("allow ssh-ed25519 in HostKeyAlgorithms");
+    expect(message).not.toContain(mine.line);
+  });
+
   test.each([
     ["key line", () => other.line],
     ["fingerprint", () => fingerprint(other.blob)],
