@@ -246,7 +246,9 @@ async function observe(
   const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);
   const marked = restoreMarksAmong(origin.tags);
   const marks = marked.filter(isOurs);
-  const isBegun = marks.some(isUnfinishedImage) || (marks.length === 0 && tellsOfWriting(wanted, origin));
+  const isBegun =
+    marks.some(isUnfinishedImage) ||
+    (tellsOfWriting(wanted, origin) && !marks.some((mark) => isOfSince(mark, wanted)));
   const job = isBegun && !jobHasEnded ? await runningRestore(context, origin) : undefined;
   // Between the two looks it may have ended, and changed its mark.
   if (isBegun && !jobHasEnded && job === undefined) return observe(context, wanted, true);
@@ -259,13 +261,21 @@ async function observe(
   // A merge that was begun after an image, which keeps its mark until then.
   const isMerged = (mark: RestoreMark) =>
     mark.stage === "merging" || (mark.stage === "begun" && sourceOf(mark)?.merging !== false);
-  const restore = lost ?? markThatCounts(marks, life, job, isMerged);
+  const restore =
+    lost === undefined || lost.stage === "restored"
+      ? (lost ?? markThatCounts(marks, life, job, isMerged))
+      : markThatCounts(
+          [lost, ...marks.filter((mark) => !isOfEarlier(mark, lost, ended))],
+          ...[life, job, isMerged],
+        );
   if (restore === undefined) return undefined;
   const snapshot = sourceOf(restore);
   refuseSuspended(context, [origin, snapshot]);
   const told = { restore, origin, snapshot, ended, job: isMarkOf(job, restore) ? job : undefined };
   const phase = lost?.stage === "restored" ? "unmarked" : phaseOf(told);
-  const written = [restore, ...marks].filter(({ stage }) => stage === "writing").map(({ tag }) => tag);
+  const written = [...(lost ? [lost] : []), ...marks]
+    .filter(({ stage }) => stage === "writing")
+    .map(({ tag }) => tag);
   return {
     mark: ownerTag + restore.owner,
     written,
@@ -309,14 +319,16 @@ function lostMark(
   { origin, ended, job }: Pick<Observed, "origin" | "ended" | "job">,
   marks: readonly RestoreMark[],
 ): RestoreMark | undefined {
-  const isWritten = marks.length === 0 && tellsOfWriting(state, origin);
-  if (!isWritten && !tellsOfEnd(state, origin)) return undefined;
+  const isWritten = tellsOfWriting(state, origin);
+  if (isWritten ? marks.some((mark) => isOfSince(mark, state)) : !tellsOfEnd(state, origin)) return undefined;
   const told: Omit<RestoreMark, "tag"> = {
     ...{ generation: state.generation || restoreGeneration(state.triggers), life: state.restoreId },
     stage: isWritten ? "writing" : "restored",
-    ...{ startedAt: Date.parse(state.startedAt) / 1000, seconds: state.seconds, thinId: 0 },
+    ...{ startedAt: secondsOf(state), seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
   };
+  const lost = { ...told, tag: restoreTagOf(told) };
+  if (isWritten) return lost;
   // One that nobody goes on with has written nothing; an earlier stage of this very restore is older than the state. Any other that
   // began to write has taken the place of the state's own, whatever the host's clock said then.
   const isOlder = (mark: RestoreMark) =>
@@ -325,7 +337,20 @@ function lostMark(
       (isUnfinishedImage(mark) &&
         (mark.stage === "begun" ||
           restoreTagOf({ ...told, owner: mark.owner, stage: mark.stage }) === mark.tag)));
-  return marks.every(isOlder) ? { ...told, tag: restoreTagOf(told) } : undefined;
+  return marks.every(isOlder) ? lost : undefined;
+}
+
+/**
+ * Whether a mark is of a restore that has put right, or will, what the one that the state tells of has not ended: of that itself, or of
+ * a later one. Where the host's clock had gone back in between, by its triggers.
+ */
+function isOfSince(mark: RestoreMark, state: State): boolean {
+  const isLater = mark.startedAt >= secondsOf(state) || mark.generation === state.generation;
+  return mark.stage === "writing" || (isLater && mark.stage !== "begun");
+}
+
+function secondsOf({ startedAt }: State): number {
+  return Date.parse(startedAt) / 1000;
 }
 
 /** Of an earlier restore of the same resource, which has ended: another may be merging now, or has left the volume half-written. */

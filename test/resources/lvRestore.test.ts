@@ -623,6 +623,53 @@ it("an image for other triggers, taken back while it is checked, is ended, and n
   expect(asked.changes[0]?.argv.at(-1)).toBe(begun);
 });
 
+describe("an image for other triggers has left the origin half-written, and LVM's metadata of before is brought back", () => {
+  const sha256 = "a".repeat(64);
+  const again = { generation: restoreGeneration(["again"]), life: "77777777", source: sha256 };
+  const half = {
+    ...{ ...state, state: "restoring", snapshotRemoved: false, restoredSnapshot: "", restoredImage: sha256 },
+    ...{ restoreId: again.life, generation: again.generation, seconds: 0 },
+    ...{ startedAt: "1970-01-01T00:33:20.000Z", restoredAt: "" },
+  };
+  const begun = markOf("begun", { ...again, startedAt: 2000 });
+  const noJob = (command: RemoteCommand) =>
+    command.argv[2]?.includes("emit recordDigest")
+      ? fields({ active: "inactive", recordDigest: "", record: "", end: "" })
+      : "";
+
+  it.each([
+    ["the restore before it", markOf("restored")],
+    ["the restore before it, and one before its first byte", `${markOf("restored")},${begun}`],
+    ["its own before its first byte", begun],
+    ["a merge before it, whose end nobody has marked", markOf("merging")],
+  ])("with the mark of %s: it is still called so, and a removal leaves no mark", async (_what, tags) => {
+    const handlers = handlersOn("LvRestore", showing(gone(tags), noJob));
+    expect(await handlers.read(half)).toEqual(half);
+    expect(handlers.warnings.join("\n")).toMatch(/HALF-WRITTEN.*nobody goes on with it/);
+    const removing: FakeHost = fakeHost((command) => {
+      if (command.argv[0] !== "lvs") return noJob(command);
+      return gone(removing.changes.length === 0 ? tags : "");
+    });
+    await handlersOn("LvRestore", removing).remove(half);
+    expect(removing.changes.flatMap(({ argv }) => argv.filter((one) => one.includes(":0123abcd:")))).toEqual(
+      tags.split(",").filter((one) => one.includes(":0123abcd:")),
+    );
+  });
+
+  it.each([
+    ["its own", { ...again, startedAt: 2000 }],
+    ["a later one's", { startedAt: 3000 }],
+    [
+      "one's for the same triggers, before which the host's clock had gone back",
+      { ...again, startedAt: 500 },
+    ],
+  ])("is not called so where the mark is %s, which has ended", async (_what, more) => {
+    const handlers = handlersOn("LvRestore", showing(gone(markOf("restored", more)), noJob));
+    expect(await handlers.read(half)).toMatchObject({ state: "restored" });
+    expect(handlers.warnings.join("\n")).not.toContain("HALF");
+  });
+});
+
 describe("an image has left the origin half-written, and a snapshot is merged now", () => {
   const written = markOf("writing", { source: "a".repeat(64), life: "77777777" });
   const kept = { ...state, state: "scheduled", restoredAt: "", seconds: 0, snapshotRemoved: false };
