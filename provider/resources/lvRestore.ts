@@ -258,9 +258,11 @@ async function observe(
   for (const mark of marks.filter((one) => one.stage === "merging" && sourceOf(one) === undefined))
     if (!(await wasRemoved(context, origin, mark))) ended.push(mark);
   const lost = "restoreId" in wanted ? lostMark(wanted, { origin, ended, job }, marks) : undefined;
-  // A merge that was begun after an image, which keeps its mark until then.
-  const isMerged = (mark: RestoreMark) =>
-    mark.stage === "merging" || (mark.stage === "begun" && sourceOf(mark)?.merging !== false);
+  // A merge that was begun after an image, which keeps its mark until then; or said to have ended by hand.
+  const isMerged = (mark: RestoreMark, writing: RestoreMark) =>
+    mark.stage === "begun"
+      ? sourceOf(mark)?.merging !== false
+      : mark.stage === "merging" || mark.startedAt > writing.startedAt;
   const restore =
     lost === undefined || lost.stage === "restored"
       ? (lost ?? markThatCounts(marks, life, job, isMerged))
@@ -385,13 +387,13 @@ function markThatCounts(
   marks: readonly RestoreMark[],
   life: string | undefined,
   job: RunningRestore | undefined,
-  isMerged: (mark: RestoreMark) => boolean,
+  isMerged: (mark: RestoreMark, writing: RestoreMark) => boolean,
 ): RestoreMark | undefined {
   const others = marks.filter((mark) => !isUnfinishedImage(mark));
   const writing = marks.find(({ stage }) => stage === "writing");
   return (
     marks.find((mark) => isMarkOf(job, mark)) ??
-    (writing && others.find(isMerged)) ??
+    (writing && others.find((mark) => isMerged(mark, writing))) ??
     writing ??
     others.find((mark) => mark.life === life) ??
     others[0] ??
@@ -891,9 +893,12 @@ async function beginsNow(context: Context, { origin, snapshot }: Pair): Promise<
   return false;
 }
 
-/** Marks that a restore has ended. */
+/** Marks that a restore has ended, and removes the mark of an image that was written before. */
 async function end(context: Context, { restore, origin, written }: Observed): Promise<void> {
-  if (restore.stage === "restored") return;
+  if (restore.stage === "restored") {
+    if (written.length > 0) await mark(context, origin, undefined, written);
+    return;
+  }
   const { head, tail } = restoreTagParts(restore);
   const argv = script(
     endMergeScript,
@@ -1074,11 +1079,12 @@ function uncertain(context: Context, seen: Observed, again = ""): LvmNbdError {
   const { restore, origin } = seen;
   const { tag } = restore;
   const done = restoreTagOf({ ...restore, stage: "restored" });
+  const drop = [tag, ...seen.written].map((one) => `--deltag '${one}'`).join(" ");
   return refusal(
     context,
     "RESTORE_UNCERTAIN",
     `${wasLost(seen)}${isHalf(seen) ? `; ${halfPhrase(seen)}` : ""}`,
-    `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange --deltag '${tag}' --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again${again}.`,
+    `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange ${drop} --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again${again}.`,
   );
 }
 

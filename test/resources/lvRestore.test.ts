@@ -719,6 +719,29 @@ describe("an image has left the origin half-written, and a snapshot is merged no
     expect(asked.changes.map(({ argv }) => argv.at(-1))).toEqual([written]);
   });
 
+  it("and may have been: the command of the error that says so is heeded, and nothing is restored again", async () => {
+    const asked = host(gone(both("begun")));
+    const error: unknown = await handlersOn("LvRestore", asked)
+      .update(kept, complete)
+      .catch((reason: unknown) => reason);
+    const commands = /`lvchange ((?:--(?:del|add)tag '[^']+' ?)+)[^`]*`/.exec(String(error));
+    const changes = [...(commands?.[1] ?? "").matchAll(/--(del|add)tag '([^']+)'/g)];
+    const left = new Set(both("begun").split(","));
+    for (const [, how, tag = ""] of changes) how === "add" ? left.add(tag) : left.delete(tag);
+    expect([...left]).toEqual([markOf("restored", { seconds: 0 })]);
+    // Nor where the mark of the image is not removed with it.
+    const done = markOf("restored", { startedAt: 2000 });
+    const seen = (tags: string) => report(origin({ lv_tags: tags }), snapshot());
+    for (const tags of [`${done},${written}`, `${written},${done}`]) {
+      expect(await handlersOn("LvRestore", host(seen(tags))).read(kept)).toMatchObject({ state: "merging" });
+      const up = host(seen(tags), seen(done));
+      expect(await handlersOn("LvRestore", up).update(kept, complete)).toMatchObject({ state: "restored" });
+      expect(up.changes.map(({ argv }) => argv.slice(0, 4))).toEqual([
+        ["lvchange", "-y", "--deltag", written],
+      ]);
+    }
+  });
+
   it("where the power failed before LVM was told of it, it is half-written and merged by the next up", async () => {
     const lvs = report(origin({ lv_tags: both("begun") }), snapshot());
     const handlers = handlersOn("LvRestore", host(lvs));
