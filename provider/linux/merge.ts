@@ -82,29 +82,49 @@ fi
 );
 
 /**
- * Tells whether a snapshot that was being merged, or was to be, and is gone was taken away by hand: prints "removed" if so. Before each
- * command LVM has archived its metadata with it, but not before it ends a merge (lvmpolld runs lvpoll with `-An`). So the last
- * archive that holds the snapshot is of before its removal, or before anything else that was run while it was merged: only a command that
- * names the snapshot has removed it. LVM removes a merging one where it overflowed, is inactive, or failed to be merged. Arguments:
- * group, the snapshot's UUID.
+ * Tells what became of a snapshot that was being merged, or was to be, and is gone: prints "ended" if its merge was, "removed" if somebody
+ * has removed it, and else "unknown". Before each command LVM has
+ * archived its metadata with it (unless lvm.conf or `-An` says otherwise, and until lvm.conf has the archive removed), but not before it
+ * ends a merge (lvmpolld runs lvpoll with `-An`). So the last archive that holds the snapshot is of before its removal, or before anything
+ * else that was run while it was merged: only a command that names the snapshot has removed it, or one of which its words do not tell which
+ * volumes it removes. LVM removes a merging one where it overflowed, is inactive, or failed to be merged. Arguments: group, the snapshot's
+ * UUID.
  */
-export const wasRemovedScript = hostScript(
-  "was-removed",
+export const snapshotFateScript = hostScript(
+  "snapshot-fate",
   "observe",
   `
 group=$1 uuid=$2
+tell() { echo "$1"; exit 0; }
 found=$(grep -lFs "id = \\"$uuid\\"" /etc/lvm/archive/"$group"_[0-9]*.vg)
-[ -n "$found" ] || exit 0
+[ -n "$found" ] || tell unknown
 last=$(echo "$found" | sort -V | tail -n 1)
 command=$(sed -n "s/^description = .*before. executing '//p" "$last") || exit 1
 name=$(grep -FB1 "id = \\"$uuid\\"" "$last" | sed -n 's/^[[:space:]]*\\([^ ]*\\) {$/\\1/p')
+[ -n "$command" ] && [ -n "$name" ] || tell unknown
 double() { echo "$1" | sed 's/-/--/g'; }
-case \${command%% *} in
-  vgcfgrestore|*/vgcfgrestore|vgreduce|*/vgreduce) echo removed;;
-  lvremove|*/lvremove) case $command in
-    *"/$name"[!A-Za-z0-9+_.-]*|*"/$(double "$group")-$(double "$name")"[!A-Za-z0-9+_.-]*|*"$uuid"*) echo removed;;
-  esac;;
+of_group="$(double "$group")-"
+# Run by lvm(8) it is the second word.
+case "/$command" in
+  *[/\\ ]vgreduce\\ *) case $command in *--removem*) tell removed;; esac;;
+  *[/\\ ]lvremove\\ *)
+    case $command in
+      *"/$name"[!A-Za-z0-9+_.-]*|*"/$of_group$(double "$name")"[!A-Za-z0-9+_.-]*|*"$uuid"*) tell removed;;
+    esac
+    set -f
+    named=
+    # The description ends with a quote.
+    for word in \${command%\\'*}; do
+      case $word in
+        --s*|*@*|"$name"|"$group"|*/"$group") tell unknown;;
+        --*) ;;
+        -*S*) tell unknown;;
+        "$group"/?*|*/"$group"/?*|*/"$of_group"?*) named=1;;
+      esac
+    done
+    [ -n "$named" ] || tell unknown;;
 esac
+tell ended
 `,
   ["name", "uuid"],
 );

@@ -52,8 +52,8 @@ import {
   mergePhrase,
   pollCommand,
   refreshCommand,
+  snapshotFateScript,
   wasMergedScript,
-  wasRemovedScript,
 } from "../linux/merge.js";
 import { parseNbdUri } from "../linux/nbd.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
@@ -222,17 +222,18 @@ interface Observed {
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
    * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had, as it is where somebody removed that of an image that was being written; `overflowed`: the
-   * snapshot ran full before its merge began; `withdrawn`: somebody removed it after LVM was told to merge it.
+   * snapshot ran full before its merge began; `withdrawn`: somebody removed it, or may have, after LVM was told to merge it.
    */
   readonly phase:
     | Exclude<State["state"], "failed">
     | ("pending" | "uncertain" | "halfWritten" | "overflowed" | "withdrawn");
 }
 
+/** `isFollowed`: this very run has begun the merge, or seen it begin. */
 async function observe(
   context: Context,
   wanted: Inputs | State,
-  jobHasEnded = false,
+  { jobHasEnded = false, isFollowed = false } = {},
 ): Promise<Observed | undefined> {
   const all = await volumes(context);
   const [originUuid, life] = "restoreId" in wanted ? [wanted.originUuid, wanted.restoreId] : [];
@@ -251,12 +252,16 @@ async function observe(
     (tellsOfWriting(wanted, origin) && !marks.some((mark) => isOfSince(mark, wanted)));
   const job = isBegun && !jobHasEnded ? await runningRestore(context, origin) : undefined;
   // Between the two looks it may have ended, and changed its mark.
-  if (isBegun && !jobHasEnded && job === undefined) return observe(context, wanted, true);
+  if (isBegun && !jobHasEnded && job === undefined)
+    return observe(context, wanted, { jobHasEnded: true, isFollowed });
   const sourceOf = ({ source }: RestoreMark) =>
     identified(all, { volumeGroup: origin.volumeGroup, uuid: source })[0];
   const ended = marks.filter(({ stage }) => stage === "restored");
+  const isDoubtful = (mark: RestoreMark) =>
+    !isFollowed && (isWaiting(wanted, mark) || marks.some(({ stage }) => stage === "writing"));
   for (const mark of marks.filter((one) => one.stage === "merging" && sourceOf(one) === undefined))
-    if (!(await wasRemoved(context, origin, mark))) ended.push(mark);
+    if (!isFailed(wanted, mark) && (await hasMerged(context, origin, mark, isDoubtful(mark))))
+      ended.push(mark);
   const lost = "restoreId" in wanted ? lostMark(wanted, { origin, ended, job }, marks) : undefined;
   // A merge that was begun after an image, which keeps its mark until then; or said to have ended by hand.
   const isMerged = (mark: RestoreMark, writing: RestoreMark) =>
@@ -794,7 +799,9 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
   try {
     for (let wait = pollSeconds.first; ; wait = Math.min(wait * 2, pollSeconds.most)) {
       const asked = performance.now();
-      const seen = await lookPatiently(context, theMerge, () => observe(context, wanted));
+      const seen = await lookPatiently(context, theMerge, () =>
+        observe(context, wanted, { isFollowed: true }),
+      );
       // While the host does not answer nobody knows whether it goes on.
       moved += performance.now() - asked;
       if (seen?.phase === "restored") return await end(context, seen);
@@ -1043,22 +1050,37 @@ async function wasMerged(context: Context, { restore, origin }: Observed): Promi
   return (await succeed(context, command, what)).stdout.trim() === "merged";
 }
 
-/** Whether somebody removed the snapshot of that mark while LVM was to merge it. */
-async function wasRemoved(
+/** Whether the state tells that the snapshot of that mark was not merged, or that nobody knows. */
+function isFailed(told: Inputs | State, { life }: RestoreMark): boolean {
+  return "state" in told && told.state === "failed" && told.restoreId === life;
+}
+
+/** Whether the state tells that the merge of that mark had not begun. */
+function isWaiting(told: Inputs | State, { life }: RestoreMark): boolean {
+  return "state" in told && told.state === "scheduled" && told.restoreId === life;
+}
+
+/**
+ * Whether the merge of that mark, whose snapshot is gone, has ended. Where LVM's archive does not tell, it has unless that is
+ * `doubtful`: one that only waited may have been removed, and an origin that is half-written must not be called restored for that.
+ */
+async function hasMerged(
   context: Context,
   origin: LogicalVolume,
   { source }: RestoreMark,
+  doubtful: boolean,
 ): Promise<boolean> {
-  const argv = script(wasRemovedScript, origin.volumeGroup, source);
+  const argv = script(snapshotFateScript, origin.volumeGroup, source);
   const command: RemoteCommand = { argv, kind: "read", deadlineSeconds: observeSeconds };
   const what = `what became of the snapshot of ${pathOf(origin)} could not be found out`;
-  return (await succeed(context, command, what)).stdout.trim() === "removed";
+  const fate = (await succeed(context, command, what)).stdout.trim();
+  return fate === "ended" || (fate !== "removed" && !doubtful);
 }
 
 /** How a snapshot came to be gone of which nobody knows whether it was merged. */
 function wasLost({ phase, origin }: Observed): string {
   return phase === "withdrawn"
-    ? `the snapshot of the restore of ${pathOf(origin)} was removed before its merge was seen to have ended: how much of it was merged cannot be told`
+    ? `the snapshot of the restore of ${pathOf(origin)} was removed, or may have been, before its merge was seen to have ended: how much of it was merged cannot be told`
     : `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`;
 }
 

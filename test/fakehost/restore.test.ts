@@ -150,18 +150,18 @@ describe("where an image has left the origin half-written, that mark", () => {
     ...{ generation: "0123456789ab", life: "99999999", stage: "writing", startedAt: 1000, seconds: 0 },
     ...{ thinId: 0, source: "a".repeat(64), owner: "organization/project/one/restore" },
   });
-  const tags = () => lvm().find("VgVm", "vm1")?.tags ?? [];
-  const half = async () => {
-    const stack = await begin("COW");
-    tags().push(ours);
+  const tags = (kind: Kind = "COW") => lvm().find("VgVm", kinds[kind].origin)?.tags ?? [];
+  const half = async (kind: Kind = "COW") => {
+    const stack = await begin(kind);
+    tags(kind).push(ours);
     return stack;
   };
 
-  it("is gone when the snapshot was merged", async () => {
-    const stack = await half();
-    expect((await stack.up(program("COW"))).errors).toEqual([]);
-    expect(data("COW")).toBe(before);
-    expect(tags()).toEqual([expect.stringMatching(/:r\d+\+\d+:/)]);
+  it.each(["COW", "thin"] as const)("is gone when the %s snapshot was merged", async (kind) => {
+    const stack = await half(kind);
+    expect((await stack.up(program(kind))).errors).toEqual([]);
+    expect(data(kind)).toBe(before);
+    expect(tags(kind)).toEqual([expect.stringMatching(/:r\d+\+\d+:/)]);
   });
 
   it("stays where the power fails before that has begun", async () => {

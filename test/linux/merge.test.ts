@@ -9,7 +9,7 @@ import {
   leftBytes,
   mergePhase,
   mergePhrase,
-  wasRemovedScript,
+  snapshotFateScript,
 } from "../../provider/linux/merge.js";
 import { recordedLvs } from "../support/recorded.js";
 
@@ -102,7 +102,7 @@ describe("other COW snapshots of the origin", () => {
   });
 });
 
-describe("by LVM's archive a merging snapshot was", () => {
+describe("by LVM's archive a merging snapshot", () => {
   const uuid = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
   const metadata = (command: string, ...uuids: string[]) =>
     [
@@ -126,7 +126,7 @@ describe("by LVM's archive a merging snapshot was", () => {
       writeFileSync(join(folder, "VgVm_clone_00001-1.vg"), clone);
       return execFileSync("sh", [
         "-c",
-        wasRemovedScript.replaceAll("/etc/lvm/archive", folder),
+        snapshotFateScript.replaceAll("/etc/lvm/archive", folder),
         ...["sh", "VgVm", uuid],
       ]).toString();
     } finally {
@@ -141,20 +141,36 @@ describe("by LVM's archive a merging snapshot was", () => {
     ["lvremove VgVm/vm-snap", [], "removed"],
     ["/usr/sbin/lvremove -y /dev/VgVm/vm-snap VgVm/x", [], "removed"],
     ["lvremove /dev/mapper/VgVm-vm--snap", [], "removed"],
-    ["vgcfgrestore -f old VgVm", [], "removed"],
+    ["lvm lvremove -y VgVm/vm-snap", [], "removed"],
     ["vgreduce --removemissing --force VgVm", [], "removed"],
+    // None of them tells which volumes it removes.
+    ["lvremove -y -S lv_merging=1", [], "unknown"],
+    ["lvremove -yS lv_merging=1 VgVm/x", [], "unknown"],
+    ["lvremove -y --select lv_merging=1 VgVm/x", [], "unknown"],
+    ["lvremove -y @old", [], "unknown"],
+    ["lvremove -y VgVm", [], "unknown"],
+    ["lvremove -y /dev/VgVm", [], "unknown"],
+    // As LVM_VG_NAME, of which the archive tells nothing, has it.
+    ["lvremove -y vm-snap", [], "unknown"],
+    ["lvremove -y VgOther/vm-snap2", [], "unknown"],
     // LVM does not archive the end of a merge: that came in between, or later.
-    ["lvremove -y VgVm/vm-snap1", [other], ""],
-    ["lvremove -y VgVm/x-vm-snap", [other], ""],
-    ["lvchange -ay VgVm/vm", [], ""],
-  ] as const)("removed or not, where the last command before was %s", (command, more, expected) => {
+    ["lvremove -y VgVm/vm-snap1", [other], "ended"],
+    ["lvremove -y VgVm/x-vm-snap", [other], "ended"],
+    ["lvremove -A y --yes /dev/mapper/VgVm-vm--snap1", [other], "ended"],
+    ["vgreduce VgVm /dev/sdc", [], "ended"],
+    ["lvchange -ay VgVm/vm", [], "ended"],
+  ] as const)("where the last command before was %s", (command, more, expected) => {
     expect(told(begun, marked, metadata(command, uuid, ...more), metadata("lvcreate x")).trim()).toBe(
       expected,
     );
   });
 
-  it("not removed, where it holds nothing of it", () => {
-    expect(told(metadata("lvremove VgVm/vm-snap", other))).toBe("");
+  it.each([
+    ["it holds nothing of it", [metadata("lvremove VgVm/vm-snap", other)]],
+    ["it is empty", []],
+    ["it does not tell the command", [metadata("lvchange x", uuid).replace("executing", "")]],
+  ])("is not told of where %s", (_why, archived) => {
+    expect(told(...archived).trim()).toBe("unknown");
   });
 });
 

@@ -521,9 +521,9 @@ describe("a restore", () => {
 
   describe("whose snapshot was removed by hand before its merge ended", () => {
     const removed = (tag = markOf("merging")) =>
-      showing(gone(tag), ({ argv }) => (argv[2]?.includes("echo removed") ? "removed\n" : ""));
+      showing(gone(tag), ({ argv }) => (argv[2]?.includes("tell removed") ? "removed\n" : ""));
     const uncertain =
-      /RESTORE_UNCERTAIN.*was removed before its merge was seen to have ended.*lvchange --deltag '[^']*:m1000\+0:[^']*' --addtag '[^']*:r1000\+0:/s;
+      /RESTORE_UNCERTAIN.*was removed, or may have been, before its merge was seen to have ended.*lvchange --deltag '[^']*:m1000\+0:[^']*' --addtag '[^']*:r1000\+0:/s;
 
     it("is not called restored by a refresh, and an error for an up", async () => {
       const asked = removed();
@@ -531,11 +531,55 @@ describe("a restore", () => {
       const seen = await handlers.read(scheduled);
       expect(seen).toEqual({ ...scheduled, state: "failed", snapshotRemoved: true });
       expect(handlers.warnings.join("\n")).toMatch(
-        /the snapshot of the restore of VgVm\/vm1 was removed before its merge was seen to have ended/,
+        /the snapshot of the restore of VgVm\/vm1 was removed, or may have been, before its merge was seen to have ended/,
       );
       await expect(handlers.update(seen ?? {}, complete)).rejects.toThrow(uncertain);
       await expect(handlers.update({ ...scheduled, triggers: [] }, complete)).rejects.toThrow(uncertain);
       await expect(handlers.create(complete)).rejects.toThrow(uncertain);
+      expect(asked.changes).toEqual([]);
+    });
+
+    it("is not called restored later, when LVM's archive does not tell it any more", async () => {
+      const failed = { ...scheduled, state: "failed", snapshotRemoved: true };
+      for (const fate of ["unknown\n", "ended\n"]) {
+        const asked = showing(gone(markOf("merging")), ({ argv }) =>
+          argv[2]?.includes("tell removed") ? fate : "",
+        );
+        const handlers = handlersOn("LvRestore", asked);
+        expect(await handlers.read(failed)).toEqual(failed);
+        await expect(handlers.update(failed, complete)).rejects.toThrow(uncertain);
+      }
+    });
+
+    it.each([
+      ["removed\n", "merging", "failed"],
+      ["unknown\n", "merging", "restored"],
+      ["unknown\n", "scheduled", "failed"],
+      ["ended\n", "scheduled", "restored"],
+    ])("or may have been: %s, which was %s, is %s", async (fate, was, expected) => {
+      const asked = showing(gone(markOf("merging")), ({ argv }) =>
+        argv[2]?.includes("tell removed") ? fate : "",
+      );
+      expect(await handlersOn("LvRestore", asked).read({ ...scheduled, state: was })).toMatchObject({
+        state: expected,
+      });
+    });
+
+    it("or may have been, beside an image's that left the volume half-written: that is said still", async () => {
+      const half = markOf("writing", { source: "a".repeat(64), life: "77777777" });
+      const asked = showing(gone(`${markOf("merging")},${half}`), ({ argv }) =>
+        argv[2]?.includes("emit recordDigest")
+          ? fields({ active: "inactive", recordDigest: "", record: "", end: "" })
+          : argv[2]?.includes("tell removed")
+            ? "unknown\n"
+            : "",
+      );
+      const handlers = handlersOn("LvRestore", asked);
+      expect(await handlers.read({ ...scheduled, state: "merging" })).toMatchObject({ state: "failed" });
+      expect(handlers.warnings.join("\n")).toMatch(/HALF-WRITTEN.*unless the snapshot was merged/);
+      await expect(handlers.update({ ...scheduled, state: "merging" }, complete)).rejects.toThrow(
+        /RESTORE_UNCERTAIN.*HALF-WRITTEN.*--deltag '[^']*:w1000/s,
+      );
       expect(asked.changes).toEqual([]);
     });
 
@@ -552,7 +596,7 @@ describe("a restore", () => {
       const merging = waiting(markOf("merging"), "0");
       const asked = fakeHost(({ argv }) => {
         if (argv[0] === "lvs") return ++looks < 3 ? merging : gone(markOf("merging"));
-        return argv[2]?.includes("echo removed") ? "removed\n" : "";
+        return argv[2]?.includes("tell removed") ? "removed\n" : "";
       });
       await expect(handlersOn("LvRestore", asked).update(scheduled, complete)).rejects.toThrow(uncertain);
       expect(asked.changes.some(ends)).toBe(false);
@@ -562,7 +606,7 @@ describe("a restore", () => {
       let turn = 0;
       const asked = fakeHost(({ argv }) => {
         if (argv[0] === "lvs") return turn++ === 0 ? gone(markOf("merging")) : gone("");
-        return argv[2]?.includes("echo removed") ? "removed\n" : "";
+        return argv[2]?.includes("tell removed") ? "removed\n" : "";
       });
       await handlersOn("LvRestore", asked).remove({ ...scheduled, state: "failed" });
       expect(asked.changes.map(({ argv }) => argv[3])).toEqual([markOf("merging")]);
@@ -678,6 +722,7 @@ describe("an image has left the origin half-written, and a snapshot is merged no
   const host = (...after: string[]) => {
     const asked: FakeHost = fakeHost(({ argv }) => {
       if (argv[0] === "lvs") return after[Math.min(asked.changes.length, after.length - 1)] ?? "";
+      if (argv[2]?.includes("tell removed")) return "ended\n";
       const isJob = argv[2]?.includes("emit recordDigest") === true;
       return isJob ? fields({ active: "inactive", recordDigest: "", record: "", end: "" }) : "";
     });
