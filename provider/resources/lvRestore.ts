@@ -221,7 +221,7 @@ interface Observed {
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
-   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had, as it is where somebody removed that of an image that was being written; `overflowed`: the
+   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had, as it is where somebody removed that of an image that was being written, or of a merge that failed; `overflowed`: the
    * snapshot ran full before its merge began; `withdrawn`: somebody removed it, or may have, after LVM was told to merge it.
    */
   readonly phase:
@@ -317,8 +317,13 @@ function tellsOfWriting(told: Inputs | State, { uuid }: LogicalVolume): told is 
   return isImage && told.originUuid === uuid;
 }
 
+/** Whether the state tells of a merge into this very volume that cannot have ended, or of which nobody knows. */
+function tellsOfFailure(told: Inputs | State, { uuid }: LogicalVolume): told is State {
+  return "state" in told && told.state === "failed" && told.originUuid === uuid;
+}
+
 /**
- * The mark that an origin should have that was restored, or is half-written, and has not: somebody removed tags, or brought back older
+ * The mark that an origin should have that was restored, is half-written, or was to be merged into, and has not: somebody removed tags, or brought back older
  * metadata of LVM's (vgcfgrestore(8)). What was written to a restored volume since is not given up for that.
  */
 function lostMark(
@@ -327,15 +332,19 @@ function lostMark(
   marks: readonly RestoreMark[],
 ): RestoreMark | undefined {
   const isWritten = tellsOfWriting(state, origin);
-  if (isWritten ? marks.some((mark) => isOfSince(mark, state)) : !tellsOfEnd(state, origin)) return undefined;
+  const hasFailed = tellsOfFailure(state, origin);
+  // A merge that may go on is none of before.
+  const isAfter = (mark: RestoreMark) =>
+    isOfSince(mark, state) || (hasFailed && !isUnfinishedImage(mark) && !ended.includes(mark));
+  if (isWritten || hasFailed ? marks.some(isAfter) : !tellsOfEnd(state, origin)) return undefined;
   const told: Omit<RestoreMark, "tag"> = {
     ...{ generation: state.generation || restoreGeneration(state.triggers), life: state.restoreId },
-    stage: isWritten ? "writing" : "restored",
+    stage: isWritten ? "writing" : hasFailed ? "merging" : "restored",
     ...{ startedAt: secondsOf(state), seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
   };
   const lost = { ...told, tag: restoreTagOf(told) };
-  if (isWritten) return lost;
+  if (isWritten || hasFailed) return lost;
   // One that nobody goes on with has written nothing; an earlier stage of this very restore is older than the state. Any other that
   // began to write has taken the place of the state's own, whatever the host's clock said then.
   const isOlder = (mark: RestoreMark) =>
@@ -808,7 +817,7 @@ async function follow(context: Context, wanted: Inputs): Promise<void> {
       if (seen?.phase === "withdrawn") throw uncertain(context, seen);
       if (seen?.snapshot === undefined || seen.halfMade) throw vanished(context, wanted);
       const pair = { origin: seen.origin, snapshot: seen.snapshot };
-      if (seen.phase === "overflowed") throw overflowed(context, pair, seen.restore);
+      if (seen.phase === "overflowed") throw overflowed(context, pair);
       if (seen.phase === "scheduled") {
         if (refreshed || !(await beginsNow(context, pair))) {
           if (isHalf(seen)) context.warn(halfPhrase(seen));
@@ -854,13 +863,12 @@ function ranFull({ origin, snapshot }: Pair): string {
   return `${pathOf(snapshot)} ran full before its merge into ${pathOf(origin)} began: its content is lost, and nothing is restored from it`;
 }
 
-function overflowed(context: Context, pair: Pair, { tag }: RestoreMark): LvmNbdError {
-  return refusal(
-    context,
-    "SNAPSHOT_OVERFLOWED",
-    ranFull(pair),
-    `Remove it (\`lvremove ${pathOf(pair.snapshot)}\`) and the mark of its restore (\`lvchange --deltag '${tag}' ${pathOf(pair.origin)}\`), and restore from another snapshot or from a backup.`,
-  );
+function ranFullAdvice({ snapshot }: Pair): string {
+  return `Remove it (\`lvremove ${pathOf(snapshot)}\`), and change \`triggers\` to restore from another snapshot or from a backup. ${leaving}`;
+}
+
+function overflowed(context: Context, pair: Pair): LvmNbdError {
+  return refusal(context, "SNAPSHOT_OVERFLOWED", ranFull(pair), ranFullAdvice(pair));
 }
 
 function failed(context: Context, { origin, snapshot }: Pair): LvmNbdError {
@@ -973,8 +981,7 @@ async function converge(
 ): Promise<void> {
   const seen = inForce(context, found, wanted);
   const { origin, snapshot, phase } = seen;
-  if (phase === "overflowed" && snapshot !== undefined)
-    throw overflowed(context, { origin, snapshot }, seen.restore);
+  if (phase === "overflowed" && snapshot !== undefined) throw overflowed(context, { origin, snapshot });
   refuseUnasked(context, wanted, seen, old);
   if (seen.restore.stage === "writing" && !isMarked(seen)) await mark(context, origin, seen.restore.tag, []);
   if (isKnown(seen, wanted, old)) {
@@ -1097,18 +1104,29 @@ function halfPhrase({ phase, origin }: Observed): string {
   return `${halfWritten(origin)}${more[phase] ?? use}`;
 }
 
-function uncertain(context: Context, seen: Observed, again = ""): LvmNbdError {
-  const { restore, origin } = seen;
+/** `isNew`: there is no state, and other `triggers` are declared than the mark's. */
+function uncertain(context: Context, seen: Observed, isNew = false): LvmNbdError {
+  const { restore, origin, phase } = seen;
   const { tag } = restore;
+  const path = pathOf(origin);
   const done = restoreTagOf({ ...restore, stage: "restored" });
   const drop = [tag, ...seen.written].map((one) => `--deltag '${one}'`).join(" ");
+  const again = isNew ? ": since other `triggers` are declared now, that restores it once more" : "";
+  // Without its mark one that the state tells of as failed is not made again.
+  const anew =
+    phase === "withdrawn" && !isNew
+      ? `change \`triggers\`, and name another snapshot. ${leaving}`
+      : `name another snapshot after \`lvchange --deltag '${tag}' ${path}\`.`;
   return refusal(
     context,
     "RESTORE_UNCERTAIN",
     `${wasLost(seen)}${isHalf(seen) ? `; ${halfPhrase(seen)}` : ""}`,
-    `Look at the content of ${pathOf(origin)}. If it is the restored one: \`lvchange ${drop} --addtag '${done}' ${pathOf(origin)}\`. If not, name another snapshot after \`lvchange --deltag '${tag}' ${pathOf(origin)}\`. Then run again${again}.`,
+    `Look at the content of ${path}. If it is the restored one: \`lvchange ${drop} --addtag '${done}' ${path}\`. If not, ${anew} Then run again${again}.`,
   );
 }
+
+/** How to have nothing restored. */
+const leaving = "To leave the volume as it is, take this resource out of the program.";
 
 /**
  * Raises RESTORE_UNCERTAIN where the state tells of a restore for the wanted triggers, whether or not it has ended, and the origin of
@@ -1119,8 +1137,7 @@ function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: St
   const { restore, origin, phase } = seen;
   const stale = isStale(seen, wanted);
   const isLost = phase === "uncertain" || phase === "withdrawn";
-  if (old === undefined && stale && isLost)
-    throw uncertain(context, seen, ": since other `triggers` are declared now, that restores it once more");
+  if (old === undefined && stale && isLost) throw uncertain(context, seen, true);
   if (!isDeclaredStill(old, wanted) || isKnown(seen, wanted, old)) return;
   const path = pathOf(origin);
   const remove = `\`lvchange --deltag '${restore.tag}' ${path}\``;

@@ -505,7 +505,7 @@ describe("a restore", () => {
       expect(await handlers.read(seen ?? {})).toEqual(seen);
       for (const triggers of [[], ["again"]])
         await expect(handlers.update(seen ?? {}, { ...complete, triggers })).rejects.toThrow(
-          /SNAPSHOT_OVERFLOWED.*VgVm\/vm1-snap ran full.*lvremove VgVm\/vm1-snap.*lvchange --deltag '[^']*:m1000\+0:/s,
+          /SNAPSHOT_OVERFLOWED.*VgVm\/vm1-snap ran full.*lvremove VgVm\/vm1-snap.*change `triggers`.*take this resource out of the program/s,
         );
       expect(asked.changes).toEqual([]);
     }
@@ -600,6 +600,61 @@ describe("a restore", () => {
       });
       await expect(handlersOn("LvRestore", asked).update(scheduled, complete)).rejects.toThrow(uncertain);
       expect(asked.changes.some(ends)).toBe(false);
+    });
+
+    describe("and its mark as well,", () => {
+      const failed = { ...scheduled, state: "failed", snapshotRemoved: true };
+      const young = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
+      const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: young } };
+      // The LvSnapshot was taken anew since.
+      const there = (tags = "") => report(origin({ lv_tags: tags }), snapshot({ lv_uuid: young }));
+
+      it.each([
+        ["none", ""],
+        [
+          "one of a restore before it",
+          markOf("restored", { startedAt: 500, generation: restoreGeneration([2]) }),
+        ],
+      ])("is not followed by another one that nobody asks for: there is %s", async (_what, tags) => {
+        const asked = showing(there(tags));
+        const handlers = handlersOn("LvRestore", asked);
+        expect(await handlers.read(failed)).toEqual(failed);
+        await expect(handlers.update(failed, wanted)).rejects.toThrow(
+          /RESTORE_UNCERTAIN.*If not, change `triggers`, and name another snapshot.*take this resource out of the program/s,
+        );
+        expect(asked.changes).toEqual([]);
+      });
+
+      it("is for other triggers", async () => {
+        const generation = restoreGeneration(["again"]);
+        const asked = turning(
+          ...Array.from({ length: 4 }, () => there()),
+          gone(markOf("merging", { generation })),
+          gone(markOf("restored", { generation })),
+        );
+        await handlersOn("LvRestore", asked).update(failed, { ...wanted, triggers: ["again"] });
+        expect(asked.changes.filter(begins)).toHaveLength(1);
+      });
+
+      it("is restored where a later mark says so, by whomever it was set", async () => {
+        for (const more of [{}, { startedAt: 2000, generation: restoreGeneration([2]) }])
+          expect(
+            await handlersOn("LvRestore", showing(there(markOf("restored", more)))).read(failed),
+          ).toMatchObject({ state: "restored" });
+      });
+
+      it("is what is there, where a later one was begun", async () => {
+        const merging = markOf("merging", { startedAt: 500, generation: restoreGeneration([2]) });
+        expect(await handlersOn("LvRestore", showing(running(merging))).read(failed)).toMatchObject({
+          state: "merging",
+        });
+      });
+
+      it("is forgotten by a removal", async () => {
+        const asked = showing(there());
+        await handlersOn("LvRestore", asked).remove(failed);
+        expect(asked.changes).toEqual([]);
+      });
     });
 
     it("can be forgotten", async () => {
