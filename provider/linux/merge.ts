@@ -175,6 +175,17 @@ export function mergePhase(
   return snapshot.kind === "cow" && origin.mergeFailed !== undefined ? "merging" : "scheduled";
 }
 
+/** What became of a snapshot that is `overflowed`, and what is lost with it. */
+export function ranFullPhrase(snapshot: LogicalVolume, origin: Pick<LogicalVolume, "name">): string {
+  const { volumeGroup, name } = snapshot;
+  return `${volumeGroup}/${name} ran full before its merge into ${volumeGroup}/${origin.name} began: its content is lost, and nothing is restored from it`;
+}
+
+/** Nothing else ends its merge. */
+export function ranFullAdvice({ volumeGroup, name }: Pick<LogicalVolume, "volumeGroup" | "name">): string {
+  return `Remove it (\`lvremove ${volumeGroup}/${name}\`)`;
+}
+
 /** Bytes that are still to be written to the origin. */
 export function leftBytes({ sizeBytes, usedPercent }: LogicalVolume): number {
   return Math.round((sizeBytes * (usedPercent ?? 0)) / 100);

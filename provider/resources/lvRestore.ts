@@ -51,6 +51,8 @@ import {
   mergePhase,
   mergePhrase,
   pollCommand,
+  ranFullAdvice,
+  ranFullPhrase,
   refreshCommand,
   snapshotFateScript,
   wasMergedScript,
@@ -858,17 +860,14 @@ function vanished(context: Context, { volumeGroup, origin }: Inputs): ChangedMea
   return new ChangedMeanwhile(refusal(context, "IDENTITY_MISMATCH", what));
 }
 
-/** What became of a snapshot that was to be merged. */
-function ranFull({ origin, snapshot }: Pair): string {
-  return `${pathOf(snapshot)} ran full before its merge into ${pathOf(origin)} began: its content is lost, and nothing is restored from it`;
-}
-
-function ranFullAdvice({ snapshot }: Pair): string {
-  return `Remove it (\`lvremove ${pathOf(snapshot)}\`), and change \`triggers\` to restore from another snapshot or from a backup. ${leaving}`;
+/** What to do about a snapshot that ran full while its merge waited. */
+function overflowAdvice({ snapshot }: Pair): string {
+  return `${ranFullAdvice(snapshot)}, and change \`triggers\` to restore from another snapshot or from a backup. ${leaving}`;
 }
 
 function overflowed(context: Context, pair: Pair): LvmNbdError {
-  return refusal(context, "SNAPSHOT_OVERFLOWED", ranFull(pair), ranFullAdvice(pair));
+  const what = ranFullPhrase(pair.snapshot, pair.origin);
+  return refusal(context, "SNAPSHOT_OVERFLOWED", what, overflowAdvice(pair));
 }
 
 function failed(context: Context, { origin, snapshot }: Pair): LvmNbdError {
@@ -1325,8 +1324,10 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
         `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and cut off ${left}; \`pulumi up\` restores for other \`triggers\`, and is an error for these`,
       );
     } else if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
-    if (seen.phase === "overflowed" && seen.snapshot !== undefined)
-      lines.push(ranFull({ origin: seen.origin, snapshot: seen.snapshot }));
+    if (seen.phase === "overflowed" && seen.snapshot !== undefined) {
+      const pair = { origin: seen.origin, snapshot: seen.snapshot };
+      lines.push(`${ranFullPhrase(pair.snapshot, pair.origin)}. ${overflowAdvice(pair)}`);
+    }
     if (seen.phase === "withdrawn") lines.push(wasLost(seen));
     if (seen.others !== undefined) lines.push(writtenBy(seen.origin, seen.others).join(". "));
     if (seen.restore.stage === "writing" && !isMarked(seen))

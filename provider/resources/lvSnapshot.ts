@@ -47,6 +47,7 @@ import {
   tagProblem,
   volumeGroupNameProblem,
 } from "../linux/lvm.js";
+import { ranFullAdvice, ranFullPhrase } from "../linux/merge.js";
 import { changedMeanwhile } from "../linux/unitScript.js";
 import { hostName } from "../ssh/config.js";
 import { quoteAll } from "../ssh/quoting.js";
@@ -274,6 +275,8 @@ async function suitableOrigin(context: Context, wanted: Inputs): Promise<Logical
   if (origin.kind === "pool")
     throw refuse("ORIGIN_UNSUITABLE", `origin: "${origin.name}" is a thin pool, not a volume`);
   if (origin.attr[0] === "O") {
+    const merging = group.find((lv) => lv.merging && lv.originUuid === origin.uuid);
+    if (merging !== undefined) refuseRunFull(context, merging, origin);
     throw refuse(
       "ORIGIN_UNSUITABLE",
       `origin: a snapshot is being merged into "${origin.name}"; wait until that has ended`,
@@ -287,6 +290,17 @@ async function suitableOrigin(context: Context, wanted: Inputs): Promise<Logical
     );
   }
   return origin;
+}
+
+/** A merge that waits does not end by itself where its snapshot has run full. */
+function refuseRunFull(context: Context, merging: LogicalVolume, origin: Pick<LogicalVolume, "name">): void {
+  if (merging.kind !== "cow" || !merging.invalid) return;
+  throw refusal(
+    context,
+    "SNAPSHOT_OVERFLOWED",
+    ranFullPhrase(merging, origin),
+    `${ranFullAdvice(merging)}, and run again: LVM never ends that merge.`,
+  );
 }
 
 /**
@@ -733,6 +747,7 @@ async function removeVolume(context: Context, seen: Observed): Promise<void> {
     });
   }
   if (lv.merging) {
+    refuseRunFull(context, lv, { name: lv.origin ?? "its origin" });
     throw new LvmNbdError("SNAPSHOT_MERGING", {
       message: `${lv.volumeGroup}/${lv.name} is being merged into "${lv.origin}" and cannot be removed`,
       host: context.host.name,

@@ -500,7 +500,7 @@ describe("a restore", () => {
       const seen = await handlers.read(scheduled);
       expect(seen).toEqual({ ...scheduled, state: "failed" });
       expect(handlers.warnings.join("\n")).toMatch(
-        /is now failed, was scheduled.*vm1-snap ran full before its merge into VgVm\/vm1 began/s,
+        /is now failed, was scheduled.*vm1-snap ran full before its merge into VgVm\/vm1 began.*lvremove VgVm\/vm1-snap/s,
       );
       expect(await handlers.read(seen ?? {})).toEqual(seen);
       for (const triggers of [[], ["again"]])

@@ -901,6 +901,25 @@ describe("what is there already", () => {
   });
 });
 
+it("that ran full while it waited to be merged is not waited for: an error says what to do", async () => {
+  const full = recordedLvs("merging").replace(
+    /"Swi-a-s---"(.*?)"lv_snapshot_invalid":"0"/,
+    '"Swi-I-s---"$1"lv_snapshot_invalid":"1"',
+  );
+  const uuid = /"lv_uuid":"([^"]+)"[^}]*"lv_name":"vm1-snap"/.exec(full)?.[1];
+  const asked = fakeHost(() => full);
+  const { kept } = await stateOf("merging");
+  const handlers = handlersOn("LvSnapshot", asked);
+  const seen = { ...(await handlers.read({ ...kept, uuid })) };
+  expect(seen).toMatchObject({ state: "overflowed" });
+  const stuck =
+    /SNAPSHOT_OVERFLOWED.*VgVm\/vm1-snap ran full before its merge into VgVm\/vm1 began.*lvremove VgVm\/vm1-snap.*never ends/s;
+  await expect(handlers.remove(seen)).rejects.toThrow(stuck);
+  await expect(handlers.update(seen, complete)).rejects.toThrow(stuck);
+  await expect(handlers.create({ ...complete, name: "x" })).rejects.toThrow(stuck);
+  expect(asked.changes).toEqual([]);
+});
+
 describe("a thin snapshot that waits to be merged", () => {
   // Its origin is mounted.
   const report = recordedLvs("thinMergeScheduled");
