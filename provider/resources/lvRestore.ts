@@ -942,13 +942,10 @@ function isStale({ restore }: Observed, { triggers }: Inputs): boolean {
  * What is in force for the wanted triggers: a restore for them that has ended, also where the host's clock, which had gone back,
  * has it begin before the one that the state tells of.
  */
-function inForce(context: Context, seen: Observed, { triggers }: Inputs): Observed {
+function inForce(seen: Observed, { triggers }: Inputs): Observed {
   if (seen.phase !== "restored" && seen.phase !== "unmarked") return seen;
   const done = seen.ended.find(({ generation }) => generation === restoreGeneration(triggers));
   if (done === undefined || seen.restore.generation === done.generation) return seen;
-  context.warn(
-    `${pathOf(seen.origin)} was restored for these \`triggers\` already, by the host's clock at ${time(done.startedAt)}: it is not restored again. Change \`triggers\` to restore once more`,
-  );
   return { ...seen, restore: done, snapshot: undefined, phase: "restored" };
 }
 
@@ -972,20 +969,31 @@ function isKnown(seen: Observed, wanted: Inputs, old: State | undefined): boolea
   );
 }
 
+/** Whether another restore than the ended one of the state is asked for, by triggers for which it was made already. */
+function isSpent(seen: Observed, wanted: Inputs, old: State | undefined): boolean {
+  const isDone = seen.phase === "restored" || seen.phase === "unmarked";
+  const isAsked = old !== undefined && hasEnded(old) && !isDeclaredStill(old, wanted);
+  return isDone && isAsked && !isStale(seen, wanted);
+}
+
 async function converge(
   context: Context,
   wanted: Inputs,
   found: Observed,
   old: State | undefined,
 ): Promise<void> {
-  const seen = inForce(context, found, wanted);
+  const seen = inForce(found, wanted);
   const { origin, snapshot, phase } = seen;
   if (phase === "overflowed" && snapshot !== undefined) throw overflowed(context, { origin, snapshot });
   refuseUnasked(context, wanted, seen, old);
   if (seen.restore.stage === "writing" && !isMarked(seen)) await mark(context, origin, seen.restore.tag, []);
   if (isKnown(seen, wanted, old)) {
     context.warn(
-      `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. Change \`triggers\` to restore once more`,
+      `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. To restore once more, change \`triggers\`: neither to these nor to those`,
+    );
+  } else if (isSpent(seen, wanted, old)) {
+    context.warn(
+      `${pathOf(origin)} was restored for these \`triggers\` already, by the host's clock at ${time(seen.restore.startedAt)}: it is not restored again. Change \`triggers\` to restore once more`,
     );
   } else if (isStale(seen, wanted)) {
     if (phase === "restoring" && !isHalf(seen) && isDeclaredStill(old, wanted)) {

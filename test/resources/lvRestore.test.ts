@@ -1162,11 +1162,16 @@ describe("one whose mark was removed", () => {
     const lost = await handlersOn("LvRestore", showing(valid)).read(kept ?? {});
     expect(lost).toEqual({ ...kept, state: "unmarked", snapshotRemoved: false });
     // For the state's own triggers neither.
-    for (const triggers of [["again"], []]) {
+    for (const [triggers, why] of [
+      [["again"], /restored for these `triggers` already, .* at 1970-01-01T00:16:40.*not restored again/],
+      [[], /for other `triggers` than these.*change `triggers`: neither to these nor to those/],
+    ] as const) {
       const asked = turning(valid, gone(tag));
       const wanted = { ...complete, triggers };
-      expect(await handlersOn("LvRestore", asked).update(lost ?? {}, wanted)).toMatchObject({ triggers });
+      const handlers = handlersOn("LvRestore", asked);
+      expect(await handlers.update(lost ?? {}, wanted)).toMatchObject({ triggers });
       expect(asked.changes.map(({ argv }) => argv[3])).toEqual([tag]);
+      expect(handlers.warnings).toEqual([expect.stringMatching(why)]);
     }
     // A state of before has its triggers alone.
     const { generation: _, ...old } = state;
