@@ -171,7 +171,8 @@ const outputs = z.object({
         "`checking` (an image, of which nothing is written before it was read once); " +
         "`restoring` (from an image: use nothing of the origin, it may be half-written); " +
         "`unmarked` (restored, but somebody removed the mark from the origin: `pulumi up` puts it back and writes nothing; or another " +
-        "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these); " +
+        "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these; or one is " +
+        "at its check: `pulumi up` ends it for these); " +
         "`failed` (the snapshot ran full, or somebody removed it, before its merge was seen to have ended: `pulumi up` says what to do).",
     ),
   snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
@@ -302,6 +303,12 @@ function isHalf({ phase, written }: Pick<Observed, "phase" | "written">): boolea
 
 function wasCut(phase: Observed["phase"]): boolean {
   return phase === "pending" || phase === "uncertain";
+}
+
+/** Whether a restore was begun, and has not changed the volume. */
+function isOnlyBegun(seen: Pick<Observed, "phase" | "restore" | "written">): boolean {
+  const isChecking = seen.phase === "restoring" && seen.restore.stage === "begun";
+  return (wasCut(seen.phase) || isChecking) && !isHalf(seen);
 }
 
 function hasEnded(told: Inputs | State): told is State {
@@ -1176,7 +1183,8 @@ function time(seconds: number): string {
 
 function toState(declared: Inputs | State, seen: Observed): State {
   const { restore, origin, snapshot, phase } = seen;
-  if (wasCut(phase) && !isHalf(seen) && tellsOfEnd(declared, origin))
+  // Nobody may ask for that one any more, and the mark of the ended one may be lost.
+  if (isOnlyBegun(seen) && tellsOfEnd(declared, origin))
     return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state: "unmarked" };
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
@@ -1331,7 +1339,11 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
       lines.push(
         `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and cut off ${left}; \`pulumi up\` restores for other \`triggers\`, and is an error for these`,
       );
-    } else if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
+    } else if (isOnlyBegun(seen) && tellsOfEnd(state, seen.origin))
+      lines.push(
+        `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and has written nothing yet; \`pulumi up\` goes on with it for its \`triggers\`, and ends it for these`,
+      );
+    else if (now.state !== state.state) lines.push(`is now ${now.state}, was ${state.state}`);
     if (seen.phase === "overflowed" && seen.snapshot !== undefined) {
       const pair = { origin: seen.origin, snapshot: seen.snapshot };
       lines.push(`${ranFullPhrase(pair.snapshot, pair.origin)}. ${overflowAdvice(pair)}`);

@@ -695,31 +695,64 @@ describe("a restore", () => {
   });
 });
 
-it("an image for other triggers, taken back while it is checked, is ended, and no snapshot is merged instead", async () => {
+describe("an image for other triggers, taken back while it is checked,", () => {
   const begun = markOf("begun", {
-    ...{
-      generation: restoreGeneration(["again"]),
-      life: "77777777",
-      startedAt: 2000,
-      source: "a".repeat(64),
-    },
+    ...{ generation: restoreGeneration(["again"]), life: "77777777", startedAt: 2000 },
+    ...{ source: "a".repeat(64) },
   });
-  const asked: FakeHost = fakeHost(({ argv }) => {
-    const isEnded = asked.changes.length > 0;
-    const tags = isEnded ? markOf("restored") : `${markOf("restored")},${begun}`;
-    // The LvSnapshot was taken anew since.
-    if (argv[0] === "lvs") return report(origin({ lv_tags: tags }), snapshot({ lv_uuid: originUuid }));
-    if (!argv[2]?.includes("emit recordDigest")) return "";
-    const record = JSON.stringify({ generation: begun, verify: true });
-    return fields({ active: isEnded ? "inactive" : "active", recordDigest: "d", record, end: "" });
-  });
-  const kept = { ...state, state: "checking", restoredImage: "a".repeat(64), restoreId: "77777777" };
   const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: originUuid } };
-  expect(await handlersOn("LvRestore", asked).update(kept, wanted)).toMatchObject({
-    ...{ state: "restored", restoredSnapshot: uuid, restoreId: "0123abcd", triggers: [] },
+  /** `tags`: beside the image's mark while its job runs, and then. */
+  const host = (...tags: [string, string, string?]): FakeHost => {
+    const asked: FakeHost = fakeHost(({ argv }) => {
+      const at = asked.changes.length;
+      // The LvSnapshot was taken anew since.
+      if (argv[0] === "lvs")
+        return report(
+          origin({ lv_tags: at === 0 ? `${tags[0]},${begun}` : (tags[at] ?? tags[1]) }),
+          snapshot({ lv_uuid: originUuid }),
+        );
+      if (!argv[2]?.includes("emit recordDigest")) return "";
+      const record = JSON.stringify({ generation: begun, verify: true });
+      return fields({ active: at === 0 ? "active" : "inactive", recordDigest: "d", record, end: "" });
+    });
+    return asked;
+  };
+
+  it("is ended, and no snapshot is merged instead", async () => {
+    const asked = host(markOf("restored"), markOf("restored"));
+    const kept = { ...state, state: "checking", restoredImage: "a".repeat(64), restoreId: "77777777" };
+    expect(await handlersOn("LvRestore", asked).update(kept, wanted)).toMatchObject({
+      ...{ state: "restored", restoredSnapshot: uuid, restoreId: "0123abcd", triggers: [] },
+    });
+    expect(asked.changes.some(begins)).toBe(false);
+    expect(asked.changes[0]?.argv.at(-1)).toBe(begun);
   });
-  expect(asked.changes.some(begins)).toBe(false);
-  expect(asked.changes[0]?.argv.at(-1)).toBe(begun);
+
+  it.each([
+    ["", ""],
+    [", and whose earlier one's mark was removed", "theirs"],
+  ])("of which a refresh told%s, is ended, and no snapshot is merged instead", async (_how, left) => {
+    const tags = left || markOf("restored");
+    const looked = handlersOn("LvRestore", host(tags, tags));
+    const kept = (await looked.read(state)) ?? {};
+    expect(kept).toEqual({ ...state, state: "unmarked" });
+    expect(looked.warnings).toEqual([
+      expect.stringMatching(
+        /another restore of VgVm\/vm1 was begun at 1970-01-01T00:33:20.* has written nothing yet; `pulumi up` .* ends it for these/,
+      ),
+    ]);
+    expect(await looked.read(kept)).toEqual(kept);
+    const asked = host(tags, tags, markOf("restored"));
+    expect(await handlersOn("LvRestore", asked).update(kept, wanted)).toEqual({
+      ...state,
+      ...wanted,
+      snapshotRemoved: true,
+    });
+    expect(asked.changes.some(begins)).toBe(false);
+    expect(asked.changes.slice(1).map(({ argv }) => argv.slice(0, 4))).toEqual(
+      left ? [["lvchange", "-y", "--addtag", markOf("restored")]] : [],
+    );
+  });
 });
 
 describe("an image for other triggers has left the origin half-written, and LVM's metadata of before is brought back", () => {
