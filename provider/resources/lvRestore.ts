@@ -289,7 +289,7 @@ async function observe(
   return {
     mark: ownerTag + restore.owner,
     written,
-    halfMade: wasCut(phase) && !isHalf({ phase, written }) && !tellsOfEnd(wanted, origin),
+    halfMade: wasCut(phase) && !isHalf({ phase, written }) && !tellsOfAnother(wanted, { origin, restore }),
     removed: lost !== undefined && marks.length === 0,
     others: marked.find((mark) => mark.stage === "writing" && !isOurs(mark)),
     ...{ ...told, phase },
@@ -329,6 +329,14 @@ function tellsOfWriting(told: Inputs | State, { uuid }: LogicalVolume): told is 
 /** Whether the state tells of a merge into this very volume that cannot have ended, or of which nobody knows. */
 function tellsOfFailure(told: Inputs | State, { uuid }: LogicalVolume): told is State {
   return "state" in told && told.state === "failed" && told.originUuid === uuid;
+}
+
+/** Whether the state tells of another restore of this volume, than the one that was begun, which has ended or failed. */
+function tellsOfAnother(
+  told: Inputs | State,
+  { origin, restore }: Pick<Observed, "origin" | "restore">,
+): told is State {
+  return tellsOfEnd(told, origin) || (tellsOfFailure(told, origin) && told.restoreId !== restore.life);
 }
 
 /**
@@ -1157,7 +1165,7 @@ function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: St
   const remove = `\`lvchange --deltag '${restore.tag}' ${path}\``;
   const restored = hasEnded(old) ? "was restored" : "began to be restored";
   const told = `by Pulumi's state ${path} ${restored} for these \`triggers\` at ${old.startedAt}`;
-  if (phase === "pending" && tellsOfEnd(old, origin)) {
+  if (phase === "pending" && tellsOfAnother(old, seen)) {
     throw refusal(
       context,
       "RESTORE_UNCERTAIN",
@@ -1184,8 +1192,10 @@ function time(seconds: number): string {
 function toState(declared: Inputs | State, seen: Observed): State {
   const { restore, origin, snapshot, phase } = seen;
   // Nobody may ask for that one any more, and the mark of the ended one may be lost.
-  if (isOnlyBegun(seen) && tellsOfEnd(declared, origin))
-    return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state: "unmarked" };
+  if (isOnlyBegun(seen) && tellsOfAnother(declared, seen)) {
+    const state = hasEnded(declared) ? "unmarked" : "failed";
+    return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state };
+  }
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
   const isMerge = image === undefined && phase !== "uncertain";
@@ -1339,7 +1349,7 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
       lines.push(
         `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and cut off ${left}; \`pulumi up\` restores for other \`triggers\`, and is an error for these`,
       );
-    } else if (isOnlyBegun(seen) && tellsOfEnd(state, seen.origin))
+    } else if (isOnlyBegun(seen) && tellsOfAnother(state, seen))
       lines.push(
         `another restore of ${pathOf(seen.origin)} was begun at ${time(seen.restore.startedAt)} and has written nothing yet; \`pulumi up\` goes on with it for its \`triggers\`, and ends it for these`,
       );

@@ -650,6 +650,32 @@ describe("a restore", () => {
         });
       });
 
+      it("nor where one for other triggers was begun and is not asked for any more", async () => {
+        const other = { life: "77777777", startedAt: 2000, generation: restoreGeneration(["again"]) };
+        const cut = report(
+          origin({ lv_tags: markOf("begun", { ...other, source: young }) }),
+          snapshot({ lv_uuid: young }),
+        );
+        expect(await handlersOn("LvRestore", showing(cut)).read(failed)).toEqual(failed);
+        const refused = showing(cut);
+        await expect(handlersOn("LvRestore", refused).update(failed, wanted)).rejects.toThrow(
+          /RESTORE_UNCERTAIN.*began to be restored for these `triggers`.*cut off before it wrote anything/,
+        );
+        expect(refused.changes).toEqual([]);
+        const begun = markOf("begun", { ...other, source: "a".repeat(64) });
+        const asked: FakeHost = fakeHost(({ argv }) => {
+          const isEnded = asked.changes.length > 0;
+          if (argv[0] === "lvs") return there(isEnded ? "" : begun);
+          if (!argv[2]?.includes("emit recordDigest")) return "";
+          const record = JSON.stringify({ generation: begun, verify: true });
+          return fields({ active: isEnded ? "inactive" : "active", recordDigest: "d", record, end: "" });
+        });
+        const handlers = handlersOn("LvRestore", asked);
+        expect(await handlers.read(failed)).toEqual(failed);
+        await expect(handlers.update(failed, wanted)).rejects.toThrow(/RESTORE_UNCERTAIN/);
+        expect(asked.changes.map(({ argv }) => argv.at(-1))).toEqual([begun]);
+      });
+
       it("is forgotten by a removal", async () => {
         const asked = showing(there());
         await handlersOn("LvRestore", asked).remove(failed);
