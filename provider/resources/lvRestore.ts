@@ -8,7 +8,7 @@
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { failure, refusal, succeed } from "../core/command.js";
-import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { errorCodes, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
 import { lookPatiently, pause } from "../core/following.js";
 import { script } from "../core/hostCommands.js";
@@ -219,7 +219,9 @@ interface Observed {
   readonly ended: readonly RestoreMark[];
   /** The job that writes an image. */
   readonly job: RunningRestore | undefined;
-  /** Marks of this resource's images that were begun to be written. */
+  /** Of another resource, which has restored the volume since this one left it half-written; this one's mark is lost then. */
+  readonly healed: RestoreMark | undefined;
+  /** Marks of this resource's images that were begun to be written, unless it is healed. */
   readonly written: readonly string[];
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
@@ -283,12 +285,14 @@ async function observe(
   refuseSuspended(context, [origin, snapshot]);
   const told = { restore, origin, snapshot, ended, job: isMarkOf(job, restore) ? job : undefined };
   const phase = lost?.stage === "restored" ? "unmarked" : phaseOf(told);
-  const written = [...(lost ? [lost] : []), ...marks]
+  const healed =
+    phase === "halfWritten" && restore === lost ? laterOfOthers(marked, restore, isOurs) : undefined;
+  const written = [...(lost && !healed ? [lost] : []), ...marks]
     .filter(({ stage }) => stage === "writing")
     .map(({ tag }) => tag);
   return {
     mark: ownerTag + restore.owner,
-    written,
+    ...{ written, healed },
     halfMade: wasCut(phase) && !isHalf({ phase, written }) && !tellsOfAnother(wanted, { origin, restore }),
     removed: lost !== undefined && marks.length === 0,
     others: marked.find((mark) => mark.stage === "writing" && !isOurs(mark)),
@@ -380,6 +384,20 @@ function lostMark(
 function isOfSince(mark: RestoreMark, state: State): boolean {
   const isLater = mark.startedAt >= secondsOf(state) || mark.generation === state.generation;
   return mark.stage === "writing" || (isLater && mark.stage !== "begun");
+}
+
+/** The mark of another resource's restore that was begun later than this one, and has ended. */
+function laterOfOthers(
+  all: readonly RestoreMark[],
+  { startedAt }: RestoreMark,
+  isOurs: (mark: RestoreMark) => boolean,
+): RestoreMark | undefined {
+  return all.find((mark) => mark.stage === "restored" && mark.startedAt > startedAt && !isOurs(mark));
+}
+
+/** What became of a volume that was left half-written. */
+function healedPhrase({ origin, restore }: Observed, healed: RestoreMark): string {
+  return `by Pulumi's state a restore of ${pathOf(origin)} broke off that was begun at ${time(restore.startedAt)}; ${ownerOfRestore(healed)} has restored it at ${time(healed.startedAt)}`;
 }
 
 function secondsOf({ startedAt }: State): number {
@@ -715,6 +733,39 @@ async function possible(
   else await requireRestorable(context, withImage(wanted), origin);
 }
 
+/**
+ * Puts the mark of an image that was written back, which keeps others from using the volume. Not where somebody has it open, or nothing can
+ * be restored: it may have been put right by hand.
+ */
+async function markHalfWritten(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
+  const { origin, restore: lost, job } = seen;
+  if (job === undefined) {
+    try {
+      await possible({ ...context, warn: () => undefined }, wanted, seen);
+      await refuseOpen(
+        context,
+        [origin],
+        "Shut the VM down, unmount the volume, remove its export, and run again.",
+      );
+    } catch (error) {
+      if (!isLvmNbdError(error)) throw error;
+      const { message, advice } = error.details;
+      throw new LvmNbdError(error.code, {
+        ...error.details,
+        message: `${message}; by Pulumi's state ${halfWritten(origin)}`,
+        advice: `${advice ?? errorCodes[error.code]} ${rightAdvice(seen)}`,
+      });
+    }
+  }
+  await mark(context, origin, lost.tag, []);
+}
+
+/** What to do where a volume whose mark is lost is half-written no more. */
+function rightAdvice({ restore, origin }: Observed): string {
+  const done = restoreTagOf({ ...restore, stage: "restored" });
+  return `If its content was put right since, \`lvchange --addtag '${done}' ${pathOf(origin)}\` says so.`;
+}
+
 /** Ends a job that writes another image than is declared now, or for earlier triggers. */
 async function endJob(context: Context, seen: Observed | undefined): Promise<void> {
   if (seen?.job === undefined) return;
@@ -1001,7 +1052,8 @@ async function converge(
   const { origin, snapshot, phase } = seen;
   if (phase === "overflowed" && snapshot !== undefined) throw overflowed(context, { origin, snapshot });
   refuseUnasked(context, wanted, seen, old);
-  if (seen.restore.stage === "writing" && !isMarked(seen)) await mark(context, origin, seen.restore.tag, []);
+  if (seen.restore.stage === "writing" && !isMarked(seen) && seen.healed === undefined)
+    await markHalfWritten(context, wanted, seen);
   if (isKnown(seen, wanted, old)) {
     context.warn(
       `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. To restore once more, change \`triggers\`: neither to these nor to those`,
@@ -1161,6 +1213,14 @@ function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: St
   const isLost = phase === "uncertain" || phase === "withdrawn";
   if (old === undefined && stale && isLost) throw uncertain(context, seen, true);
   if (!isDeclaredStill(old, wanted) || isKnown(seen, wanted, old)) return;
+  if (seen.healed !== undefined) {
+    throw refusal(
+      context,
+      "RESTORE_UNCERTAIN",
+      healedPhrase(seen, seen.healed),
+      `Nothing was touched. ${leaving} To restore it once more, change \`triggers\`.`,
+    );
+  }
   const path = pathOf(origin);
   const remove = `\`lvchange --deltag '${restore.tag}' ${path}\``;
   const restored = hasEnded(old) ? "was restored" : "began to be restored";
@@ -1199,7 +1259,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const ended = restore.stage === "restored";
   const image = imageOfRestore(restore);
   const isMerge = image === undefined && phase !== "uncertain";
-  const unfinished = isMerge ? "merging" : isHalf(seen) ? "restoring" : "checking";
+  const unfinished = isMerge ? "merging" : isHalf(seen) || seen.healed ? "restoring" : "checking";
   const isFailed = phase === "overflowed" || phase === "withdrawn";
   // The mark of an image that was written before has to go.
   const isOver = phase === "restored" && seen.written.length === 0;
@@ -1360,9 +1420,10 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
     }
     if (seen.phase === "withdrawn") lines.push(wasLost(seen));
     if (seen.others !== undefined) lines.push(writtenBy(seen.origin, seen.others).join(". "));
-    if (seen.restore.stage === "writing" && !isMarked(seen))
+    if (seen.healed !== undefined) lines.push(`${healedPhrase(seen, seen.healed)}. ${leaving}`);
+    else if (seen.restore.stage === "writing" && !isMarked(seen))
       lines.push(
-        `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back`,
+        `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back. ${rightAdvice(seen)}`,
       );
     const isAtWork = seen.phase === "restoring" && seen.restore.stage === "writing";
     if (isHalf(seen) && !isAtWork) lines.push(halfPhrase(seen));

@@ -814,6 +814,64 @@ describe("an image for other triggers has left the origin half-written, and LVM'
     );
   });
 
+  it("is not called so where another resource has restored it since, and nothing is restored unasked", async () => {
+    const healed = { owner: "o/p/other/r", life: "99999999", generation: restoreGeneration([2]) };
+    const lvs = (startedAt: number) =>
+      report(origin({ lv_tags: markOf("restored", { ...healed, startedAt }) }), snapshot());
+    const handlers = handlersOn("LvRestore", showing(lvs(1999), noJob));
+    expect(await handlers.read(half)).toEqual(half);
+    const asked = showing(lvs(3000), (command) =>
+      begins(command) ? new LvmNbdError("LVM_LOCKED", { message: "begun" }) : noJob(command),
+    );
+    const looked = handlersOn("LvRestore", asked);
+    expect(await looked.read(half)).toEqual(half);
+    expect(looked.warnings).toEqual([expect.stringMatching(/broke off.*o\/p\/other\/r has restored it/)]);
+    await looked.remove(half);
+    expect(looked.warnings.join("\n")).not.toContain("HALF");
+    await expect(handlersOn("LvRestore", asked).update(half, complete)).rejects.toThrow(
+      /RESTORE_UNCERTAIN.*broke off that was begun at 1970-01-01T00:33:20.*o\/p\/other\/r has restored it at 1970-01-01T00:50:00.*take this resource out of the program.*change `triggers`/s,
+    );
+    expect(asked.changes).toEqual([]);
+    await expect(
+      handlersOn("LvRestore", asked).update(half, { ...complete, triggers: ["again"] }),
+    ).rejects.toThrow("begun");
+    expect(asked.changes.filter(begins)).toHaveLength(1);
+  });
+
+  it("keeps others from using it by its mark again only where something can be restored", async () => {
+    const done = markOf("restored", { ...again, startedAt: 2000, seconds: 0 });
+    const right = new RegExp(
+      `If its content was put right since, .lvchange --addtag '${done.replaceAll("+", "\\+")}'`,
+    );
+    const looked = handlersOn("LvRestore", showing(valid, noJob));
+    await looked.read(half);
+    expect(looked.warnings.join("\n")).toMatch(right);
+    const inUse = `process\t${Buffer.from("qemu (pid 7)").toString("base64")}\n`;
+    const held = showing(valid, (command) =>
+      command.argv[4] === "/dev/VgVm/vm1" && !command.argv[2]?.includes("for device")
+        ? inUse
+        : noJob(command),
+    );
+    const other = { name: "vm1-snap", uuid: originUuid };
+    for (const [asked, wanted, why] of [
+      [held, complete, /VOLUME_IN_USE.*open in qemu/],
+      [showing(valid, noJob), { ...complete, snapshot: other }, /IDENTITY_MISMATCH/],
+    ] as const) {
+      const error: unknown = await handlersOn("LvRestore", asked)
+        .update(half, wanted)
+        .catch((reason: unknown) => reason);
+      expect(String(error)).toMatch(why);
+      expect(String(error)).toMatch(/by Pulumi's state VgVm\/vm1 is HALF-WRITTEN/);
+      expect(String(error)).toMatch(right);
+      expect(asked.changes).toEqual([]);
+    }
+    const free = showing(valid, noJob);
+    await handlersOn("LvRestore", free)
+      .update(half, complete)
+      .catch(() => undefined);
+    expect(free.changes[0]?.argv.slice(0, 3)).toEqual(["lvchange", "-y", "--addtag"]);
+  });
+
   it.each([
     ["its own", { ...again, startedAt: 2000 }],
     ["a later one's", { startedAt: 3000 }],
