@@ -1377,12 +1377,15 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   isStale,
   isSuperseded: ({ restore }, state) => restore.life !== state.restoreId,
   async remove(context, { owner, volumeGroup }, seen) {
-    const { restore, origin, phase, job } = seen;
+    const { restore, origin, snapshot, phase, job } = seen;
     const own = isMarked(seen) ? [restore.tag] : [];
     const tags = [...new Set([...own, ...outdatedTags(seen, { owner })])];
     if (tags.length > 0 || job !== undefined) refuseOtherGroup(context, origin, volumeGroup);
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);
+    if (phase === "withdrawn") context.warn(wasLost(seen));
+    if (phase === "overflowed" && snapshot !== undefined)
+      context.warn(`${ranFullPhrase(snapshot, origin)}. ${ranFullAdvice(snapshot)}`);
     if (isHalf(seen))
       context.warn(
         phase === "scheduled"

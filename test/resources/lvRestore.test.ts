@@ -689,8 +689,10 @@ describe("a restore", () => {
         if (argv[0] === "lvs") return turn++ === 0 ? gone(markOf("merging")) : gone("");
         return argv[2]?.includes("tell removed") ? "removed\n" : "";
       });
-      await handlersOn("LvRestore", asked).remove({ ...scheduled, state: "failed" });
+      const handlers = handlersOn("LvRestore", asked);
+      await handlers.remove({ ...scheduled, state: "failed" });
       expect(asked.changes.map(({ argv }) => argv[3])).toEqual([markOf("merging")]);
+      expect(handlers.warnings).toEqual([expect.stringMatching(/how much of it was merged cannot be told/)]);
     });
   });
 
@@ -1332,6 +1334,15 @@ describe("a removal", () => {
     const handlers = handlersOn("LvRestore", turning(running(markOf("merging")), running("")));
     await handlers.remove(state);
     expect(handlers.warnings.join("\n")).toMatch(/is merging and goes on/);
+  });
+
+  it("of one whose snapshot ran full while it waited says that nothing was restored, and what ends the merge", async () => {
+    const full = (tag: string) => waiting(tag).replaceAll("Sri-a", "Sri-I");
+    const handlers = handlersOn("LvRestore", turning(full(markOf("merging")), full("")));
+    await handlers.remove({ ...state, state: "failed" });
+    expect(handlers.warnings).toEqual([
+      expect.stringMatching(/ran full before its merge.*nothing is restored.*lvremove VgVm\/vm1-snap/),
+    ]);
   });
 
   it("leaves a mark alone that has become another life's", async () => {
