@@ -116,7 +116,7 @@ export const errorCodes = {
   RESTORE_STALLED:
     "A merge has made no progress for minutes; it was not stopped. Look at what the message names. The next `pulumi up` follows it on.",
   RESTORE_UNCERTAIN:
-    "A restore was cut off in the very moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told. Or the state and the origin's mark tell of different restores, and which came last cannot be told. Look at the origin's content, and tell by one of the commands in the message.",
+    "What the origin holds cannot be told. A restore was cut off in the very moment in which it began, or its merge was not seen to have ended, and its snapshot is gone since: it may have been merged or removed. Or the state and the marks on the origin tell of different restores. Nothing is restored for that. Look at the origin's content, and do what the message says for the case it is in.",
   ATTACHMENT_DEAD:
     "The attachment is there, but a read through it fails or takes too long. Look at the export and at the network, then run `pulumi up --refresh`.",
   PARTITION_NOT_FOUND:

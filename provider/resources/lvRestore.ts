@@ -173,7 +173,8 @@ const outputs = z.object({
         "`unmarked` (restored, but somebody removed the mark from the origin: `pulumi up` puts it back and writes nothing; or another " +
         "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these; or one is " +
         "at its check: `pulumi up` ends it for these); " +
-        "`failed` (the snapshot ran full, or somebody removed it, before its merge was seen to have ended: `pulumi up` says what to do).",
+        "`failed` (the snapshot ran full, or somebody removed it or may have, before its merge was seen to have ended: for these `triggers` " +
+        "nothing is restored any more, `pulumi up` says what to do).",
     ),
   snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
   restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored; empty for an image."),
