@@ -736,21 +736,13 @@ function logIn<T>(
   return new Promise((resolve, reject) => {
     const client = new Client();
     let refused: KeyRefused | undefined;
-    let ended = false;
-    let timer: NodeJS.Timeout | undefined;
-    /** Gives the login so much time from now on. */
-    const extend = (ms: number) => {
-      clearTimeout(timer);
-      if (ended) return;
-      timer = setTimeout(() => {
-        const what = `no login within ${timing.connect / 1000} s`;
-        fail(new DialFailed(`${host.address}:${host.port}: ${what}`, false));
-      }, ms);
-    };
-    const login = new LoginAttempts(host, timing, extend);
+    const clock = new LoginClock(timing.connect, () => {
+      const what = `no login within ${timing.connect / 1000} s`;
+      fail(new DialFailed(`${host.address}:${host.port}: ${what}`, false));
+    });
+    const login = new LoginAttempts(host, timing, clock);
     const end = () => {
-      ended = true;
-      clearTimeout(timer);
+      clock.end();
       client.removeAllListeners();
     };
     const fail = (error: unknown) => {
@@ -802,11 +794,11 @@ function logIn<T>(
     const preferred = certifies
       ? [...new Set(known)].flatMap((type) => usable.filter((one) => one === type))
       : usable.filter((type) => known.includes(type));
-    extend(timing.connect);
+    clock.go();
     client.connect({
       sock: stream,
       username: host.user,
-      // `extend` sees to it.
+      // The clock sees to it.
       readyTimeout: 0,
       algorithms: {
         ...algorithms,
@@ -834,6 +826,36 @@ function logIn<T>(
   });
 }
 
+/** The time that a host has for one login, in milliseconds. It stands still while an agent is asked. */
+class LoginClock {
+  private timer: NodeJS.Timeout | undefined;
+  private since = 0;
+  private ended = false;
+
+  constructor(
+    private left: number,
+    private readonly over: () => void,
+  ) {}
+
+  go(): void {
+    if (this.ended || this.timer !== undefined) return;
+    this.since = performance.now();
+    this.timer = setTimeout(this.over, this.left);
+  }
+
+  stop(): void {
+    if (this.timer === undefined) return;
+    clearTimeout(this.timer);
+    this.timer = undefined;
+    this.left -= performance.now() - this.since;
+  }
+
+  end(): void {
+    this.stop();
+    this.ended = true;
+  }
+}
+
 /**
  * The agent's keys as OpenSSH offers them: first those of the configured identity files, and only those where
  * IdentitiesOnly says so. An agent may hold more keys than the host's MaxAuthTries.
@@ -842,16 +864,18 @@ class ChosenKeys extends OpenSSHAgent {
   private silent: Error | undefined;
   private asked: Duplex | undefined;
   private patience: { readonly ms: number; readonly without: string };
+  /** Keys and hashes: a host may take any number of signatures of one for no answer, and ask for the next. */
+  private readonly signed = new Set<string>();
 
-  /** After an answer that the agent did not give in time it is not asked again. `extend`: gives the login so much time. */
+  /** After an answer that the agent did not give in time it is not asked again. */
   constructor(
     socket: string,
     private readonly host: Pick<ResolvedHost, "agentKeys" | "identitiesOnly">,
     private readonly timing: Timing,
-    private readonly extend: (ms: number) => void,
+    private readonly clock: LoginClock,
   ) {
     super(socket);
-    // It lists its keys, and leaves time for another way.
+    // It only lists its keys.
     const ms = timing.connect / 2;
     this.patience = { ms, without: `no answer within ${ms / 1000} s` };
   }
@@ -867,14 +891,19 @@ class ChosenKeys extends OpenSSHAgent {
       return;
     }
     const { ms, without } = this.patience;
+    this.clock.stop();
     super.getStream((error, stream) => {
       this.asked = stream;
-      if (stream !== undefined) {
+      if (stream === undefined) this.clock.go();
+      else {
         const timer = setTimeout(() => {
           this.silent = new Error(without);
           stream.destroy(this.silent);
         }, ms);
-        stream.once("close", () => clearTimeout(timer));
+        stream.once("close", () => {
+          clearTimeout(timer);
+          this.clock.go();
+        });
       }
       answer(error, stream);
     });
@@ -896,17 +925,21 @@ class ChosenKeys extends OpenSSHAgent {
     options?: SigningRequestOptions | SignCallback,
     answer?: SignCallback,
   ): boolean {
-    const [hash, done] = typeof options === "function" ? [undefined, options] : [options?.hash, answer];
+    const [wanted, done] = typeof options === "function" ? [undefined, options] : [options?.hash, answer];
+    const hash = soundHash(wanted);
+    const blob = typeof key === "object" && "getPublicSSH" in key ? key.getPublicSSH() : key;
+    const what = `${hash} ${blob.toString("base64")}`;
+    if (this.signed.has(what)) {
+      done?.(new Error("the host asked again for a signature that it had"));
+      return false;
+    }
+    this.signed.add(what);
     const ms = this.timing.signature;
     this.patience = {
       ms,
       without: `no signature within ${ms / 1000} s: it did not answer, or nobody confirmed it`,
     };
-    this.extend(ms + this.timing.connect);
-    return super.sign(key, data, { hash: soundHash(hash) }, (error, signature) => {
-      this.extend(this.timing.connect);
-      done?.(error, signature);
-    });
+    return super.sign(key, data, { hash }, done);
   }
 }
 
@@ -936,9 +969,9 @@ class LoginAttempts {
   private readonly attempts: { readonly label: string; readonly method: string; readonly attempt: object }[];
   private readonly agent: ChosenKeys | undefined;
 
-  constructor(host: ResolvedHost, timing: Timing, extend: (ms: number) => void) {
+  constructor(host: ResolvedHost, timing: Timing, clock: LoginClock) {
     const { user: username, password } = host;
-    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host, timing, extend);
+    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host, timing, clock);
     this.agent = agent;
     this.attempts = host.keys.flatMap(offersOf).map(([label, key]) => ({
       ...{ label, method: "publickey", attempt: { type: "publickey", username, key } },

@@ -178,6 +178,37 @@ describe("an agent", () => {
     expect((await (await open(host)).run(read, undefined)).stdout).toBe("done");
   });
 
+  test("gives a host no more time for the rest of the login", async () => {
+    const server = await serve({
+      authenticate: (context) => {
+        if (context.method === "publickey" && context.signature === undefined)
+          setTimeout(() => context.accept(), 700);
+        else context.reject(["publickey"]);
+      },
+    });
+    const agent = await listenWithKeys((reply) => reply());
+    const host = server.host({ agent, password: undefined, connectSeconds: 1 });
+    await expect(open(host)).rejects.toThrow("no login within 1 s");
+  });
+
+  test("signs once for a host that asks for the same signature again", async () => {
+    const server = await serve({
+      authenticate: (context) => {
+        if (context.method !== "publickey") return context.reject(["publickey"]);
+        // As if it had come without one.
+        Object.assign(context, { signature: undefined });
+        context.accept();
+      },
+    });
+    let signatures = 0;
+    const agent = await listenWithKeys((reply) => {
+      if (++signatures < 10) reply();
+    });
+    const error = await failure(open(server.host({ agent, password: undefined }), { signature: 300 }));
+    expect(error.message).toContain("the host asked again for a signature that it had");
+    expect(signatures).toBe(pairs.length);
+  });
+
   test("is let go when the host does not wait for it", async () => {
     const server = await serve();
     const asking: Socket[] = [];
