@@ -52,7 +52,7 @@ const longestTimer = 2 ** 31 - 1;
 export interface Timing {
   /** For the TCP connection, for the login, and for a jump to reach the next hop. */
   readonly connect: number;
-  /** For an agent to sign, which may ask its owner first: not of the host's time. sshd waits 120 s for a login unless configured. */
+  /** For an agent to sign, which may ask its owner first: not of the host's time. sshd waits 120 s for a login, or often 60. */
   readonly signature: number;
   /** Beyond a command's own deadline and grace: for the host to answer at all. */
   readonly slack: number;
@@ -60,7 +60,7 @@ export interface Timing {
   readonly keepalive: number;
 }
 
-const usualTiming: Timing = { connect: 20_000, signature: 60_000, slack: 10_000, keepalive: 10_000 };
+const usualTiming: Timing = { connect: 20_000, signature: 45_000, slack: 10_000, keepalive: 10_000 };
 
 /** The link broke. `sent` tells whether the command may have run. */
 export class LinkLost extends Error {
@@ -765,9 +765,15 @@ function logIn<T>(
       end();
       resolve(opened(client));
     });
-    client.once("close", () =>
-      fail(new DialFailed("the connection was closed before the login was complete", true)),
-    );
+    const cut = (why: string) => {
+      // To dial again would only ask its owner again.
+      if (login.signing)
+        authFailed(
+          " while the agent was asked: the host did not wait for an answer (LoginGraceTime), which its owner may have to confirm",
+        );
+      else fail(new DialFailed(why, true));
+    };
+    client.once("close", () => cut("the connection was closed before the login was complete"));
     client.once("handshake", (negotiated) => {
       if (!isTerrapin(client, negotiated)) return;
       const why = `it takes no cipher but ${chacha20}, which is not safe without the strict key exchange that it does not know`;
@@ -781,6 +787,7 @@ function logIn<T>(
       // ssh2 goes on with the next attempt after these.
       if (error.level === "agent") return login.agentFailed(error.message);
       if (error.level === "client-authentication") return login.exhausted ? authFailed("") : undefined;
+      if (error.level === "client-socket") return cut(`${host.address}:${host.port}: ${error.message}`);
       // A disconnect by the host in the middle of the login, e.g. "Too many authentication failures".
       if (login.tried.length > 0 && typeof error.code === "number") return authFailed(` (${error.message})`);
       fail(new DialFailed(`${host.address}:${host.port}: ${error.message}`, error.level !== "handshake"));
@@ -861,9 +868,11 @@ class LoginClock {
  * IdentitiesOnly says so. An agent may hold more keys than the host's MaxAuthTries.
  */
 class ChosenKeys extends OpenSSHAgent {
+  /** It has been asked for a signature, and its owner perhaps for a confirmation. */
+  signing = false;
   private silent: Error | undefined;
   private asked: Duplex | undefined;
-  private patience: { readonly ms: number; readonly without: string };
+  private patience: { readonly ms: number; readonly without: string; readonly signing: boolean };
   /** Keys and hashes: a host may take any number of signatures of one for no answer, and ask for the next. */
   private readonly signed = new Set<string>();
 
@@ -877,7 +886,7 @@ class ChosenKeys extends OpenSSHAgent {
     super(socket);
     // It only lists its keys.
     const ms = timing.connect / 2;
-    this.patience = { ms, without: `no answer within ${ms / 1000} s` };
+    this.patience = { ms, without: `no answer within ${ms / 1000} s`, signing: false };
   }
 
   end(): void {
@@ -890,18 +899,20 @@ class ChosenKeys extends OpenSSHAgent {
       answer(this.silent);
       return;
     }
-    const { ms, without } = this.patience;
+    const { ms, without, signing } = this.patience;
     this.clock.stop();
     super.getStream((error, stream) => {
       this.asked = stream;
       if (stream === undefined) this.clock.go();
       else {
+        this.signing = signing;
         const timer = setTimeout(() => {
           this.silent = new Error(without);
           stream.destroy(this.silent);
         }, ms);
         stream.once("close", () => {
           clearTimeout(timer);
+          this.signing = false;
           this.clock.go();
         });
       }
@@ -938,6 +949,7 @@ class ChosenKeys extends OpenSSHAgent {
     this.patience = {
       ms,
       without: `no signature within ${ms / 1000} s: it did not answer, or nobody confirmed it`,
+      signing: true,
     };
     return super.sign(key, data, { hash }, done);
   }
@@ -1018,6 +1030,11 @@ class LoginAttempts {
         this.tried.push(taken ? current.label : `${current.label} (the host does not take it)`);
       if (taken) return current.attempt;
     }
+  }
+
+  /** The agent has been asked for a signature, and has not answered. */
+  get signing(): boolean {
+    return this.agent?.signing ?? false;
   }
 
   /** Lets the agent go, which may still be asking its owner. */

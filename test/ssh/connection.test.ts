@@ -209,17 +209,22 @@ describe("an agent", () => {
     expect(signatures).toBe(pairs.length);
   });
 
-  test("is let go when the host does not wait for it", async () => {
-    const server = await serve();
-    const asking: Socket[] = [];
-    const agent = await listenWithKeys((_reply, socket) => {
-      asking.push(socket);
-      for (const one of server.sockets) one.destroy();
-    });
-    const opening = open(server.host({ agent, password: undefined }), { signature: 600_000 });
-    expect(await opening.catch((reason: unknown) => reason)).toBeInstanceOf(DialFailed);
-    await until(() => asking.length === 1 && asking.every((socket) => socket.readableEnded), "its end");
-  });
+  test.each(["destroy", "resetAndDestroy"] as const)(
+    "is let go and told when the host does not wait for it (%s)",
+    async (cut) => {
+      const server = await serve();
+      const asking: Socket[] = [];
+      const agent = await listenWithKeys((_reply, socket) => {
+        asking.push(socket);
+        for (const one of server.sockets) one[cut]();
+      });
+      const opening = open(server.host({ agent, password: undefined }), { signature: 600_000 });
+      const error = await failure(opening);
+      expect(error.code).toBe("AUTH_FAILED");
+      expect(error.message).toContain("refused while the agent was asked: the host did not wait");
+      await until(() => asking.length === 1 && asking.every((socket) => socket.readableEnded), "its end");
+    },
+  );
 });
 
 test("a host that does not answer a login is given up in the time that it has for it", async () => {
