@@ -773,7 +773,10 @@ function logIn<T>(
         );
       else fail(new DialFailed(why, true));
     };
-    client.once("close", () => cut("the connection was closed before the login was complete"));
+    const closed = () => cut("the connection was closed before the login was complete");
+    // Behind a jump the end comes alone: the jump's sshd waits for ours.
+    client.once("end", closed);
+    client.once("close", closed);
     client.once("handshake", (negotiated) => {
       if (!isTerrapin(client, negotiated)) return;
       const why = `it takes no cipher but ${chacha20}, which is not safe without the strict key exchange that it does not know`;

@@ -8,7 +8,7 @@ import {
   symlinkSync,
   writeFileSync,
 } from "node:fs";
-import { createServer, type Server, type Socket } from "node:net";
+import { connect, createServer, type Server, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import {
@@ -225,6 +225,27 @@ describe("an agent", () => {
       await until(() => asking.length === 1 && asking.every((socket) => socket.readableEnded), "its end");
     },
   );
+});
+
+test("a host behind a jump that hangs up is a dial that may pass", async () => {
+  const server = await serve({
+    authenticate: () => {
+      for (const one of server.sockets) one.destroy();
+    },
+  });
+  const jump = await serve({
+    forward: (channel) => {
+      const socket = connect(server.port, "127.0.0.1");
+      channel.pipe(socket).pipe(channel, { end: false });
+      // As sshd: it closes its half of the channel, and waits for the other.
+      socket.once("end", () => channel.eof());
+    },
+  });
+  const opening = open(server.host({ jumps: [jump.host()] }), { connect: 600_000 });
+  expect(await opening.catch((reason: unknown) => reason)).toMatchObject({
+    name: "DialFailed",
+    mayPass: true,
+  });
 });
 
 test("a host that does not answer a login is given up in the time that it has for it", async () => {

@@ -24,6 +24,8 @@ export interface FakeServerOptions {
   readonly session?: (socket: Socket) => boolean;
   /** Called for commands that end others. Default: they succeed. */
   readonly kill?: (command: Arrived) => void;
+  /** Called with a connection that it is asked to pass on. Default: it refuses. */
+  readonly forward?: (channel: ServerChannel) => void;
   readonly authenticate?: (context: AuthContext) => void;
   readonly algorithms?: NonNullable<ConstructorParameters<typeof Server>[0]["algorithms"]>;
   /** It does not say which signatures it takes, as servers before 2016. */
@@ -160,6 +162,10 @@ export async function startFakeServer(options: FakeServerOptions = {}): Promise<
       logins.push(context.method);
       if (options.authenticate !== undefined) options.authenticate(context);
       else context.accept();
+    });
+    client.on("tcpip", (accept, reject) => {
+      if (options.forward === undefined) reject();
+      else options.forward(accept());
     });
     client.on("session", (accept, reject) => {
       if (options.session?.(socket) === false) return;
