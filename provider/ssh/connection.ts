@@ -836,7 +836,7 @@ function logIn<T>(
   });
 }
 
-/** The time that a host has for one login, in milliseconds. It stands still while an agent is asked. */
+/** The time that a host has for one login, in milliseconds. It stands still while an agent is asked, or waited for. */
 class LoginClock {
   private timer: NodeJS.Timeout | undefined;
   private since = 0;
@@ -866,6 +866,26 @@ class LoginClock {
   }
 }
 
+/** Who asks each agent, by its socket, and who waits to. */
+const turns = new Map<string, (() => void)[]>();
+
+/**
+ * Lets `ask` ask the agent when all before have released it: ssh-agent answers nobody while its owner is asked to confirm. What is
+ * asked has a limit of its own, so that the wait has one.
+ */
+function takeTurn(socket: string, ask: (release: () => void) => void): void {
+  const queue = turns.get(socket) ?? [];
+  const turn = () =>
+    ask(() => {
+      queue.shift();
+      if (queue[0] === undefined) turns.delete(socket);
+      else queue[0]();
+    });
+  queue.push(turn);
+  turns.set(socket, queue);
+  if (queue[0] === turn) turn();
+}
+
 /**
  * The agent's keys as OpenSSH offers them: first those of the configured identity files, and only those where
  * IdentitiesOnly says so. An agent may hold more keys than the host's MaxAuthTries.
@@ -881,7 +901,7 @@ class ChosenKeys extends OpenSSHAgent {
 
   /** After an answer that the agent did not give in time it is not asked again. */
   constructor(
-    socket: string,
+    private readonly socket: string,
     private readonly host: Pick<ResolvedHost, "agentKeys" | "identitiesOnly">,
     private readonly timing: Timing,
     private readonly clock: LoginClock,
@@ -904,22 +924,34 @@ class ChosenKeys extends OpenSSHAgent {
     }
     const { ms, without, signing } = this.patience;
     this.clock.stop();
-    super.getStream((error, stream) => {
-      this.asked = stream;
-      if (stream === undefined) this.clock.go();
-      else {
-        this.signing = signing;
-        const timer = setTimeout(() => {
-          this.silent = new Error(without);
-          stream.destroy(this.silent);
-        }, ms);
-        stream.once("close", () => {
-          clearTimeout(timer);
-          this.signing = false;
-          this.clock.go();
-        });
+    takeTurn(this.socket, (release) => {
+      const answered = () => {
+        this.signing = false;
+        this.clock.go();
+        release();
+      };
+      // While it waited for its turn.
+      if (this.silent !== undefined) {
+        answered();
+        answer(this.silent);
+        return;
       }
-      answer(error, stream);
+      super.getStream((error, stream) => {
+        this.asked = stream;
+        if (stream === undefined) answered();
+        else {
+          this.signing = signing;
+          const timer = setTimeout(() => {
+            this.silent = new Error(without);
+            stream.destroy(this.silent);
+          }, ms);
+          stream.once("close", () => {
+            clearTimeout(timer);
+            answered();
+          });
+        }
+        answer(error, stream);
+      });
     });
   }
 

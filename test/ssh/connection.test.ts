@@ -137,18 +137,26 @@ describe("an agent", () => {
     utils.generateKeyPairSync("ecdsa", { bits: 384 }),
   ];
 
-  /** One that has those keys, and lets `sign` answer. */
-  const listenWithKeys = (sign: (reply: () => void, socket: Socket) => void) =>
-    listen((socket) => {
+  /** One that has those keys, and lets `sign` answer. As ssh-agent, it answers nobody else meanwhile. */
+  const listenWithKeys = (sign: (reply: () => void, socket: Socket) => void) => {
+    let idle = Promise.resolve();
+    return listen((socket) => {
       const protocol = new AgentProtocol(false);
       const all = pairs.map((pair) => parse(pair.public));
-      protocol.on("identities", (request: AgentInboundRequest) => protocol.getIdentitiesReply(request, all));
+      protocol.on("identities", (request: AgentInboundRequest) => {
+        idle = idle.then(() => void protocol.getIdentitiesReply(request, all));
+      });
       protocol.on("sign", (request: AgentInboundRequest, key: ParsedKey, data: Buffer) => {
         const pair = pairs.find((one) => parse(one.public).getPublicSSH().equals(key.getPublicSSH()));
-        sign(() => protocol.signReply(request, parse(pair?.private ?? "").sign(data)), socket);
+        const signed = (done: () => void) => () => {
+          protocol.signReply(request, parse(pair?.private ?? "").sign(data));
+          done();
+        };
+        idle = idle.then(() => new Promise<void>((done) => sign(signed(done), socket)));
       });
       socket.pipe(protocol).pipe(socket);
     });
+  };
 
   test("that says nothing leaves the other ways to log in, and is let go", async () => {
     const server = await serve();
@@ -176,6 +184,22 @@ describe("an agent", () => {
     const agent = await listenWithKeys((reply) => setTimeout(reply, 1500));
     const host = server.host({ agent, password: undefined, connectSeconds: 1 });
     expect((await (await open(host)).run(read, undefined)).stdout).toBe("done");
+  });
+
+  test("that asks before it signs is asked for one host after the other", async () => {
+    const servers = [await serve(), await serve()];
+    let asked = 0;
+    const agent = await listenWithKeys((reply) => {
+      asked++;
+      setTimeout(reply, 1500);
+    });
+    const opening: Promise<Connection>[] = [];
+    for (const server of servers) {
+      opening.push(open(server.host({ agent, password: undefined, connectSeconds: 1 })));
+      if (opening.length === 1) await until(() => asked === 1, "the first question");
+    }
+    for (const opened of await Promise.all(opening))
+      expect((await opened.run(read, undefined)).stdout).toBe("done");
   });
 
   test("gives a host no more time for the rest of the login", async () => {
