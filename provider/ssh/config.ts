@@ -210,7 +210,7 @@ async function resolveAlias(alias: string, depth: number, given: Given = {}): Pr
       ? process.env.SSH_AUTH_SOCK
       : /^\$\w+$/.test(config.identityagent)
         ? process.env[config.identityagent.slice(1)]
-        : expand(config.identityagent);
+        : expandHome(config.identityagent);
   return {
     name: alias,
     address,

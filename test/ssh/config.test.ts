@@ -87,9 +87,11 @@ describe("an alias", () => {
 
   test("may name the agent, a variable that holds it, or none", async () => {
     sshConfig(
-      `Host own\n IdentityAgent /run/own\nHost none\n IdentityAgent none\nHost var\n IdentityAgent $SSH_AUTH_SOCK\n`,
+      `Host own\n IdentityAgent /run/own\nHost percent\n IdentityAgent /run/100%%h\nHost none\n IdentityAgent none\nHost var\n IdentityAgent $SSH_AUTH_SOCK\n`,
     );
     expect((await resolveHost("own")).agent).toBe("/run/own");
+    // `ssh -G` has put values in for tokens already.
+    expect((await resolveHost("percent")).agent).toBe("/run/100%h");
     expect((await resolveHost("none")).agent).toBeUndefined();
     expect((await resolveHost("var")).agent).toBe("/run/test-agent");
   });
