@@ -195,6 +195,12 @@ const outputs = z.object({
     .describe(
       "Digest of the `triggers` that the restore was made for: others than the declared ones where an `up` for them was taken back.",
     ),
+  mergeFailed: z
+    .boolean()
+    .default(false)
+    .describe(
+      "Whether the kernel gave the merge up, e.g. for a disk that cannot be read: it goes on when the origin is activated anew.",
+    ),
 });
 
 type Inputs = z.infer<typeof inputs>;
@@ -264,7 +270,8 @@ async function observe(
     identified(all, { volumeGroup: origin.volumeGroup, uuid: source })[0];
   const ended = marks.filter(({ stage }) => stage === "restored");
   const isDoubtful = (mark: RestoreMark) =>
-    !isFollowed && (isWaiting(wanted, mark) || marks.some(({ stage }) => stage === "writing"));
+    !isFollowed &&
+    (isWaiting(wanted, mark) || wasGivenUp(wanted, mark) || marks.some(({ stage }) => stage === "writing"));
   for (const mark of marks.filter((one) => one.stage === "merging" && sourceOf(one) === undefined))
     if (!isFailed(wanted, mark) && (await hasMerged(context, origin, mark, isDoubtful(mark))))
       ended.push(mark);
@@ -1142,9 +1149,15 @@ function isWaiting(told: Inputs | State, { life }: RestoreMark): boolean {
   return "state" in told && told.state === "scheduled" && told.restoreId === life;
 }
 
+/** Whether the state tells that the kernel gave the merge of that mark up half-way. */
+function wasGivenUp(told: Inputs | State, { life }: RestoreMark): boolean {
+  return "mergeFailed" in told && told.mergeFailed && told.restoreId === life;
+}
+
 /**
  * Whether the merge of that mark, whose snapshot is gone, has ended. Where LVM's archive does not tell, it has unless that is
- * `doubtful`: one that only waited may have been removed, and an origin that is half-written must not be called restored for that.
+ * `doubtful`: one that only waited or was given up may have been removed, and an origin that is half-written must not be called
+ * restored for that.
  */
 async function hasMerged(
   context: Context,
@@ -1279,6 +1292,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
     seconds: restore.seconds,
     restoreId: restore.life,
     generation: restore.generation,
+    mergeFailed: phase === "merging" && origin.mergeFailed === true,
   };
 }
 

@@ -70,6 +70,7 @@ const state = {
     originUuid,
     restoreId: "0123abcd",
     generation: restoreGeneration([]),
+    mergeFailed: false,
   },
   ...{ startedAt: "1970-01-01T00:16:40.000Z", restoredAt: "1970-01-01T00:17:40.000Z", seconds: 60 },
 };
@@ -479,12 +480,33 @@ describe("a restore", () => {
     expect(new Set(polls)).toEqual(new Set(["lvchange -y --poll y VgVm/vm1"]));
   });
 
-  it("that the kernel gave up is an error", async () => {
+  describe("that the kernel gave up", () => {
     const failed = running(markOf("merging")).replace('"lv_merge_failed":"0"', '"lv_merge_failed":"1"');
-    const kept = { ...state, state: "merging", restoredAt: "" };
-    await expect(handlersOn("LvRestore", showing(failed)).update(kept, complete)).rejects.toThrow(
-      /RESTORE_FAILED.*dmesg/s,
-    );
+    const kept = { ...state, state: "merging", restoredAt: "", seconds: 0, snapshotRemoved: false };
+    const givenUp = { ...kept, mergeFailed: true };
+    const removed = (fate: string) =>
+      showing(gone(markOf("merging")), ({ argv }) => (argv[2]?.includes("tell removed") ? fate : ""));
+
+    it("is an error, and is remembered until it goes on", async () => {
+      await expect(handlersOn("LvRestore", showing(failed)).update(kept, complete)).rejects.toMatchObject({
+        message: expect.stringMatching(/RESTORE_FAILED.*dmesg/s),
+        state: givenUp,
+      });
+      expect(await handlersOn("LvRestore", showing(failed)).read(kept)).toEqual(givenUp);
+      expect(await handlersOn("LvRestore", showing(running(markOf("merging")))).read(givenUp)).toEqual(kept);
+    });
+
+    it("is not called restored where its snapshot is gone, and LVM's archive does not tell that it ended", async () => {
+      const asked = removed("unknown\n");
+      expect(await handlersOn("LvRestore", asked).read(givenUp)).toMatchObject({ state: "failed" });
+      await expect(handlersOn("LvRestore", asked).update(givenUp, complete)).rejects.toThrow(
+        /RESTORE_UNCERTAIN.*how much of it was merged cannot be told/,
+      );
+      expect(asked.changes).toEqual([]);
+      expect(await handlersOn("LvRestore", removed("ended\n")).read(givenUp)).toMatchObject({
+        ...{ state: "restored", mergeFailed: false },
+      });
+    });
   });
 
   const scheduled = { ...state, state: "scheduled", restoredAt: "", seconds: 0, snapshotRemoved: false };
