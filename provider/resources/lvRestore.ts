@@ -173,8 +173,8 @@ const outputs = z.object({
         "`unmarked` (restored, but somebody removed the mark from the origin: `pulumi up` puts it back and writes nothing; or another " +
         "restore took its place and was cut off as it began: `pulumi up` restores for other `triggers`, and is an error for these; or one is " +
         "at its check: `pulumi up` ends it for these); " +
-        "`failed` (the snapshot ran full, or somebody removed it or may have, before its merge was seen to have ended: for these `triggers` " +
-        "nothing is restored any more, `pulumi up` says what to do).",
+        "`failed` (the snapshot ran full, or somebody removed it or may have, or undid its merge, before that was seen to have ended: for " +
+        "these `triggers` nothing is restored any more, `pulumi up` says what to do).",
     ),
   snapshotRemoved: z.boolean().describe("Whether the snapshot is gone, as it is after its merge."),
   restoredSnapshot: z.string().describe("LVM UUID of the snapshot that was restored; empty for an image."),
@@ -233,8 +233,9 @@ interface Observed {
   /**
    * `pending`: marked, but the snapshot is there and nobody merges it, or no byte of the image was written and nobody is about
    * to; `uncertain`: it is gone, and the mark was left from before LVM was told to merge it; `halfWritten`: nobody goes on
-   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had, as it is where somebody removed that of an image that was being written, or of a merge that failed; `overflowed`: the
-   * snapshot ran full before its merge began; `withdrawn`: somebody removed it, or may have, after LVM was told to merge it.
+   * writing the image; `unmarked`: only the state tells of the restore, and `restore` is the mark that it had, as it is where somebody
+   * removed that of an image that was being written, or of a merge that has not ended; `overflowed`: the snapshot ran full before its
+   * merge began; `withdrawn`: somebody removed it, or may have, after LVM was told to merge it, or undid the merge and removed the mark.
    */
   readonly phase:
     | Exclude<State["state"], "failed">
@@ -292,7 +293,13 @@ async function observe(
   const snapshot = sourceOf(restore);
   refuseSuspended(context, [origin, snapshot]);
   const told = { restore, origin, snapshot, ended, job: isMarkOf(job, restore) ? job : undefined };
-  const phase = lost?.stage === "restored" ? "unmarked" : phaseOf(told);
+  const phase =
+    restore === lost
+      ? await phaseOfLost(
+          told,
+          async () => tellsOfMerge(wanted, origin) && hasMerged(context, origin, lost, true),
+        )
+      : phaseOf(told);
   const healed =
     phase === "halfWritten" && restore === lost ? laterOfOthers(marked, restore, isOurs) : undefined;
   const written = [...(lost && !healed ? [lost] : []), ...marks]
@@ -343,17 +350,24 @@ function tellsOfFailure(told: Inputs | State, { uuid }: LogicalVolume): told is 
   return "state" in told && told.state === "failed" && told.originUuid === uuid;
 }
 
-/** Whether the state tells of another restore of this volume, than the one that was begun, which has ended or failed. */
+/** Whether the state tells of a merge into this very volume that was under way, or waited. */
+function tellsOfMerge(told: Inputs | State, { uuid }: LogicalVolume): told is State {
+  const isMerge = "state" in told && (told.state === "merging" || told.state === "scheduled");
+  return isMerge && told.originUuid === uuid;
+}
+
+/** Whether the state tells of another restore of this volume, than the one that was begun: one that has ended or failed, or of a merge. */
 function tellsOfAnother(
   told: Inputs | State,
   { origin, restore }: Pick<Observed, "origin" | "restore">,
 ): told is State {
-  return tellsOfEnd(told, origin) || (tellsOfFailure(told, origin) && told.restoreId !== restore.life);
+  const isUnended = tellsOfFailure(told, origin) || tellsOfMerge(told, origin);
+  return tellsOfEnd(told, origin) || (isUnended && told.restoreId !== restore.life);
 }
 
 /**
- * The mark that an origin should have that was restored, is half-written, or was to be merged into, and has not: somebody removed tags, or brought back older
- * metadata of LVM's (vgcfgrestore(8)). What was written to a restored volume since is not given up for that.
+ * The mark that an origin should have that was restored, is half-written, or is merged into or was to be, and has not: somebody removed
+ * tags, or brought back older metadata of LVM's (vgcfgrestore(8)). What was written to a restored volume since is not given up for that.
  */
 function lostMark(
   state: State,
@@ -361,19 +375,19 @@ function lostMark(
   marks: readonly RestoreMark[],
 ): RestoreMark | undefined {
   const isWritten = tellsOfWriting(state, origin);
-  const hasFailed = tellsOfFailure(state, origin);
+  const isMerge = tellsOfFailure(state, origin) || tellsOfMerge(state, origin);
   // A merge that may go on is none of before.
   const isAfter = (mark: RestoreMark) =>
-    isOfSince(mark, state) || (hasFailed && !isUnfinishedImage(mark) && !ended.includes(mark));
-  if (isWritten || hasFailed ? marks.some(isAfter) : !tellsOfEnd(state, origin)) return undefined;
+    isOfSince(mark, state) || (isMerge && !isUnfinishedImage(mark) && !ended.includes(mark));
+  if (isWritten || isMerge ? marks.some(isAfter) : !tellsOfEnd(state, origin)) return undefined;
   const told: Omit<RestoreMark, "tag"> = {
     ...{ generation: state.generation || restoreGeneration(state.triggers), life: state.restoreId },
-    stage: isWritten ? "writing" : hasFailed ? "merging" : "restored",
+    stage: isWritten ? "writing" : isMerge ? "merging" : "restored",
     ...{ startedAt: secondsOf(state), seconds: state.seconds, thinId: 0 },
     ...{ source: state.restoredImage || state.restoredSnapshot, owner: ownerInTag(state.owner) },
   };
   const lost = { ...told, tag: restoreTagOf(told) };
-  if (isWritten || hasFailed) return lost;
+  if (isWritten || isMerge) return lost;
   // One that nobody goes on with has written nothing; an earlier stage of this very restore is older than the state. Any other that
   // began to write has taken the place of the state's own, whatever the host's clock said then.
   const isOlder = (mark: RestoreMark) =>
@@ -472,6 +486,21 @@ function phaseOf({
   if (snapshot === undefined && stage === "begun") return "uncertain";
   if (snapshot === undefined) return ended.includes(restore) ? "restored" : "withdrawn";
   return snapshot.merging ? mergePhase(snapshot, origin) : "pending";
+}
+
+/**
+ * Where only the state tells of the mark. A merge that LVM does not do any more may have been begun, and the volume been used since,
+ * before somebody undid it: it is not begun anew.
+ */
+async function phaseOfLost(
+  told: Parameters<typeof phaseOf>[0],
+  isMerged: () => Promise<boolean>,
+): Promise<Observed["phase"]> {
+  const phase = phaseOf(told);
+  if (phase === "restored") return "unmarked";
+  if (told.restore.stage !== "merging") return phase;
+  if (phase === "withdrawn") return (await isMerged()) ? "unmarked" : phase;
+  return phase === "pending" ? "withdrawn" : phase;
 }
 
 /** What is merged into what. */
@@ -1017,9 +1046,11 @@ function isStale({ restore }: Observed, { triggers }: Inputs): boolean {
  * has it begin before the one that the state tells of.
  */
 function inForce(seen: Observed, { triggers }: Inputs): Observed {
-  if (seen.phase !== "restored" && seen.phase !== "unmarked") return seen;
+  const { phase, restore } = seen;
+  // A merge that ended while nobody looked, and whose mark is lost, has that put back.
+  if (phase !== "restored" && (phase !== "unmarked" || restore.stage !== "restored")) return seen;
   const done = seen.ended.find(({ generation }) => generation === restoreGeneration(triggers));
-  if (done === undefined || seen.restore.generation === done.generation) return seen;
+  if (done === undefined || restore.generation === done.generation) return seen;
   return { ...seen, restore: done, snapshot: undefined, phase: "restored" };
 }
 
@@ -1123,7 +1154,7 @@ async function takeOver(
   else {
     // Beside one that is in force there may be others that ended.
     const tags = new Set([found, ...(phase === "restored" ? ended : [])].map(({ tag }) => tag));
-    if (right === found.tag && tags.size === 1) return;
+    if (right === found.tag && tags.size === 1 && isMarked(seen)) return;
     tags.delete(right);
     await mark(context, origin, right, [...tags]);
   }
@@ -1172,8 +1203,10 @@ async function hasMerged(
   return fate === "ended" || (fate !== "removed" && !doubtful);
 }
 
-/** How a snapshot came to be gone of which nobody knows whether it was merged. */
-function wasLost({ phase, origin }: Observed): string {
+/** How it came that nobody knows whether a snapshot was merged. */
+function wasLost({ phase, origin, snapshot }: Observed): string {
+  if (snapshot !== undefined)
+    return `the mark of the restore of ${pathOf(origin)} was removed, and ${pathOf(snapshot)} is not being merged any more: how much of it was merged before cannot be told`;
   return phase === "withdrawn"
     ? `the snapshot of the restore of ${pathOf(origin)} was removed, or may have been, before its merge was seen to have ended: how much of it was merged cannot be told`
     : `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`;
@@ -1194,7 +1227,7 @@ function halfPhrase({ phase, origin }: Observed): string {
 
 /** `isNew`: there is no state, and other `triggers` are declared than the mark's. */
 function uncertain(context: Context, seen: Observed, isNew = false): LvmNbdError {
-  const { restore, origin, phase } = seen;
+  const { restore, origin, snapshot, phase } = seen;
   const { tag } = restore;
   const path = pathOf(origin);
   const done = restoreTagOf({ ...restore, stage: "restored" });
@@ -1203,7 +1236,7 @@ function uncertain(context: Context, seen: Observed, isNew = false): LvmNbdError
   // Without its mark one that the state tells of as failed is not made again.
   const anew =
     phase === "withdrawn" && !isNew
-      ? `change \`triggers\`, and name another snapshot. ${leaving}`
+      ? `change \`triggers\`${snapshot === undefined ? ", and name another snapshot" : ""}. ${leaving}`
       : `name another snapshot after \`lvchange --deltag '${tag}' ${path}\`.`;
   return refusal(
     context,
@@ -1267,7 +1300,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const { restore, origin, snapshot, phase } = seen;
   // Nobody may ask for that one any more, and the mark of the ended one may be lost.
   if (isOnlyBegun(seen) && tellsOfAnother(declared, seen)) {
-    const state = hasEnded(declared) ? "unmarked" : "failed";
+    const state = declared.state === "restored" ? "unmarked" : declared.state;
     return { ...declared, volumeGroup: origin.volumeGroup, origin: origin.name, state };
   }
   const ended = restore.stage === "restored";
@@ -1438,6 +1471,10 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
     }
     if (seen.phase === "withdrawn") lines.push(wasLost(seen));
     if (seen.others !== undefined) lines.push(writtenBy(seen.origin, seen.others).join(". "));
+    if ((seen.phase === "merging" || seen.phase === "scheduled") && !isMarked(seen))
+      lines.push(
+        `the mark of the restore was removed from ${pathOf(seen.origin)}; \`pulumi up\` puts it back and follows the merge`,
+      );
     if (seen.healed !== undefined) lines.push(`${healedPhrase(seen, seen.healed)}. ${leaving}`);
     else if (seen.restore.stage === "writing" && !isMarked(seen))
       lines.push(

@@ -1336,10 +1336,127 @@ describe("one whose mark was removed", () => {
     await handlersOn("LvRestore", asked).remove({ ...state, state: "unmarked" });
     expect(asked.changes).toEqual([]);
   });
+});
 
-  it("is none while the restore has not ended", async () => {
-    const kept = { ...state, state: "merging", restoredAt: "" };
-    expect(await handlersOn("LvRestore", showing(valid)).read(kept)).toBeUndefined();
+describe("one whose mark was removed before it was seen to have ended", () => {
+  const young = "AAAAAA-1111-1111-1111-1111-1111-AAAAAA";
+  const kept = { ...state, state: "merging", restoredAt: "", seconds: 0, snapshotRemoved: false };
+  const each = ["merging", "scheduled"].map((now) => [now, { ...kept, state: now }] as const);
+  // The LvSnapshot was taken anew since.
+  const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: young } };
+  const earlier = markOf("restored", { startedAt: 500, generation: restoreGeneration([2]) });
+  const others = { generation: restoreGeneration(["again"]), life: "99999999", startedAt: 2000 };
+  const there = (tags = "") => report(origin({ lv_tags: tags }), snapshot({ lv_uuid: young }));
+  const answering =
+    (fate: string) =>
+    ({ argv }: RemoteCommand) =>
+      argv[2]?.includes("tell removed") ? fate : "";
+
+  it.each(each)(
+    "was %s and may not have been merged: it is not begun anew for the same triggers",
+    async (_was, old) => {
+      for (const [fate, tags] of [
+        ["unknown\n", ""],
+        ["removed\n", earlier],
+      ] as const) {
+        const asked = showing(there(tags), answering(fate));
+        const handlers = handlersOn("LvRestore", asked);
+        const seen = await handlers.read(old);
+        expect(seen).toEqual({ ...old, state: "failed", snapshotRemoved: true });
+        for (const told of [old, seen ?? {}])
+          await expect(handlers.update(told, wanted)).rejects.toThrow(
+            /RESTORE_UNCERTAIN.*was removed, or may have been, before its merge was seen to have ended/,
+          );
+        expect(asked.changes).toEqual([]);
+      }
+    },
+  );
+
+  it.each(each)("was %s and has ended: up puts the mark back and restores nothing", async (_was, old) => {
+    const handlers = handlersOn("LvRestore", showing(there(), answering("ended\n")));
+    expect(await handlers.read(old)).toEqual({ ...old, state: "unmarked", snapshotRemoved: true });
+    const asked: FakeHost = fakeHost((command) => {
+      const tags = ["", markOf("merging"), markOf("restored")][asked.changes.length];
+      return command.argv[0] === "lvs" ? there(tags) : answering("ended\n")(command);
+    });
+    expect(await handlersOn("LvRestore", asked).update(old, wanted)).toMatchObject({ state: "restored" });
+    expect(asked.changes[0]?.argv.slice(2, 4)).toEqual(["--addtag", markOf("merging")]);
+    expect(asked.changes.slice(1).map(ends)).toEqual([true]);
+  });
+
+  it("was for triggers that were taken back, and has ended: the volume is not told to hold what was restored before it", async () => {
+    const before = markOf("restored", { startedAt: 500 });
+    const { life, generation } = others;
+    const [merging, done] = [
+      markOf("merging", { life, generation }),
+      markOf("restored", { life, generation }),
+    ];
+    const asked: FakeHost = fakeHost((command) => {
+      const tags = [before, merging, done][asked.changes.length];
+      return command.argv[0] === "lvs" ? there(tags) : answering("ended\n")(command);
+    });
+    const handlers = handlersOn("LvRestore", asked);
+    expect(await handlers.update({ ...kept, restoreId: life, generation }, wanted)).toMatchObject({
+      ...{ state: "restored", restoreId: life, generation },
+    });
+    expect(handlers.warnings).toEqual([expect.stringMatching(/for other `triggers` than these/)]);
+    expect(asked.changes[0]?.argv.slice(2, 6)).toEqual(["--addtag", merging, "--deltag", before]);
+    expect(asked.changes.slice(1).map(ends)).toEqual([true]);
+  });
+
+  it.each([
+    ["merging", running],
+    ["scheduled", waiting],
+  ])("is %s still: up puts the mark back and follows", async (now, lvs) => {
+    const old = { ...kept, state: now };
+    const handlers = handlersOn("LvRestore", showing(lvs("")));
+    expect(await handlers.read(old)).toEqual(old);
+    expect(handlers.warnings.join("\n")).toMatch(/mark of the restore was removed.*puts it back and follows/);
+    const asked: FakeHost = fakeHost((command) => {
+      const shown = [lvs(""), gone(markOf("merging")), gone(markOf("restored"))][asked.changes.length];
+      return command.argv[0] === "lvs" ? (shown ?? "") : answering("unknown\n")(command);
+    });
+    expect(await handlersOn("LvRestore", asked).update(old, complete)).toMatchObject({ state: "restored" });
+    expect(asked.changes[0]?.argv.slice(2, 4)).toEqual(["--addtag", markOf("merging")]);
+    expect(asked.changes.slice(1).map(ends)).toEqual([true]);
+    const removing = showing(lvs(""));
+    await handlersOn("LvRestore", removing).remove(old);
+    expect(removing.changes).toEqual([]);
+  });
+
+  it.each(each)(
+    "was %s and was undone, with its snapshot there again: it is not merged once more unasked",
+    async (_was, old) => {
+      const asked = showing(valid);
+      const handlers = handlersOn("LvRestore", asked);
+      const seen = await handlers.read(old);
+      expect(seen).toEqual({ ...old, state: "failed" });
+      expect(await handlers.read(seen ?? {})).toEqual(seen);
+      for (const told of [old, seen ?? {}])
+        await expect(handlers.update(told, complete)).rejects.toThrow(
+          /RESTORE_UNCERTAIN.*VgVm\/vm1-snap is not being merged any more.*If not, change `triggers`\. To leave/s,
+        );
+      expect(asked.changes).toEqual([]);
+      const other = showing(valid, (command) =>
+        begins(command) ? new LvmNbdError("LVM_LOCKED", { message: "begun" }) : "",
+      );
+      await expect(
+        handlersOn("LvRestore", other).update(old, { ...complete, triggers: ["again"] }),
+      ).rejects.toThrow("begun");
+    },
+  );
+
+  it.each(each)("was %s: it is remembered while another one is only begun", async (_was, old) => {
+    const cut = report(
+      origin({ lv_tags: markOf("begun", { ...others, source: young }) }),
+      snapshot({ lv_uuid: young }),
+    );
+    const asked = showing(cut);
+    expect(await handlersOn("LvRestore", asked).read(old)).toEqual(old);
+    await expect(handlersOn("LvRestore", asked).update(old, wanted)).rejects.toThrow(
+      /RESTORE_UNCERTAIN.*began to be restored for these `triggers`.*cut off before it wrote anything/,
+    );
+    expect(asked.changes).toEqual([]);
   });
 });
 
