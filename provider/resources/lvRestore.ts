@@ -362,7 +362,12 @@ function tellsOfAnother(
   { origin, restore }: Pick<Observed, "origin" | "restore">,
 ): told is State {
   const isUnended = tellsOfFailure(told, origin) || tellsOfMerge(told, origin);
-  return tellsOfEnd(told, origin) || (isUnended && told.restoreId !== restore.life);
+  return tellsOfEnd(told, origin) || (isUnended && !isOfState(restore, told));
+}
+
+/** Whether that mark is of the very restore of which the state tells: an image's keeps the life of what was restored before it. */
+function isOfState({ life, startedAt }: RestoreMark, state: State): boolean {
+  return state.restoreId === life && state.startedAt === time(startedAt);
 }
 
 /**
@@ -1069,8 +1074,7 @@ function isKnown(seen: Observed, wanted: Inputs, old: State | undefined): boolea
     (phase === "restored" || phase === "unmarked") &&
     isDeclaredStill(old, wanted) &&
     isStale(seen, wanted) &&
-    old.restoreId === restore.life &&
-    old.startedAt === time(restore.startedAt)
+    isOfState(restore, old)
   );
 }
 

@@ -605,6 +605,31 @@ describe("a restore", () => {
       expect(asked.changes).toEqual([]);
     });
 
+    it.each([
+      ["may have been removed", { ...scheduled, state: "failed", snapshotRemoved: true }],
+      ["is under way by the state", { ...scheduled, state: "merging" }],
+    ])(
+      "is not forgotten while an image for other triggers is at its check, nor after that: it %s",
+      async (_what, old) => {
+        const begun = markOf("begun", {
+          ...{ generation: restoreGeneration(["again"]), startedAt: 2000, source: "a".repeat(64) },
+        });
+        const tags = `${markOf("merging")},${begun}`;
+        const record = JSON.stringify({ generation: begun, verify: true });
+        const looking = (active: string) =>
+          showing(gone(tags), ({ argv }) => {
+            if (argv[2]?.includes("tell removed")) return "removed\n";
+            const isJob = argv[2]?.includes("emit recordDigest") === true;
+            return isJob ? fields({ active, recordDigest: "d", record, end: "" }) : "";
+          });
+        const seen = await handlersOn("LvRestore", looking("active")).read(old);
+        expect(seen).toEqual(old);
+        const later = handlersOn("LvRestore", looking("inactive"));
+        expect(await later.read(seen ?? {})).toEqual({ ...old, state: "failed", snapshotRemoved: true });
+        await expect(later.update(seen ?? {}, complete)).rejects.toThrow(uncertain);
+      },
+    );
+
     it("is not followed by another one that nobody asks for", async () => {
       const asked = removed(markOf("merging", { generation: restoreGeneration(["again"]) }));
       for (const old of [state, scheduled])
