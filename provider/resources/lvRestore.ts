@@ -406,11 +406,10 @@ function lostMark(
 
 /**
  * Whether a mark is of a restore that has put right, or will, what the one that the state tells of has not ended: of that itself, or of
- * a later one. Where the host's clock had gone back in between, by its triggers.
+ * a later one. One with an earlier time, though for the same triggers, may be of before: that the host's clock had gone back is not known.
  */
 function isOfSince(mark: RestoreMark, state: State): boolean {
-  const isLater = mark.startedAt >= secondsOf(state) || mark.generation === state.generation;
-  return mark.stage === "writing" || (isLater && mark.stage !== "begun");
+  return mark.stage === "writing" || (mark.startedAt >= secondsOf(state) && mark.stage !== "begun");
 }
 
 /** The mark of another resource's restore that was begun later than this one, and has ended. */
@@ -808,6 +807,22 @@ function rightAdvice({ restore, origin }: Observed): string {
   return `If its content was put right since, \`lvchange --addtag '${done}' ${pathOf(origin)}\` says so.`;
 }
 
+/**
+ * Raises RESTORE_UNCERTAIN where a volume that is half-written by the state alone was restored for the wanted triggers by an earlier mark:
+ * that may be of before, or of after, where the host's clock had gone back.
+ */
+function refuseRestored(context: Context, { triggers }: Inputs, seen: Observed): void {
+  const { origin, restore: lost, ended, job } = seen;
+  const done = ended.find(({ generation }) => generation === restoreGeneration(triggers));
+  if (done === undefined || job !== undefined) return;
+  throw refusal(
+    context,
+    "RESTORE_UNCERTAIN",
+    `by Pulumi's state ${halfWritten(origin)} by a restore that was begun at ${time(lost.startedAt)}, by its mark it was restored for these \`triggers\` at ${time(done.startedAt)}: which of both came last the host's clock does not tell for sure`,
+    `Nothing was touched. Look at the content of ${pathOf(origin)}. ${rightAdvice(seen)} Else change \`triggers\`: that restores it. ${leaving}`,
+  );
+}
+
 /** Ends a job that writes another image than is declared now, or for earlier triggers. */
 async function endJob(context: Context, seen: Observed | undefined): Promise<void> {
   if (seen?.job === undefined) return;
@@ -1095,8 +1110,10 @@ async function converge(
   const { origin, snapshot, phase } = seen;
   if (phase === "overflowed" && snapshot !== undefined) throw overflowed(context, { origin, snapshot });
   refuseUnasked(context, wanted, seen, old);
-  if (seen.restore.stage === "writing" && !isMarked(seen) && seen.healed === undefined)
+  if (seen.restore.stage === "writing" && !isMarked(seen) && seen.healed === undefined) {
+    refuseRestored(context, wanted, seen);
     await markHalfWritten(context, wanted, seen);
+  }
   if (isKnown(seen, wanted, old)) {
     context.warn(
       `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. To restore once more, change \`triggers\`: neither to these nor to those`,

@@ -922,12 +922,39 @@ describe("an image for other triggers has left the origin half-written, and LVM'
   });
 
   it.each([
+    ["its own", again, ["again"]],
+    ["others, which are declared now", { generation: restoreGeneration([2]), life: "88888888" }, [2]],
+  ])(
+    "with an earlier mark for %s, which may be of before or of a clock that went back: it is still called so, and not restored",
+    async (_whose, more, triggers) => {
+      const mark = markOf("restored", { ...more, startedAt: 500 });
+      const there = report(origin({ lv_tags: mark }), snapshot());
+      const handlers = handlersOn("LvRestore", showing(there, noJob));
+      expect(await handlers.read(half)).toEqual(half);
+      expect(handlers.warnings.join("\n")).toMatch(/HALF-WRITTEN/);
+      const asked = showing(there, (command) =>
+        begins(command) ? new LvmNbdError("LVM_LOCKED", { message: "begun" }) : noJob(command),
+      );
+      const declaredNow = { ...complete, triggers };
+      await expect(handlersOn("LvRestore", asked).update(half, declaredNow)).rejects.toThrow(
+        /RESTORE_UNCERTAIN.*begun at 1970-01-01T00:33:20.*restored for these `triggers` at 1970-01-01T00:08:20.*lvchange --addtag '[^']*:r2000\+0:.*change `triggers`/s,
+      );
+      expect(asked.changes).toEqual([]);
+      await expect(
+        handlersOn("LvRestore", asked).update(half, { ...complete, triggers: ["once more"] }),
+      ).rejects.toThrow("begun");
+      const right = markOf("restored", { ...again, startedAt: 2000, seconds: 0 });
+      const done = showing(gone(`${mark},${right}`), noJob);
+      expect(await handlersOn("LvRestore", done).update(half, declaredNow)).toMatchObject({
+        state: "restored",
+      });
+      expect(done.changes.some(begins)).toBe(false);
+    },
+  );
+
+  it.each([
     ["its own", { ...again, startedAt: 2000 }],
     ["a later one's", { startedAt: 3000 }],
-    [
-      "one's for the same triggers, before which the host's clock had gone back",
-      { ...again, startedAt: 500 },
-    ],
   ])("is not called so where the mark is %s, which has ended", async (_what, more) => {
     const handlers = handlersOn("LvRestore", showing(gone(markOf("restored", more)), noJob));
     expect(await handlers.read(half)).toMatchObject({ state: "restored" });
