@@ -439,15 +439,19 @@ function isOfEarlier(
   return mark.startedAt < startedAt && ended.some(({ tag }) => tag === mark.tag);
 }
 
-/** Marks on the origin of this resource's restores from images that did not come to their end, and of those before this one. */
-function outdatedTags(
-  { origin, restore, ended }: Pick<Observed, "origin" | "restore" | "ended">,
+/** Marks on the origin of this resource's restores. */
+function ownMarks(
+  { origin, restore }: Pick<Observed, "origin" | "restore">,
   { owner }: Pick<Inputs, "owner">,
-): string[] {
-  return restoreMarksAmong(origin.tags)
-    .filter((mark) => isUnfinishedImage(mark) || isOfEarlier(mark, restore, ended))
-    .filter((mark) => mark.life === restore.life || isRestoreOf(mark, owner))
-    .map(({ tag }) => tag);
+): RestoreMark[] {
+  return restoreMarksAmong(origin.tags).filter(
+    (mark) => mark.life === restore.life || isRestoreOf(mark, owner),
+  );
+}
+
+/** Those of restores from images that did not come to their end, and of those before this one. */
+function isOutdated({ restore, ended }: Pick<Observed, "restore" | "ended">): (mark: RestoreMark) => boolean {
+  return (mark) => isUnfinishedImage(mark) || isOfEarlier(mark, restore, ended);
 }
 
 function isUnfinishedImage(mark: RestoreMark): boolean {
@@ -1171,8 +1175,11 @@ async function takeOver(
   const life = old === undefined ? newLife() : found.life;
   const stage = found.stage === "begun" ? "merging" : found.stage;
   const right = restoreTagOf({ ...found, life, stage, owner: ownerInTag(owner) });
-  if (phase === "unmarked") await mark(context, origin, right, outdatedTags(seen, old ?? { owner }));
-  else {
+  if (phase === "unmarked") {
+    const outdated = ownMarks(seen, old ?? { owner }).filter(isOutdated(seen));
+    const tags = outdated.map(({ tag }) => tag);
+    await mark(context, origin, right, tags);
+  } else {
     // Beside one that is in force there may be others that ended.
     const tags = new Set([found, ...(phase === "restored" ? ended : [])].map(({ tag }) => tag));
     if (right === found.tag && tags.size === 1 && isMarked(seen)) return;
@@ -1447,8 +1454,11 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   isSuperseded: ({ restore }, state) => restore.life !== state.restoreId,
   async remove(context, { owner, volumeGroup }, seen) {
     const { restore, origin, snapshot, phase, job } = seen;
-    const own = isMarked(seen) ? [restore.tag] : [];
-    const tags = [...new Set([...own, ...outdatedTags(seen, { owner })])];
+    // Beside a mark that only the state tells of none of this resource's counts.
+    const isOver = isMarked(seen) ? isOutdated(seen) : () => true;
+    const tags = ownMarks(seen, { owner })
+      .filter((mark) => mark.tag === restore.tag || isOver(mark))
+      .map(({ tag }) => tag);
     if (tags.length > 0 || job !== undefined) refuseOtherGroup(context, origin, volumeGroup);
     if (phase === "merging" || phase === "scheduled")
       context.warn(`the merge into ${pathOf(origin)} is ${phase} and goes on: LVM cannot take it back`);

@@ -863,6 +863,17 @@ describe("an image for other triggers has left the origin half-written, and LVM'
     );
   });
 
+  it("with the mark of a merge that was cut off as it began: a removal leaves none of its marks", async () => {
+    const cut = markOf("begun", { startedAt: 3000 });
+    const removing: FakeHost = fakeHost((command) => {
+      if (command.argv[0] !== "lvs") return noJob(command);
+      const left = removing.changes.length === 0 ? [cut, theirs("begun")] : [theirs("begun")];
+      return report(origin({ lv_tags: left.join(",") }), snapshot());
+    });
+    await handlersOn("LvRestore", removing).remove(half);
+    expect(removing.changes.map(({ argv }) => argv.slice(2, -3))).toEqual([["--deltag", cut]]);
+  });
+
   it("is not called so where another resource has restored it since, and nothing is restored unasked", async () => {
     const healed = { owner: "o/p/other/r", life: "99999999", generation: restoreGeneration([2]) };
     const lvs = (startedAt: number) =>
