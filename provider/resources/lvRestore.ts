@@ -812,17 +812,19 @@ function rightAdvice({ restore, origin }: Observed): string {
 }
 
 /**
- * Raises RESTORE_UNCERTAIN where a volume that is half-written by the state alone was restored for the wanted triggers by an earlier mark:
- * that may be of before, or of after, where the host's clock had gone back.
+ * Raises RESTORE_UNCERTAIN where a volume that is half-written, or was merged into, by the state alone was restored for the wanted triggers
+ * by an earlier mark: that may be of before, or of after, where the host's clock had gone back.
  */
 function refuseRestored(context: Context, { triggers }: Inputs, seen: Observed): void {
   const { origin, restore: lost, ended, job } = seen;
   const done = ended.find(({ generation }) => generation === restoreGeneration(triggers));
   if (done === undefined || job !== undefined) return;
+  const what =
+    lost.stage === "writing" ? halfWritten(origin) : `a snapshot was merged into ${pathOf(origin)}`;
   throw refusal(
     context,
     "RESTORE_UNCERTAIN",
-    `by Pulumi's state ${halfWritten(origin)} by a restore that was begun at ${time(lost.startedAt)}, by its mark it was restored for these \`triggers\` at ${time(done.startedAt)}: which of both came last the host's clock does not tell for sure`,
+    `by Pulumi's state ${what} by a restore that was begun at ${time(lost.startedAt)}, by its mark it was restored for these \`triggers\` at ${time(done.startedAt)}: which of both came last the host's clock does not tell for sure`,
     `Nothing was touched. Look at the content of ${pathOf(origin)}. ${rightAdvice(seen)} Else change \`triggers\`: that restores it. ${leaving}`,
   );
 }
@@ -1118,6 +1120,9 @@ async function converge(
     refuseRestored(context, wanted, seen);
     await markHalfWritten(context, wanted, seen);
   }
+  const isOver = phase === "withdrawn" || (phase === "unmarked" && seen.restore.stage === "merging");
+  if (isOver && !isMarked(seen) && isStale(seen, wanted) && !isKnown(seen, wanted, old))
+    refuseRestored(context, wanted, seen);
   if (isKnown(seen, wanted, old)) {
     context.warn(
       `${pathOf(origin)} was restored at ${time(seen.restore.startedAt)} for other \`triggers\` than these, which nobody has changed since: it is not restored again. To restore once more, change \`triggers\`: neither to these nor to those`,

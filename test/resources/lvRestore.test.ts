@@ -1509,6 +1509,20 @@ describe("one whose mark was removed before it was seen to have ended", () => {
     },
   );
 
+  it.each(["unknown", "ended"])(
+    "was for others than those that are declared, for which there is an earlier mark: nothing is restored, its end is %s",
+    async (fate) => {
+      const asked = showing(there(earlier), answering(`${fate}\n`));
+      for (const now of ["merging", "scheduled"])
+        await expect(
+          handlersOn("LvRestore", asked).update({ ...kept, state: now }, { ...wanted, triggers: [2] }),
+        ).rejects.toThrow(
+          /RESTORE_UNCERTAIN.*merged into VgVm\/vm1 by a restore that was begun at 1970-01-01T00:16:40.*restored for these `triggers` at 1970-01-01T00:08:20.*--addtag '[^']*:r1000\+0:/s,
+        );
+      expect(asked.changes).toEqual([]);
+    },
+  );
+
   it.each(each)("was %s: it is remembered while another one is only begun", async (_was, old) => {
     const cut = report(
       origin({ lv_tags: markOf("begun", { ...others, source: young }) }),
