@@ -130,7 +130,7 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   const files = listOf(args.knownHostsPath).map(expandHome);
   const alone = keys.length === 0 && args.password === undefined;
   const agent = args.agent === undefined ? alone : args.agent;
-  if (args.agent === true && process.env.SSH_AUTH_SOCK === undefined) {
+  if (args.agent === true && !process.env.SSH_AUTH_SOCK) {
     throw invalid("host.agent", "no agent is there: SSH_AUTH_SOCK is not set", name);
   }
   const jumps: ResolvedHost[] = [];

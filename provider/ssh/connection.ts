@@ -936,7 +936,7 @@ class ChosenKeys extends OpenSSHAgent {
         answer(this.silent);
         return;
       }
-      super.getStream((error, stream) => {
+      const opened: GetStreamCallback = (error, stream) => {
         this.asked = stream;
         if (stream === undefined) answered();
         else {
@@ -951,7 +951,14 @@ class ChosenKeys extends OpenSSHAgent {
           });
         }
         answer(error, stream);
-      });
+      };
+      try {
+        super.getStream(opened);
+      } catch (error) {
+        // Its path is none that can be connected to.
+        answered();
+        answer(error instanceof Error ? error : new Error(String(error)));
+      }
     });
   }
 
@@ -1018,7 +1025,8 @@ class LoginAttempts {
 
   constructor(host: ResolvedHost, timing: Timing, clock: LoginClock) {
     const { user: username, password } = host;
-    const agent = host.agent === undefined ? undefined : new ChosenKeys(host.agent, host, timing, clock);
+    // An empty SSH_AUTH_SOCK is none.
+    const agent = host.agent ? new ChosenKeys(host.agent, host, timing, clock) : undefined;
     this.agent = agent;
     this.attempts = host.keys.flatMap(offersOf).map(([label, key]) => ({
       ...{ label, method: "publickey", attempt: { type: "publickey", username, key } },

@@ -275,13 +275,14 @@ function find(process: Process): number {
   return Math.max(0, ...code);
 }
 
-/** `flock [-w SECONDS] FD` */
+/** `flock [-n | -w SECONDS] FD` */
 function* flock(process: Process): Running<number> {
-  const { values, operands } = options(process, "", "w");
+  const { flags, values, operands } = options(process, "n", "w");
   const file = process.fds.get(Number(operands[0] ?? "none"));
   if (!(file instanceof OpenFile) || operands.length !== 1) throw unsupported(process);
   const { machine } = process;
   if (machine.lock(file)) return 0;
+  if (flags.has("n")) return 1;
   const limit = values.get("w");
   yield process.wait({
     until: limit === undefined ? undefined : machine.now() + seconds(process, limit) * 1000,

@@ -122,6 +122,14 @@ test("nothing to log in with is said", async () => {
   expect(error.message).toContain("nothing, since no key, agent or password is there");
 });
 
+test("an agent by a path that none can have leaves them as well, time and again", async () => {
+  const server = await serve();
+  for (const agent of ["", "99999", "99999"]) {
+    const opened = await open(server.host({ agent }), { connect: 2000 });
+    expect((await opened.run(read, undefined)).stdout).toBe("done");
+  }
+});
+
 test("an agent that cannot be reached leaves the other ways to log in", async () => {
   const server = await serve();
   const opened = await open(server.host({ agent: "/nowhere/agent.sock" }));
