@@ -493,7 +493,7 @@ function isEnabled({ show, wanted }: Observed): boolean {
   return show.UnitFileState === "enabled" && wanted;
 }
 
-/** Once, beyond loopback: before that it does not start at boot. */
+/** Beyond loopback, as far as its unit tells. */
 function wasProven(seen: Observed): boolean {
   return isEnabled(seen) && seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
 }
@@ -741,18 +741,8 @@ if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
 [ -z "$folder" ] || rm -f "$folder/${provenFile}"
 exec 9>&-
-# What nobody has seen to keep others out starts at no boot. Both verbs reload systemd's view of the units as well.
-proven=yes
-[ -z "$folder" ] || proven=no
-[ "$clients" != refuse ] || clients_proven || proven=no
-case $proven in yes) verb=enable;; *) verb=disable;; esac
-systemctl "$verb" --quiet "$unit" || exit 1
-if [ "$clients" = refuse ]; then
-  clients_allowed "$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit")" "$file"
-  [ $? != 1 ] || { printf '%s\n' "$why" >&2; cut_off "$unit" || exit 74; exit 71; }
-fi
-[ -n "$port" ] || trap 'systemctl disable --quiet --now "$unit"; exit 1' HUP INT TERM
-systemctl restart "$unit" || {
+# enable reloads systemd's view of the units as well
+systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
   last_words "$unit" 15; exit 70; }
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
 end=$(( $(date +%s) + 80 ))
@@ -761,8 +751,6 @@ while :; do
     bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
     [ "$bytes" = 512 ] && {
       prove_clients "$unit" "$uri" "$clients" "$port"
-      # With TLS that is done by who has tried it.
-      [ "$proven" = yes ] || [ -n "$folder" ] || systemctl enable --quiet "$unit" || exit 1
       tidy
       exit
     }

@@ -51,11 +51,11 @@ refused "$plain?tls-certificates=$work/stranger" "a client with another authorit
 ask "$uri" && [ "$(running)" = "$server" ] || { echo "the server ended meanwhile: $said" >&2; exit 1; }
 lock
 umask 077
-[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}" && systemctl enable --quiet "$unit"; }
+[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}"; }
 `,
 );
 
-/** Raises TLS_NOT_ENFORCED. Then lets the export start at boot, and removes the certificates of before. `caCertificate`: the export's authority. */
+/** Raises TLS_NOT_ENFORCED. Removes the certificates of before as well. `caCertificate`: the export's authority. */
 export async function proveTls(
   context: Context,
   plan: ExportPlan & { readonly tls: TlsRecord },

@@ -152,9 +152,12 @@ export class FakeSystemd {
         }
         yield* this.job(process, this.stop(unit));
         return 0;
-      case "restart":
+      case "restart": {
+        // One job: any other stop takes its place.
+        const stops = unit.stops + 1;
         yield* this.job(process, this.stop(unit));
-        return yield* this.started(process, unit);
+        return yield* this.started(process, unit, stops);
+      }
       case "start":
         if (unit.state === "active") return 0;
         return yield* this.started(process, unit);
@@ -235,8 +238,8 @@ export class FakeSystemd {
     return code;
   }
 
-  private *started(process: Process, unit: Unit): Running<number> {
-    const code = yield* this.job(process, this.startUnlessStopped(unit, unit.stops));
+  private *started(process: Process, unit: Unit, stops = unit.stops): Running<number> {
+    const code = yield* this.job(process, this.startUnlessStopped(unit, stops));
     if (code !== 0)
       process.err(`Job for ${unit.name} failed because the control process exited with error code.\n`);
     return code;
@@ -303,7 +306,11 @@ export class FakeSystemd {
   }
 
   private serve(unit: Unit, argv: readonly string[], text: ReadonlyMap<string, readonly string[]>): boolean {
-    const asked = parseServer(argv, (path) => this.machine.files.read(path));
+    const { files } = this.machine;
+    // Without its configuration a server ends.
+    const isThere = argv.every((one) => !one.startsWith("/etc/lvm-nbd/") || files.kind(one) !== undefined);
+    if (!isThere) return false;
+    const asked = parseServer(argv, (path) => files.read(path));
     if (asked === undefined || this.network.conflict(this.address, asked.address, asked.port) !== undefined)
       return false;
     const { device } = asked;
