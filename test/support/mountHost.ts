@@ -15,7 +15,7 @@ import { dirname, join } from "node:path";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
-import { type Kill, ShellHost } from "./shellHost.js";
+import { type Kill, outside, ShellHost } from "./shellHost.js";
 
 /** Their switches: `attached`, `dead`, `busy`, `refused`, `no-module`, `theirs`. */
 const standIns: Readonly<Record<string, string>> = {
@@ -188,21 +188,11 @@ export class MountHost extends ShellHost implements Host {
     this.#down = result === undefined;
     if (result === undefined) throw new LvmNbdError("LINK_LOST", { message: "the script was killed" });
     this.afterCommand(command, index);
-    return { ...result, stdout: this.#outside(result.stdout) };
+    return { ...result, stdout: outside(result.stdout, this.#root) };
   }
 
   protected inside(text: string): string {
     return text.replace(inside, `${this.#root}/`);
-  }
-
-  /** An answer as of a host whose root is the folder; fields are in base64. */
-  #outside(text: string): string {
-    return text
-      .replace(/^(\S+[ \t])([A-Za-z0-9+/]+=*)$/gm, (_, name: string, value: string) => {
-        const plain = Buffer.from(value, "base64").toString("utf8").replaceAll(this.#root, "");
-        return name + Buffer.from(plain).toString("base64");
-      })
-      .replaceAll(this.#root, "");
   }
 
   protected override environment(stepping: boolean): NodeJS.ProcessEnv {

@@ -18,7 +18,7 @@ import {
 import { dirname, join } from "node:path";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
-import { type Kill, ShellHost } from "./shellHost.js";
+import { type Kill, outside, ShellHost } from "./shellHost.js";
 
 const says = (text: string) => `printf '%s\\n' '${text}'`;
 
@@ -199,20 +199,11 @@ export class SetupHost extends ShellHost implements Host {
     const result = await this.execute(command);
     this.#down = result === undefined;
     if (result === undefined) throw new LvmNbdError("LINK_LOST", { message: "the script was killed" });
-    return { ...result, stdout: this.#outside(result.stdout) };
+    return { ...result, stdout: outside(result.stdout, this.#root) };
   }
 
   protected inside(text: string): string {
     return text.replace(inside, `${this.#root}/`);
-  }
-
-  #outside(text: string): string {
-    return text
-      .replace(/^(\S+[ \t])([A-Za-z0-9+/]+=*)$/gm, (_, name: string, value: string) => {
-        const plain = Buffer.from(value, "base64").toString("utf8").replaceAll(this.#root, "");
-        return name + Buffer.from(plain).toString("base64");
-      })
-      .replaceAll(this.#root, "");
   }
 
   protected override environment(stepping: boolean): NodeJS.ProcessEnv {

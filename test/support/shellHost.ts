@@ -111,6 +111,16 @@ export abstract class ShellHost {
   }
 }
 
+/** An answer as of a host whose root is that folder; fields are in base64. */
+export function outside(text: string, root: string): string {
+  return text
+    .replace(/^(\S+[ \t])([A-Za-z0-9+/]+=*)$/gm, (_, name: string, value: string) => {
+      const plain = Buffer.from(value, "base64").toString("utf8").replaceAll(root, "");
+      return name + Buffer.from(plain).toString("base64");
+    })
+    .replaceAll(root, "");
+}
+
 const found = new Map<string, string>();
 
 /** The path of a program of this machine. */
