@@ -98,17 +98,19 @@ it("the volumes of a VM are backed up as of one moment, for which it is frozen o
 });
 
 // Past a Sunday. Thirty nights of another policy are in the test of vmGenerations, which tells what is declared.
-it("after each of ten nights exactly the backups are there that are to be kept", async () => {
+it("after each of six nights exactly the backups are there that are to be kept", async () => {
   await lab.server1.run("systemctl stop vm");
-  for (let night = 1; night <= 10; night++) {
+  // A Saturday, and the Sunday, which ends a week.
+  const [first, sunday] = [7, 8];
+  for (let night = first; night <= first + 5; night++) {
     // With what the first night removes: the backup of the VM of two volumes.
     tonight(night, "vm2", volumes.slice(0, 1));
     const run = await stack.up();
-    run.succeeded(night === 1 ? "2 created" : "1 created");
-    const daily = [night - 2, night - 1, night].filter((number) => number > 0);
-    // November 2026 begins on a Sunday, which ends a week: the newest of this week is today's, of the last one its Sunday's.
-    const sunday = Math.max(1, Math.floor((night - 2) / 7) * 7 + 1);
-    const expected = [...new Set([...daily, sunday])].sort((one, other) => one - other).map(day);
+    run.succeeded(night === first ? "2 created" : "1 created");
+    const daily = [night - 2, night - 1, night].filter((number) => number >= first);
+    // The newest of this week is today's; of the last one it is its Sunday's.
+    const weekly = night > sunday ? [sunday] : [];
+    const expected = [...new Set([...weekly, ...daily])].sort((one, other) => one - other).map(day);
     expect(await days("vm2"), `after night ${night}`).toEqual(expected);
   }
   expect(await onSource()).toBe("");
@@ -120,7 +122,7 @@ describe("examples/nightly-backup", () => {
     .length(20)
     .parse(JSON.parse(readFileSync(join(example, "vms.json"), "utf8")));
   // The lab's emulated servers would take minutes for all of them.
-  const vms = fleetOf20.slice(0, 5);
+  const vms = fleetOf20.slice(0, 3);
   const origins = vms.flatMap(({ volumes }) => volumes.map(({ origin }) => origin));
   let fleet: FaultStack;
   let folder: string;
@@ -152,7 +154,7 @@ describe("examples/nightly-backup", () => {
   });
 
   it("backs up the VMs of a list, each frozen once, and leaves nothing on their server", async () => {
-    (await fleet.up()).succeeded("11 created");
+    (await fleet.up()).succeeded("7 created");
     const { stdout } = await lab.server2.run(
       "cd /fleet && for image in *.raw; do echo $image $(head -n 1 $image); done",
     );
