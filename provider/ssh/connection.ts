@@ -487,8 +487,9 @@ export class Connection {
       /** `timeout` waits for the command alone: what it started and is deaf to TERM may have outlived it. */
       const endedAtDeadline = () => {
         const late = performance.now() - started >= command.deadlineSeconds * 1000;
+        if (stopping !== undefined || !late) return false;
         const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
-        if (stopping !== undefined || !late || pid === undefined) return false;
+        if (pid === undefined) return false;
         if (exitCode !== 124 && exitCode !== 137 && exitSignal === undefined) return false;
         stop(this.error("COMMAND_TIMED_OUT", `stopped after ${command.deadlineSeconds} s`, command, stderr));
         return true;
