@@ -5,6 +5,8 @@ const require = createRequire(import.meta.url);
 
 export const { componentTypes, resourceTypes } =
   require("../dist/core/registry.js") as typeof import("../provider/core/registry.ts");
+export const { configuration } =
+  require("../dist/core/configuration.js") as typeof import("../provider/core/configuration.ts");
 export const { errorCodes } =
   require("../dist/core/errors.js") as typeof import("../provider/core/errors.ts");
 export const { OutputOf } =

@@ -5,7 +5,7 @@ import type { AnyResourceType, Described } from "../provider/core/resource.ts";
 import { exampleSection } from "./exampleCode.mts";
 import { writeGenerated } from "./generated.mts";
 import { PackageTypes } from "./packageTypes.mts";
-import { componentTypes, resourceTypes } from "./provider.mts";
+import { componentTypes, configuration, resourceTypes } from "./provider.mts";
 
 const name = "lvm-nbd";
 const types = new PackageTypes(name);
@@ -57,6 +57,8 @@ const resources = Object.fromEntries([
   ...componentTypes.map((type) => [`${name}:index:${type.type}`, component(type)]),
 ]);
 
+const configured = types.propertiesOf(configuration, "input", "Provider");
+
 const schema = {
   name,
   displayName: "LVM and NBD",
@@ -71,7 +73,16 @@ const schema = {
     go: { rootPackageName: "lvmnbd", generateResourceContainerTypes: true, respectSchemaVersion: true },
     csharp: { namespaces: { [name]: "LvmNbd" }, respectSchemaVersion: true },
   },
-  config: {},
+  config: {
+    variables: configured.properties,
+    defaults: Object.keys(configured.properties).filter((key) => !configured.required.includes(key)),
+  },
+  provider: {
+    description:
+      "What the resources that are given this provider go by, instead of the stack's configuration.",
+    inputProperties: configured.properties,
+    requiredInputs: configured.required,
+  },
   types: types.specs(),
   resources,
 };

@@ -7,7 +7,7 @@
 export const errorCodes = {
   INVALID_INPUT: "An argument cannot be right; the message names the property and what would be. Correct it.",
   HOST_UNKNOWN:
-    "The host alias is in no SSH configuration and is not a resolvable name. Correct it, or add it to ~/.ssh/config.",
+    "The host is in neither `lvm-nbd:hosts` nor the SSH configuration, and is not a resolvable name. Correct it, or add it to one of them.",
   HOST_UNREACHABLE:
     "No SSH connection could be made. Nothing was changed and the state was kept. Check network, address and sshd; run again.",
   HOST_KEY_UNKNOWN:

@@ -5,10 +5,11 @@
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { hostAddress, hostName, hostOfName, validateHostArgs } from "../ssh/config.js";
-import type { Host, HostArgs } from "../ssh/types.js";
+import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
 import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
 import { type Claimant, declareInstead, ownerOf } from "./owner.js";
 import { PartialFailure } from "./partialFailure.js";
+import { problemsOf } from "./problems.js";
 import { converge, find, foresee, PartialSuccess, refresh, remove } from "./reconciler.js";
 import type { AnyResourceType, Change, CommonInputs, Context, Problem } from "./resource.js";
 
@@ -17,6 +18,8 @@ type Values = Readonly<Record<string, unknown>>;
 /** What the handlers need of the world. */
 export interface Environment {
   openHost(host: HostArgs): Promise<Host>;
+  /** The hosts that are configured, as `openHost` knows them. Raises INVALID_INPUT. Default: none. */
+  readonly namedHosts?: () => NamedHosts;
   /** Shows what is being done now. */
   progress(message: string): void;
   /** Shows what a person should know. */
@@ -133,7 +136,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     const changes = [...type.diff(state, wanted, unknown)];
     if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
     else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
-      const sameHost = await isSameHost(state.host, wanted.host as HostArgs);
+      const sameHost = await isSameHost(state.host, wanted.host as HostArgs, environment.namedHosts?.());
       if (!sameHost) type.refuseMove?.(state, wanted);
       changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
     }
@@ -174,7 +177,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const inputs = defined(parsed.data);
       const problems = [...type.validate(inputs, old, unknown)];
       if (!unknown.has("host"))
-        problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host)));
+        problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host, environment)));
       return { inputs, predicted: type.predict(inputs, unknown), problems };
     },
 
@@ -295,9 +298,13 @@ function areOfConnection(changes: readonly Change[]): boolean {
   return changes.length > 0 && changes.every(({ effect }) => effect === "connection");
 }
 
-async function hostProblems(host: HostArgs): Promise<Problem[]> {
+/** Why a host cannot be right, as far as that can be told without connecting. */
+export async function hostProblems(
+  host: HostArgs,
+  { namedHosts }: Pick<Environment, "namedHosts">,
+): Promise<Problem[]> {
   try {
-    await validateHostArgs(host);
+    await validateHostArgs(host, namedHosts?.());
     return [];
   } catch (error) {
     if (!isLvmNbdError(error)) throw error;
@@ -305,8 +312,11 @@ async function hostProblems(host: HostArgs): Promise<Problem[]> {
   }
 }
 
-async function isSameHost(old: HostArgs, wanted: HostArgs): Promise<boolean> {
-  return hostName(old) === hostName(wanted) || (await hostAddress(old)) === (await hostAddress(wanted));
+async function isSameHost(old: HostArgs, wanted: HostArgs, named?: NamedHosts): Promise<boolean> {
+  // A configured name is no address, though it may look like one.
+  const isConfigured = [old, wanted].some((host) => typeof host === "string" && named?.has(host));
+  if (!isConfigured && hostName(old) === hostName(wanted)) return true;
+  return (await hostAddress(old, named)) === (await hostAddress(wanted, named));
 }
 
 function label(type: AnyResourceType, values: CommonInputs): string {
@@ -358,53 +368,4 @@ function printableIn(value: unknown): unknown {
 
 function isPlainObject(value: unknown): value is object {
   return typeof value === "object" && value !== null && !Array.isArray(value);
-}
-
-/** zod's issues as problems of properties. `values` are what was checked: what is not there is missing, not wrong. */
-function problemsOf(
-  issues: readonly z.core.$ZodIssue[],
-  values: Values,
-  base: readonly PropertyKey[] = [],
-): Problem[] {
-  return issues.flatMap((issue): Problem[] => {
-    const path = [...base, ...issue.path];
-    const property = path.join(".");
-    if (issue.code === "unrecognized_keys") {
-      return issue.keys.map((key) => ({
-        property: [...path, key].join("."),
-        reason: "is no property of this resource",
-      }));
-    }
-    if (path.length > 0 && valueAt(values, path) === undefined) return [{ property, reason: "is required" }];
-    if (issue.code === "invalid_union") {
-      // Of the alternatives, the one whose type fits tells what is wrong.
-      const fitting = issue.errors.find(fits);
-      if (fitting !== undefined) return problemsOf(fitting, values, path);
-      return [{ property, reason: `must be ${[...new Set(issue.errors.flatMap(typesOf))].join(" or ")}` }];
-    }
-    return [{ property, reason: issue.message }];
-  });
-}
-
-/** True for the issues of an alternative that has the value's type, whatever is wrong inside. */
-function fits(issues: readonly z.core.$ZodIssue[]): boolean {
-  return issues.every(
-    (issue) =>
-      issue.path.length > 0 ||
-      (issue.code === "invalid_union" ? issue.errors.some(fits) : issue.code !== "invalid_type"),
-  );
-}
-
-function typesOf(issues: readonly z.core.$ZodIssue[]): string[] {
-  return issues.flatMap((issue) => {
-    if (issue.code === "invalid_union") return issue.errors.flatMap(typesOf);
-    return issue.code === "invalid_type" ? [issue.expected] : [];
-  });
-}
-
-function valueAt(values: unknown, path: readonly PropertyKey[]): unknown {
-  return path.reduce<unknown>(
-    (value, key) => (typeof value === "object" && value !== null ? Reflect.get(value, key) : undefined),
-    values,
-  );
 }

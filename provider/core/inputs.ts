@@ -80,7 +80,8 @@ const connectionShape = {
 
 const jump = z.union([z.string().min(1), z.strictObject(connectionShape).meta({ title: "JumpHost" })]);
 
-const hostConnection = z
+/** All details of how to reach a host. */
+export const hostConnection = z
   .strictObject({
     ...connectionShape,
     proxyJump: z
@@ -90,11 +91,11 @@ const hostConnection = z
   })
   .meta({ title: "HostConnection" });
 
-/** A host: an alias from the SSH configuration, or all details. */
+/** A host: a name of the configuration, an alias from the SSH configuration, or all details. */
 export const hostInput = z
   .union([z.string().min(1), hostConnection])
   .describe(
-    "The server: an alias from `~/.ssh/config` (with its ProxyJump), or an object with `address`, `port`, `user`, " +
+    "The server: a name of `lvm-nbd:hosts`, an alias from `~/.ssh/config` (with its ProxyJump), or an object with `address`, `port`, `user`, " +
       "`privateKey`/`privateKeyPath`/`agent`/`password`, `hostKey`, `sudo`, `proxyJump`. The host's key is always verified.",
   );
 

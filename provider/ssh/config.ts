@@ -1,6 +1,7 @@
 /**
  * A declared host, resolved: what to connect to, with which keys, and what its host key is held against. An
- * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there.
+ * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there; its
+ * own jumps too: the names of the provider's configuration mean nothing to that.
  */
 import { execFile } from "node:child_process";
 import { createHmac, randomBytes } from "node:crypto";
@@ -11,9 +12,10 @@ import { homedir, hostname, userInfo } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { utils } from "ssh2";
-import { LvmNbdError } from "../core/errors.js";
+import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import type { Problem } from "../core/resource.js";
 import { type HostKeyLimits, hostKeyAlgorithms, pinProblem, type Trust } from "./hostKeys.js";
-import type { HostArgs, HostConnection } from "./types.js";
+import type { HostArgs, HostConnection, NamedHosts } from "./types.js";
 
 const run = promisify(execFile);
 
@@ -73,18 +75,20 @@ export function hostOfName(name: string): HostArgs {
  * address is far more often a new way than another machine, and taking it for another machine would remove
  * there what was just made. Raises INVALID_INPUT.
  */
-export async function hostAddress(args: HostArgs): Promise<string> {
-  if (typeof args !== "string") return `${args.address.toLowerCase()}:${args.port ?? 22}`;
-  const config = await sshConfig(args);
-  return `${(config.hostname ?? args).toLowerCase()}:${config.port ?? "22"}`;
+export async function hostAddress(args: HostArgs, named: NamedHosts = noNames): Promise<string> {
+  const known = typeof args === "string" ? named.get(args) : args;
+  if (known !== undefined) return `${known.address.toLowerCase()}:${known.port ?? 22}`;
+  const alias = hostName(args);
+  const config = await sshConfig(alias);
+  return `${(config.hostname ?? alias).toLowerCase()}:${config.port ?? "22"}`;
 }
 
 /**
  * Checks what can be checked without connecting: an unknown alias, an unreadable key, a malformed pin.
  * Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT.
  */
-export async function validateHostArgs(args: HostArgs): Promise<void> {
-  const resolved = await resolveHost(args);
+export async function validateHostArgs(args: HostArgs, named: NamedHosts = noNames): Promise<void> {
+  const resolved = await resolveHost(args, named);
   const first = resolved.jumps[0] ?? resolved;
   if (isIP(first.address) !== 0) return;
   try {
@@ -96,37 +100,91 @@ export async function validateHostArgs(args: HostArgs): Promise<void> {
       host: resolved.name,
       property: "host",
       message:
-        typeof args === "string" && first.address === args
-          ? `"${args}" is neither an alias in the SSH configuration nor a name that resolves`
+        typeof args === "string" && first.address === args && !named.has(args)
+          ? `"${args}" is neither in \`lvm-nbd:hosts\`, nor an alias in the SSH configuration, nor a name that resolves`
           : `the name ${first.address} does not resolve`,
     });
   }
 }
 
 /** Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
-export async function resolveHost(args: HostArgs): Promise<ResolvedHost> {
-  return typeof args === "string" ? resolveAlias(args, 0) : resolveConnection(args, 0);
+export async function resolveHost(args: HostArgs, named: NamedHosts = noNames): Promise<ResolvedHost> {
+  return typeof args === "string" ? resolveName(args, named, 0) : resolveConnection(args, named, 0);
 }
 
-async function resolveConnection(args: HostConnection, depth: number): Promise<ResolvedHost> {
+const noNames: NamedHosts = new Map();
+
+async function resolveName(
+  name: string,
+  named: NamedHosts,
+  depth: number,
+  given: Given = {},
+): Promise<ResolvedHost> {
+  const connection = named.get(name);
+  if (connection === undefined) return resolveAlias(name, depth, given);
+  const { user = connection.user, port = connection.port } = given;
+  try {
+    return { ...(await resolveConnection({ ...connection, user, port }, named, depth)), name };
+  } catch (error) {
+    throw isLvmNbdError(error) ? ofConfiguration(error, name) : error;
+  }
+}
+
+/** The failure as one of what is configured, and not of what the resource declares. */
+function ofConfiguration(error: LvmNbdError, name: string): LvmNbdError {
+  const { property = "host", message } = error.details;
+  const path = property.replace("host", `lvm-nbd:hosts.${name}`);
+  const isJumps = message.startsWith("lvm-nbd:hosts.");
+  return new LvmNbdError(error.code, {
+    ...error.details,
+    host: name,
+    property: "host",
+    message: isJumps ? message : `${path}: ${message.replace(`${property}: `, "")}`,
+  });
+}
+
+/** Why a connection is wrong by itself, whatever machine it is used on; by the property without `host.` before it. */
+export function connectionProblem(args: HostConnection): Problem | undefined {
+  try {
+    declaredKeys(args);
+    return undefined;
+  } catch (error) {
+    if (!isLvmNbdError(error)) throw error;
+    const { property = "host", message } = error.details;
+    return { property: property.replace("host.", ""), reason: message.replace(`${property}: `, "") };
+  }
+}
+
+/** The keys that are declared by their texts. Raises INVALID_INPUT, KEY_UNREADABLE for what is wrong by itself. */
+function declaredKeys(args: HostConnection): IdentityKey[] {
   const name = hostName(args);
-  const port = args.port ?? 22;
+  const { port = 22 } = args;
   if (!isPort(port)) throw invalid("host.port", `${port} is no port: 1 to 65535 are`, name);
   if (!/^[^\s@/[\]-][^\s@/[\]]*$/.test(args.address)) {
     throw invalid("host.address", `"${args.address}" is no name or address of a server`, name);
   }
+  for (const pin of listOf(args.hostKey)) {
+    const problem = pinProblem(pin);
+    if (problem !== undefined) throw invalid("host.hostKey", problem, name);
+  }
+  return args.privateKey === undefined
+    ? []
+    : [parsedKey("privateKey", args.privateKey, args.passphrase, name)];
+}
+
+async function resolveConnection(
+  args: HostConnection,
+  named: NamedHosts,
+  depth: number,
+): Promise<ResolvedHost> {
+  const keys = declaredKeys(args);
+  const name = hostName(args);
+  const port = args.port ?? 22;
   const user = args.user ?? "root";
-  const keys: IdentityKey[] = [];
-  if (args.privateKey !== undefined)
-    keys.push(parsedKey("privateKey", args.privateKey, args.passphrase, name));
   if (args.privateKeyPath !== undefined) {
     keys.push(await readKey(expandHome(args.privateKeyPath), args.passphrase, name, "privateKeyPath"));
   }
   const pins = listOf(args.hostKey);
-  for (const pin of pins) {
-    const problem = pinProblem(pin);
-    if (problem !== undefined) throw invalid("host.hostKey", problem, name);
-  }
   const files = listOf(args.knownHostsPath).map(expandHome);
   const alone = keys.length === 0 && args.password === undefined;
   const agent = args.agent === undefined ? alone : args.agent;
@@ -137,7 +195,7 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   const proxyJump = args.proxyJump;
   const declared = proxyJump === undefined ? [] : Array.isArray(proxyJump) ? proxyJump : [proxyJump];
   for (const jump of declared as readonly HostArgs[]) {
-    jumps.push(...(await resolveJump(jump, depth, jumps.length === 0)));
+    jumps.push(...(await resolveJump(jump, named, depth, jumps.length === 0)));
   }
   return {
     name,
@@ -161,7 +219,7 @@ async function resolveConnection(args: HostConnection, depth: number): Promise<R
   };
 }
 
-/** What goes before the configuration, which may have more to say of that user, and to name by that port. */
+/** What goes before the SSH configuration, which may have more to say of that user, and to name by that port. */
 interface Given {
   readonly user?: string | undefined;
   readonly port?: number | undefined;
@@ -201,7 +259,7 @@ async function resolveAlias(alias: string, depth: number, given: Given = {}): Pr
   if (config.proxyjump !== undefined && config.proxyjump !== "none") {
     for (const jump of config.proxyjump.split(",")) {
       const expanded = expandJump(jump.trim(), values);
-      jumps.push(...(await resolveJump(expanded, depth, jumps.length === 0)));
+      jumps.push(...(await resolveJump(expanded, noNames, depth, jumps.length === 0)));
     }
   }
   const base = config.hostkeyalias ?? address;
@@ -256,13 +314,18 @@ function limitsOf(
 }
 
 /**
- * A jump may be an alias, `[user@]host[:port]` or `ssh://...`. As in OpenSSH the configuration's own jumps of an
- * alias come before it only when it is the first: a later one is reached through those before it.
+ * A jump may be a name or alias, `[user@]host[:port]` or `ssh://...`. As in OpenSSH the configuration's own jumps of
+ * such a one come before it only when it is the first: a later one is reached through those before it.
  */
-async function resolveJump(jump: HostArgs, depth: number, first: boolean): Promise<readonly ResolvedHost[]> {
+async function resolveJump(
+  jump: HostArgs,
+  named: NamedHosts,
+  depth: number,
+  first: boolean,
+): Promise<readonly ResolvedHost[]> {
   if (depth > 8) throw invalid("host", "ProxyJump goes in a circle", hostName(jump));
   let resolved: ResolvedHost;
-  if (typeof jump !== "string") resolved = await resolveConnection(jump, depth + 1);
+  if (typeof jump !== "string") resolved = await resolveConnection(jump, named, depth + 1);
   else {
     const match = /^(?:ssh:\/\/)?(?:(.+)@)?(\[[^\]@]+\]|[^:@]+)(?::(\d+))?\/?$/.exec(jump);
     if (match?.[2] === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
@@ -270,7 +333,7 @@ async function resolveJump(jump: HostArgs, depth: number, first: boolean): Promi
     const port = match[3] === undefined ? undefined : Number(match[3]);
     if (port !== undefined && !isPort(port))
       throw invalid("host", `${port} is no port: 1 to 65535 are`, jump);
-    const alias = await resolveAlias(name, depth + 1, { user: match[1], port });
+    const alias = await resolveName(name, named, depth + 1, { user: match[1], port });
     resolved = { ...alias, jumps: first ? alias.jumps : [] };
   }
   return [...resolved.jumps, { ...resolved, jumps: [] }];

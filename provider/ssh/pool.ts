@@ -7,14 +7,14 @@ import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { displayCommand } from "./command.js";
 import { hostName, type ResolvedHost, resolveHost } from "./config.js";
 import { Connection, DialFailed, LinkLost } from "./connection.js";
-import type { CommandResult, Host, HostArgs, RemoteCommand } from "./types.js";
+import type { CommandResult, Host, HostArgs, NamedHosts, RemoteCommand } from "./types.js";
 
 /** What the pool needs of a connection. */
 export type OpenConnection = Pick<Connection, "run" | "end" | "lost">;
 
 export interface HostPool {
   /** The host, not yet connected. Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
-  get(args: HostArgs): Promise<Host>;
+  get(args: HostArgs, named?: NamedHosts): Promise<Host>;
   /** Ends all connections. */
   close(): void;
 }
@@ -44,9 +44,9 @@ export function createHostPool(options: PoolOptions = {}): HostPool {
   const backoff = options.backoff ?? [500, 2000, 5000];
   const hosts = new Map<string, PooledHost>();
   return {
-    async get(args) {
+    async get(args, named) {
       // By what it resolves to: rotated credentials connect anew, and the order of properties means nothing.
-      const resolved = await resolveHost(args);
+      const resolved = await resolveHost(args, named);
       const key = createHash("sha256").update(JSON.stringify(resolved)).digest("hex");
       let host = hosts.get(key);
       if (host === undefined) {

@@ -56,6 +56,9 @@ export interface HostConnection {
 /** A host: an alias (or plain name) resolved by the user's SSH configuration, or all details. */
 export type HostArgs = string | HostConnection;
 
+/** Hosts by the names that the provider's configuration gives them, which go before the SSH configuration's aliases. */
+export type NamedHosts = ReadonlyMap<string, HostConnection>;
+
 /** An open host. Made by the pool; one TCP connection each, however many commands run at once. */
 export interface Host {
   /** How the user names it, for messages and ids: the alias, or `address[:port]` (port only when not 22). */

@@ -5,7 +5,7 @@ import { createHandlers } from "../../provider/core/handlers.js";
 import { ownerMark } from "../../provider/core/owner.js";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType, resourceTypes } from "../../provider/core/registry.js";
-import type { Host } from "../../provider/ssh/types.js";
+import type { Host, HostConnection } from "../../provider/ssh/types.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { recordedLvs, suitableOrigins } from "../support/recorded.js";
 
@@ -85,6 +85,61 @@ describe("the host of a resource", () => {
 
   it("written in another order of its properties is no change", async () => {
     expect((await changes(Object.fromEntries(Object.entries(host).reverse()))).changes).toEqual([]);
+  });
+});
+
+describe("a host by a configured name", () => {
+  const on = (hosts: Record<string, HostConnection>) => {
+    const opened: unknown[] = [];
+    const handlers = createHandlers(resourceType("LvSnapshot"), {
+      openHost: async (asked) => {
+        opened.push(asked);
+        return fakeHost(() => suitableOrigins());
+      },
+      namedHosts: () => new Map(Object.entries(hosts)),
+      progress: () => undefined,
+      warn: () => undefined,
+      signal: new AbortController().signal,
+    });
+    return { ...handlers, opened };
+  };
+  const byName = { ...state, host: "server1" };
+  const { address } = host;
+
+  it("is known to a check, and what is wrong with it is told", async () => {
+    const problems = async (hosts: Record<string, HostConnection>) =>
+      (await on(hosts).check(undefined, { ...wanted, host: "server1" }, none)).problems;
+    expect(await problems({ server1: host })).toEqual([]);
+    expect(await problems({ server1: { address, privateKeyPath: "/no/such/key" } })).toEqual([
+      {
+        property: "host",
+        reason: expect.stringContaining("lvm-nbd:hosts.server1.privateKeyPath: the private"),
+      },
+    ]);
+  });
+
+  it("has no diff whatever becomes of the configuration, and opens no host for it", async () => {
+    for (const hosts of [{}, { server1: host }, { server1: { address: "192.0.2.77", port: 2222 } }]) {
+      const { diff, opened } = on(hosts);
+      expect(await diff(byName, { ...wanted, host: "server1" }, none)).toMatchObject({ changes: [] });
+      expect(opened).toEqual([]);
+    }
+  });
+
+  it.each([
+    ["the machine that was declared in detail", { server1: { address, user: "root" } }, "connection"],
+    ["another machine", { server1: { address: "192.0.2.2" } }, "replace"],
+    ["another machine whose name is like that address", { [address]: { address: "192.0.2.2" } }, "replace"],
+  ])("that takes the place of %s is seen as such", async (_what, hosts, effect) => {
+    const [name = ""] = Object.keys(hosts);
+    const { changes } = await on(hosts).diff(state, { ...wanted, host: name }, none);
+    expect(changes).toEqual([{ property: "host", effect }]);
+    const back = await on(hosts).diff({ ...state, host: name }, wanted, none);
+    expect(back.changes).toEqual([{ property: "host", effect }]);
+  });
+
+  it("is the place of an id, and keeps that", async () => {
+    expect(on({ server1: host }).id(byName)).toBe("server1/VgVm/vm1-snap");
   });
 });
 

@@ -73,6 +73,7 @@ it("keeps keys secret before the provider has them", () => {
   const text = readFileSync(join(folder, "nodejs", "nbdAttachment.ts"), "utf8");
   expect(text).toContain("pulumi.secret(args.tls)");
   expect(text).toContain('additionalSecretOutputs: ["tls"]');
+  expect(readFileSync(join(folder, "nodejs", "provider.ts"), "utf8")).toContain("pulumi.secret(args.hosts)");
 });
 
 it("is refused where the metaschema refuses the schema, and where a type is missing", async () => {

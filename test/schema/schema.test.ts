@@ -17,6 +17,8 @@ const properties = z.record(z.string(), property).default({});
 const text = read("schema.json");
 const schema = z
   .looseObject({
+    config: z.object({ variables: properties, defaults: z.array(z.string()) }),
+    provider: z.looseObject({ inputProperties: properties }),
     types: z.record(z.string(), z.looseObject({ properties, enum: z.array(z.unknown()).optional() })),
     resources: z.record(
       z.string(),
@@ -67,6 +69,10 @@ describe("schema.json", () => {
     ...Object.entries(schema.types).flatMap(([token, type]) =>
       Object.entries(type.properties).map(([name, spec]) => ({ path: `${token}.${name}`, spec })),
     ),
+    ...Object.entries(schema.provider.inputProperties).map(([name, spec]) => ({
+      path: `Provider.${name}`,
+      spec,
+    })),
     ...Object.entries(schema.resources).flatMap(([token, resource]) =>
       Object.entries({ ...resource.properties, ...resource.inputProperties }).map(([name, spec]) => ({
         path: `${token}.${name}`,
@@ -94,6 +100,7 @@ describe("schema.json", () => {
       "NbdAttachment.tls",
       ...["NbdExport.clientTls", "NbdExport.tls"],
       ...["NbdExportTls.clientPrivateKey", "NbdExportTls.privateKey"],
+      "Provider.hosts",
       "VolumeCopy.tls",
     ]);
     const told = all.filter(({ spec }) => /encrypted in the state/i.test(spec.description ?? ""));
@@ -123,6 +130,16 @@ describe("schema.json", () => {
         { type: "array", items: { oneOf: [{ type: "string" }, { $ref: "#/types/lvm-nbd:index:JumpHost" }] } },
       ],
     });
+  });
+});
+
+describe("the configuration", () => {
+  it("is that of the stack and of a provider alike", () => {
+    expect(schema.config.variables).toEqual(schema.provider.inputProperties);
+    expect(schema.config.variables.hosts).toMatchObject({
+      additionalProperties: { $ref: "#/types/lvm-nbd:index:HostConnection" },
+    });
+    expect(schema.config.defaults).toEqual(["organization", "hosts"]);
   });
 });
 

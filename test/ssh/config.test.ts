@@ -57,6 +57,71 @@ async function failure(promise: Promise<unknown>): Promise<LvmNbdError> {
   return error;
 }
 
+describe("a name of the provider's configuration", () => {
+  const named = new Map(
+    Object.entries({
+      web: { address: "10.9.0.1", port: 2222, user: "ann", password: "w", proxyJump: ["gate", "inner:2200"] },
+      gate: { address: "10.9.0.2", password: "g", proxyJump: "outer" },
+      inner: { address: "10.9.0.3", user: "bob", password: "i", proxyJump: "outer" },
+      outer: { address: "10.9.0.4", password: "o" },
+      lost: { address: "10.9.0.5", privateKeyPath: join(folder, "missing") },
+      behind: { address: "10.9.0.6", proxyJump: "lost" },
+      again: { address: "10.9.0.7", proxyJump: "me@again" },
+    }),
+  );
+
+  test("goes before an alias, and is the host's name", async () => {
+    sshConfig("Host web\n HostName 10.1.2.3\n");
+    expect(await resolveHost("web", named)).toMatchObject({
+      name: "web",
+      address: "10.9.0.1",
+      password: "w",
+    });
+    expect(await resolveHost("web")).toMatchObject({ name: "web", address: "10.1.2.3" });
+    expect(await hostAddress("web", named)).toBe("10.9.0.1:2222");
+    expect(await hostAddress("web")).toBe("10.1.2.3:22");
+  });
+
+  test("leaves every other name what it was", async () => {
+    sshConfig("Host files\n HostName 10.1.2.4\n");
+    expect(await resolveHost("files", named)).toEqual(await resolveHost("files"));
+    expect(await resolveHost({ address: "web" }, named)).toMatchObject({
+      address: "web",
+      password: undefined,
+    });
+  });
+
+  test("is jumped through as an alias is: by user and port, later ones without their own jumps", async () => {
+    sshConfig("");
+    expect((await resolveHost("web", named)).jumps).toMatchObject([
+      { name: "outer", address: "10.9.0.4", password: "o" },
+      { name: "gate", address: "10.9.0.2", password: "g", jumps: [] },
+      { name: "inner", address: "10.9.0.3", password: "i", port: 2200, user: "bob" },
+    ]);
+    const through = { address: "10.1.2.3", proxyJump: "eve@outer" };
+    expect((await resolveHost(through, named)).jumps).toMatchObject([{ address: "10.9.0.4", user: "eve" }]);
+  });
+
+  test("means nothing in the SSH configuration's own jumps", async () => {
+    sshConfig("Host inside\n HostName 10.1.2.5\n ProxyJump outer\nHost outer\n HostName 10.1.2.6\n");
+    expect((await resolveHost("inside", named)).jumps).toMatchObject([{ address: "10.1.2.6" }]);
+  });
+
+  test("is told as what is wrong, and not what the resource declares", async () => {
+    sshConfig("");
+    for (const name of ["lost", "behind"]) {
+      const error = await failure(resolveHost(name, named));
+      expect(error.details).toMatchObject({ host: name, property: "host" });
+      expect(error.message).toMatch(
+        /^KEY_UNREADABLE: host \w+: lvm-nbd:hosts\.lost\.privateKeyPath: the private/,
+      );
+    }
+    await expect(resolveHost("again", named)).rejects.toThrow(
+      /lvm-nbd:hosts\.again: ProxyJump goes in a circle/,
+    );
+  });
+});
+
 describe("an alias", () => {
   test("is what ssh makes of it", async () => {
     const known = join(folder, "known");
@@ -414,7 +479,7 @@ describe("an object", () => {
 
 describe("a name that does not resolve", () => {
   test.each([
-    ["as an alias", "no-such-host.invalid", /neither an alias/],
+    ["as an alias", "no-such-host.invalid", /neither in `lvm-nbd:hosts`, nor an alias/],
     ["as an address", { address: "no-such-host.invalid" }, /does not resolve/],
   ])("%s is HOST_UNKNOWN", async (_what, args, words) => {
     sshConfig("");
