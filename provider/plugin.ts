@@ -11,12 +11,14 @@ import * as grpc from "@grpc/grpc-js";
 import type { Environment, Handlers } from "./core/handlers.js";
 import { providerGrpc } from "./pulumi/proto.js";
 import { createService } from "./pulumi/service.js";
+import type { HostPool } from "./ssh/pool.js";
+import type { HostArgs } from "./ssh/types.js";
 
 const packageFolder = join(__dirname, "..");
 /** States with certificates and long lists may be large; the engine bounds nothing either. */
 const limits = { "grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1 };
 
-let openHost: Environment["openHost"] | undefined;
+let pool: HostPool | undefined;
 
 async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
   const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
@@ -24,10 +26,9 @@ async function handlers(type: string, environment: Omit<Environment, "openHost">
     import("./core/registry.js"),
     import("./ssh/pool.js"),
   ]);
-  if (openHost === undefined) {
-    const pool = createHostPool();
-    openHost = (host) => pool.get(host);
-  }
+  pool ??= createHostPool();
+  const { get } = pool;
+  const openHost = (host: HostArgs) => get(host, environment.namedHosts?.());
   return createHandlers(resourceType(type), { ...environment, openHost });
 }
 

@@ -90,7 +90,7 @@ export function encode(values: Readonly<Record<string, unknown>>, secrets: Reado
       secrets.has(pathKey(path)) ||
       (typeof key === "string" && isSecret(key, value)) ||
       (Array.isArray(value) && holders.has(pathKey(path)));
-    if (secret) return { [signature]: secretSignature, value: withoutUndefined(value) };
+    if (secret) return asSecret(withoutUndefined(value));
     if (Array.isArray(value)) return value.map((item, index) => marked(item, [...path, index]));
     if (typeof value !== "object" || value === null) return value;
     return entries(value, path);
@@ -104,6 +104,11 @@ export function encode(values: Readonly<Record<string, unknown>>, secrets: Reado
     );
 
   return structOf(entries(values, []));
+}
+
+/** A value as a secret, in a message. */
+export function asSecret(value: unknown): object {
+  return { [signature]: secretSignature, value };
 }
 
 function pathsAbove(path: Path): string[] {

@@ -2,14 +2,22 @@
  * The handlers as Pulumi's engine calls them over gRPC: the `ResourceProvider` service. Source: provider.proto, and
  * sdk/go/common/resource/plugin/provider_plugin.go, of pulumi.
  */
+import { isDeepStrictEqual } from "node:util";
 import type * as grpc from "@grpc/grpc-js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Environment, Handlers } from "../core/handlers.js";
 import { keptInstead, organizationMissing } from "../core/owner.js";
 import { PartialFailure } from "../core/partialFailure.js";
 import type { Problem } from "../core/resource.js";
+import type { NamedHosts } from "../ssh/types.js";
 import { type Decoded, decode, encode, holdsSecret } from "./codec.js";
-import { configurationProblems, organizationIn } from "./configuration.js";
+import {
+  hostsIn,
+  organizationIn,
+  problemsOfConfiguration,
+  variablesOf,
+  withSecretHosts,
+} from "./configuration.js";
 import { diffResponse, ignoring } from "./diff.js";
 import { connectEngineLog, type EngineLog } from "./engine.js";
 import { Owners } from "./owners.js";
@@ -47,6 +55,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
   let engine = connectEngineLog(engineAddress);
   let connected = engineAddress;
   const owners = new Owners();
+  let hosts: NamedHosts = new Map();
   /** Of the calls that are not answered yet. Not one signal for all: what waits for that is kept as long as it. */
   const running = new Set<AbortController>();
   let cancelled = false;
@@ -79,7 +88,8 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
     const timer = seconds > 0 ? setTimeout(end, Math.min(seconds * 1000, longest)) : undefined;
     try {
       const { progress, warn } = log;
-      const handlers = await parts.handlers(typeName(urn.type), { progress, warn, signal: own.signal });
+      const environment = { namedHosts: () => hosts, progress, warn, signal: own.signal };
+      const handlers = await parts.handlers(typeName(urn.type), environment);
       return await work({ urn, handlers, log });
     } catch (error) {
       throw late ? timedOut(error, seconds) : error;
@@ -120,10 +130,11 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
     }),
 
     checkConfig: unary(async (request: providerProto.CheckRequest) => {
-      const news = decode(request.getNews());
+      const inputs = withSecretHosts(request.getNews());
+      const news = decode(inputs);
       const response = new providerProto.CheckResponse();
-      response.setInputs(request.getNews());
-      const problems = [...news.refused, ...configurationProblems(news.values)];
+      response.setInputs(inputs);
+      const problems = [...news.refused, ...(await problemsOfConfiguration(news.values))];
       response.setFailuresList(problems.map((problem) => failureOf(problem, news)));
       return response;
     }),
@@ -132,15 +143,18 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
     diffConfig: unary(async (request: providerProto.DiffRequest) => {
       const [old, news] = [decode(request.getOldInputs() ?? request.getOlds()), decode(request.getNews())];
       const keys = new Set([...Object.keys(old.values), ...Object.keys(news.values)]);
+      const { plainValue } = await import("../core/configuration.js");
       const changed = [...keys].filter(
-        (key) => JSON.stringify(old.values[key]) !== JSON.stringify(news.values[key]),
+        (key) => !isDeepStrictEqual(plainValue(old.values[key]), plainValue(news.values[key])),
       );
       const changes = changed.map((property) => ({ property, effect: "connection" }) as const);
       return diffResponse({ changes, deleteBeforeReplace: false }, old.values, news.values);
     }),
 
     configure: unary(async (request: providerProto.ConfigureRequest) => {
-      owners.organization = organizationIn(known(decode(request.getArgs())));
+      const values = request.hasArgs() ? known(decode(request.getArgs())) : variablesOf(request);
+      hosts = await hostsIn(values);
+      owners.organization = organizationIn(values);
       const response = new providerProto.ConfigureResponse();
       response.setAcceptsecrets(true);
       response.setAcceptresources(true);

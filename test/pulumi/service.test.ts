@@ -126,33 +126,105 @@ describe("what the engine asks of a plugin before it asks of resources", () => {
     await expect(schema(7)).rejects.toThrow(/no version 7/);
   });
 
+  const checkConfig = async (values: object) => {
+    const request = new providerProto.CheckRequest();
+    request.setNews(structOf(values));
+    const response = await ask<providerProto.CheckResponse>((answer) =>
+      plugin.client.checkConfig(request, answer),
+    );
+    const failures = response.getFailuresList().map((failure) => failure.toObject());
+    return { inputs: response.getInputs()?.toJavaScript(), failures };
+  };
+
   it("checks its configuration: what it does not know is a mistake, what the engine adds is none", async () => {
-    const checkConfig = async (values: object) => {
-      const request = new providerProto.CheckRequest();
-      request.setNews(structOf(values));
-      const response = await ask<providerProto.CheckResponse>((answer) =>
-        plugin.client.checkConfig(request, answer),
-      );
-      expect(response.getInputs()?.toJavaScript()).toEqual(values);
-      return response.getFailuresList().map((failure) => failure.getProperty());
+    const failed = async (values: object) => {
+      const { inputs, failures } = await checkConfig(values);
+      expect(inputs).toEqual(values);
+      return failures.map(({ property }) => property);
     };
-    expect(await checkConfig({ version: "1.0.0", organization: "acme" })).toEqual([]);
-    expect(await checkConfig({ organization: unknownValue })).toEqual([]);
-    expect(await checkConfig({ organization: "a/b", organisation: "acme" })).toEqual([
+    expect(await failed({ version: "1.0.0", organization: "acme" })).toEqual([]);
+    expect(await failed({ organization: unknownValue, hosts: unknownValue })).toEqual([]);
+    expect(await failed({ hosts: { server1: { address: "a", privateKey: unknownValue } } })).toEqual([]);
+    expect(await failed({ organization: "a/b", organisation: "acme" })).toEqual([
       "organization",
       "organisation",
     ]);
   });
 
+  it("has its hosts kept as a secret, whoever marked them, and tells what is wrong with one by its path", async () => {
+    const wrong = { server1: { address: "a", password: "planted", port: "22" } };
+    for (const hosts of [wrong, JSON.stringify(wrong)]) {
+      const { inputs, failures } = await checkConfig({ version: "1.0.0", hosts });
+      expect(inputs).toEqual({ version: "1.0.0", hosts: secret(hosts) });
+      expect(failures).toEqual([
+        { property: "hosts.server1.port", reason: expect.stringMatching(/expected number/) },
+      ]);
+      expect(JSON.stringify(failures)).not.toContain("planted");
+    }
+    expect((await checkConfig({ hosts: "planted" })).failures).toEqual([
+      { property: "", reason: expect.stringMatching(/^hosts: (?!.*planted)/) },
+    ]);
+  });
+
   it("never makes resources anew for another configuration", async () => {
-    const request = new providerProto.DiffRequest();
-    request.setOldInputs(structOf({ organization: "a" }));
-    request.setNews(structOf({ organization: "b" }));
-    const response = await ask<providerProto.DiffResponse>((answer) =>
-      plugin.client.diffConfig(request, answer),
+    const diffConfig = async (olds: object, news: object) => {
+      const request = new providerProto.DiffRequest();
+      request.setOldInputs(structOf(olds));
+      request.setNews(structOf(news));
+      const response = await ask<providerProto.DiffResponse>((answer) =>
+        plugin.client.diffConfig(request, answer),
+      );
+      expect(response.getReplacesList()).toEqual([]);
+      return response.getDiffsList().sort();
+    };
+    const hosts = { server1: { address: "a", password: "p" } };
+    expect(await diffConfig({ organization: "a", hosts }, { organization: "b" })).toEqual([
+      "hosts",
+      "organization",
+    ]);
+    const [other, password] = [{ server1: { address: "b" } }, { server1: { address: "a", password: "q" } }];
+    for (const news of [{}, { hosts: other }, { hosts: JSON.stringify(password) }])
+      expect(await diffConfig({ hosts }, news)).toEqual(["hosts"]);
+    const reordered = JSON.stringify({ server1: { password: "p", address: "a" } });
+    expect(await diffConfig({ hosts }, { hosts: reordered })).toEqual([]);
+  });
+});
+
+describe("the hosts that are configured", () => {
+  const server1 = { address: "192.0.2.1", password: "p" };
+  const known = async () => {
+    await plugin.check(urn, base);
+    return environments.at(-1)?.namedHosts?.().get("server1");
+  };
+
+  it.each([
+    ["values", { hosts: { server1: { ...server1, password: secret("p") } } }],
+    ["a text", { hosts: JSON.stringify({ server1 }) }],
+    ["a secret text", { hosts: secret(JSON.stringify({ server1 })) }],
+  ])("are known to all that is asked afterwards, from %s", async (_what, args) => {
+    expect(await known()).toBeUndefined();
+    await plugin.configure(args);
+    expect(await known()).toEqual(server1);
+    await plugin.configure({});
+    expect(await known()).toBeUndefined();
+  });
+
+  it("are known from an engine that has only texts for configuration", async () => {
+    const request = new providerProto.ConfigureRequest();
+    request.getVariablesMap().set("lvm-nbd:config:hosts", JSON.stringify({ server1 }));
+    request.getVariablesMap().set("lvm-nbd:config:organization", "acme");
+    await ask((answer) => plugin.client.configure(request, answer));
+    expect(await known()).toEqual(server1);
+    expect((await plugin.check(urn, {})).inputs.owner).toBe(owner);
+  });
+
+  it("that are wrong are refused, as by a state that nobody checked, and without what they hold", async () => {
+    const error = await rejection(
+      plugin.configure({ hosts: { s: { address: "a", password: "planted", sudo: "planted" } } }),
     );
-    expect(response.getDiffsList()).toEqual(["organization"]);
-    expect(response.getReplacesList()).toEqual([]);
+    expect(error.code).toBe(grpc.status.INVALID_ARGUMENT);
+    expect(error.details).toMatch(/^INVALID_INPUT: lvm-nbd:hosts\.s\.sudo: .*expected boolean/);
+    expect(error.details).not.toContain("planted");
   });
 });
 
