@@ -1,17 +1,34 @@
 /**
  * The only module that Pulumi's state names: the closure of a dynamic resource requires it by this path, so
- * `handlers` and its signature stay as they are for ever.
+ * `configure`, `handlers` and their signatures stay as they are for ever.
  */
 import type * as pulumi from "@pulumi/pulumi";
+import { namedHosts } from "./core/configuration.js";
 import { createHandlers, type Environment, type Handlers } from "./core/handlers.js";
 import { resourceType } from "./core/registry.js";
 import { cancelSignal } from "./pulumi/cancellation.js";
 import { toDynamicProvider } from "./pulumi/dynamicProvider.js";
 import { connectEngineLog } from "./pulumi/engine.js";
 import { createHostPool } from "./ssh/pool.js";
+import type { NamedHosts } from "./ssh/types.js";
 
 let environment: Environment | undefined;
 const made = new Map<string, pulumi.dynamic.ResourceProvider>();
+/** `lvm-nbd:hosts` of the stack, and what it says once it was read. */
+let configured: string | undefined;
+let hosts: NamedHosts | undefined;
+
+/**
+ * Takes the configuration of the stack, which Pulumi gives to each provider that it has made out of the state, before it asks that
+ * for anything. It never fails, and nothing of it is later than its call: what is asked at the same time does not wait for it, nor
+ * for its failure. A closure that an earlier version wrote does not call it, and knows no configured host.
+ */
+export async function configure({ config }: pulumi.dynamic.ConfigureRequest): Promise<void> {
+  const text = config.get("lvm-nbd:hosts");
+  if (text === configured) return;
+  configured = text;
+  hosts = undefined;
+}
 
 /** The handlers of a resource type for Pulumi's dynamic provider; one SSH pool for the whole process. */
 export function handlers(type: string): pulumi.dynamic.ResourceProvider {
@@ -29,8 +46,13 @@ function createEnvironment(): Environment {
   endWithPulumi();
   const pool = createHostPool();
   const log = connectEngineLog(process.argv.at(-1));
+  const named = () => {
+    hosts ??= namedHosts(configured);
+    return hosts;
+  };
   return {
-    openHost: (host) => pool.get(host),
+    openHost: async (host) => pool.get(host, named()),
+    namedHosts: named,
     progress: log.progress,
     warn: log.warn,
     signal: cancelSignal(),

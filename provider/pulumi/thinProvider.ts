@@ -7,6 +7,7 @@ import type * as pulumi from "@pulumi/pulumi";
 /** The provider object of a dynamic resource. Every method hands over to the installed package. */
 export function thinProvider(type: string): pulumi.dynamic.ResourceProvider {
   return {
+    configure: (request) => require("pulumi-lvm-nbd/runtime").configure(request),
     check: (olds, news) => require("pulumi-lvm-nbd/runtime").handlers(type).check(olds, news),
     diff: (id, olds, news) => require("pulumi-lvm-nbd/runtime").handlers(type).diff(id, olds, news),
     create: (inputs) => require("pulumi-lvm-nbd/runtime").handlers(type).create(inputs),

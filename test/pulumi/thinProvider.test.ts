@@ -21,7 +21,7 @@ it("writes only a few constant lines and the type's name into the state, so that
 it("names no module but the runtime, and captures nothing", async () => {
   const text = await serialised("NbdExport");
   expect([...text.matchAll(/require\("([^"]*)"\)/g)].map((match) => match[1])).toEqual(
-    Array(6).fill("pulumi-lvm-nbd/runtime"),
+    Array(7).fill("pulumi-lvm-nbd/runtime"),
   );
   expect(text.length).toBeLessThan(3000);
 });
