@@ -1,8 +1,10 @@
 /** What a Pulumi program imports. */
 export { generations, type RetentionPolicy } from "./backup/generations.js";
-export { type Image, listImages } from "./backup/listImages.js";
+export type { Image } from "./backup/listImages.js";
 export { VmBackup, type VmBackupArgs, type VmBackupVolume } from "./components/vmBackup.js";
 export { type ErrorCode, errorCodes } from "./core/errors.js";
+export type { GetHostArgs, GetHostResult } from "./functions/getHost.js";
+export type { GetVolumesArgs, GetVolumesResult } from "./functions/getVolumes.js";
 export {
   BackupImage,
   type BackupImageArgs,
@@ -21,3 +23,4 @@ export {
   VolumeCopy,
   type VolumeCopyArgs,
 } from "./pulumi/dynamic.js";
+export { getHost, getVolumes, listImages } from "./pulumi/questions.js";

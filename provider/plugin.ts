@@ -8,11 +8,11 @@ import { fstatSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import * as grpc from "@grpc/grpc-js";
+import type { Answer } from "./core/functions.js";
 import type { Environment, Handlers } from "./core/handlers.js";
 import { providerGrpc } from "./pulumi/proto.js";
 import { createService } from "./pulumi/service.js";
 import type { HostPool } from "./ssh/pool.js";
-import type { HostArgs } from "./ssh/types.js";
 
 const packageFolder = join(__dirname, "..");
 /** States with certificates and long lists may be large; the engine bounds nothing either. */
@@ -21,15 +21,31 @@ const limits = { "grpc.max_receive_message_length": -1, "grpc.max_send_message_l
 let pool: HostPool | undefined;
 
 async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
-  const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
+  const [{ createHandlers }, { resourceType }] = await Promise.all([
     import("./core/handlers.js"),
     import("./core/registry.js"),
-    import("./ssh/pool.js"),
   ]);
+  return createHandlers(resourceType(type), { ...environment, openHost: await opener(environment) });
+}
+
+async function ask(
+  name: string,
+  args: Readonly<Record<string, unknown>>,
+  environment: Omit<Environment, "openHost">,
+): Promise<Answer> {
+  const [{ askFunction }, { functionType }] = await Promise.all([
+    import("./core/functions.js"),
+    import("./functions/registry.js"),
+  ]);
+  return askFunction(functionType(name), args, { ...environment, openHost: await opener(environment) });
+}
+
+/** All share one connection a host. */
+async function opener({ namedHosts }: Pick<Environment, "namedHosts">): Promise<Environment["openHost"]> {
+  const { createHostPool } = await import("./ssh/pool.js");
   pool ??= createHostPool();
   const { get } = pool;
-  const openHost = (host: HostArgs) => get(host, environment.namedHosts?.());
-  return createHandlers(resourceType(type), { ...environment, openHost });
+  return (host) => get(host, namedHosts?.());
 }
 
 function version(): string {
@@ -57,6 +73,7 @@ function start(): void {
     version: version(),
     schema: () => readFile(join(packageFolder, "schema.json"), "utf8"),
     handlers,
+    ask,
   };
   server.addService(
     providerGrpc.ResourceProviderService,

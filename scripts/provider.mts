@@ -7,6 +7,8 @@ export const { componentTypes, resourceTypes } =
   require("../dist/core/registry.js") as typeof import("../provider/core/registry.ts");
 export const { configuration } =
   require("../dist/core/configuration.js") as typeof import("../provider/core/configuration.ts");
+export const { functionTypes } =
+  require("../dist/functions/registry.js") as typeof import("../provider/functions/registry.ts");
 export const { errorCodes } =
   require("../dist/core/errors.js") as typeof import("../provider/core/errors.ts");
 export const { OutputOf } =

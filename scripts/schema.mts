@@ -1,11 +1,12 @@
 /** Makes schema.json, the Pulumi package schema, from the zod objects of the resources and components. */
 import { readFileSync } from "node:fs";
 import { z } from "zod";
+import type { AnyFunctionType } from "../provider/core/functions.ts";
 import type { AnyResourceType, Described } from "../provider/core/resource.ts";
 import { exampleSection } from "./exampleCode.mts";
 import { writeGenerated } from "./generated.mts";
 import { PackageTypes } from "./packageTypes.mts";
-import { componentTypes, configuration, resourceTypes } from "./provider.mts";
+import { componentTypes, configuration, functionTypes, resourceTypes } from "./provider.mts";
 
 const name = "lvm-nbd";
 const types = new PackageTypes(name);
@@ -48,6 +49,16 @@ function component(type: Described) {
   };
 }
 
+function functionOf(type: AnyFunctionType) {
+  const owner = type.name.replace("get", "Get");
+  const inputs = types.propertiesOf(type.inputs, "input", owner);
+  return {
+    description: type.description,
+    inputs: { type: "object", ...inputs },
+    outputs: { type: "object", ...types.propertiesOf(type.outputs, "output", owner) },
+  };
+}
+
 function description({ description: text, example }: Described): string {
   return `${text}\n\n${exampleSection(example, name)}`;
 }
@@ -56,6 +67,10 @@ const resources = Object.fromEntries([
   ...resourceTypes.map((type) => [`${name}:index:${type.type}`, resource(type)]),
   ...componentTypes.map((type) => [`${name}:index:${type.type}`, component(type)]),
 ]);
+
+const functions = Object.fromEntries(
+  functionTypes.map((type) => [`${name}:index:${type.name}`, functionOf(type)]),
+);
 
 const configured = types.propertiesOf(configuration, "input", "Provider");
 
@@ -85,5 +100,6 @@ const schema = {
   },
   types: types.specs(),
   resources,
+  functions,
 };
 writeGenerated("schema.json", `${JSON.stringify(schema, null, 2)}\n`, "npm run schema");

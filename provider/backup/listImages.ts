@@ -7,7 +7,7 @@ import { folderGuardFunctions, imageFunctions } from "../linux/copyJob.js";
 import { exposedWords, inOtherHands } from "../linux/copyScripts.js";
 import { contentFacts, readManifest, snapshotOf } from "../resources/image.js";
 import { createHostPool } from "../ssh/pool.js";
-import type { HostArgs, RemoteCommand } from "../ssh/types.js";
+import type { HostArgs, NamedHosts, RemoteCommand } from "../ssh/types.js";
 
 /** An image of a VolumeCopy or BackupImage. Times are ISO 8601. */
 export interface Image {
@@ -63,26 +63,18 @@ echo end
   ["path"],
 );
 
-/**
- * What images are in a folder of a host, the newest first: for a program to loop over, and for `generations` to
- * choose from. Files without a manifest of this package are passed over, manifests whose image is gone too, and folders.
- *
- * @param host - as the `host` of a resource
- * @param folder - absolute path
- * @throws LvmNbdError of the codes of a host that cannot be reached, DIRECTORY_NOT_FOUND, and FILE_UNSUITABLE for a folder that others
- *   than root can change: never an empty list where it cannot be told
- */
-export async function listImages(host: HostArgs, folder: string): Promise<Image[]> {
+/** As `listImages` of a program; `named`: the hosts that are configured. */
+export async function listImages(host: HostArgs, folder: string, named?: NamedHosts): Promise<Image[]> {
   const pool = createHostPool();
   try {
-    const opened = await pool.get(host);
+    const opened = await pool.get(host, named);
     const context: Context = {
       host: opened,
       resource: "listImages",
       signal: new AbortController().signal,
       progress: () => undefined,
       warn: () => undefined,
-      open: (other) => pool.get(other),
+      open: (other) => pool.get(other, named),
     };
     const command: RemoteCommand = {
       argv: script(listScript, withoutSlash(folder) || "/"),

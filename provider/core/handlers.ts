@@ -6,6 +6,7 @@ import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
 import { hostAddress, hostName, hostOfName, validateHostArgs } from "../ssh/config.js";
 import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
+import { contextOn, named } from "./context.js";
 import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
 import { type Claimant, declareInstead, ownerOf } from "./owner.js";
 import { PartialFailure } from "./partialFailure.js";
@@ -85,30 +86,8 @@ export interface Handlers {
 export function createHandlers(type: AnyResourceType, environment: Environment): Handlers {
   const { state: stateShape, place: placeShape, known: knownShape } = shapesOf(type);
 
-  const context = async (values: CommonInputs): Promise<Context> => {
-    const resource = label(type, values);
-    const host = await openHost(values.host, resource);
-    return {
-      host,
-      resource,
-      signal: environment.signal,
-      // A message may hold what a host wrote, e.g. the owner named in a tag.
-      progress: (message) => environment.progress(printable(`${resource} on ${host.name}: ${message}`)),
-      warn: (message) => environment.warn(printable(`${resource} on ${host.name}: ${message}`)),
-      open: (other) => openHost(other, resource),
-    };
-  };
-
-  const openHost = async (host: HostArgs, resource: string): Promise<Host> => {
-    try {
-      return await environment.openHost(host);
-    } catch (error) {
-      throw named(error, resource);
-    }
-  };
-
   const attempt = async <T>(values: CommonInputs, work: (context: Context) => Promise<T>): Promise<T> => {
-    const opened = await context(values);
+    const opened = await contextOn(environment, values.host, label(type, values));
     try {
       return await work(opened);
     } catch (error) {
@@ -323,10 +302,6 @@ function label(type: AnyResourceType, values: CommonInputs): string {
   return `${type.type} ${values.owner.split("/").slice(3).join("/") || values.owner}`;
 }
 
-function named(error: unknown, resource: string): unknown {
-  return isLvmNbdError(error) ? error.with({ resource }) : error;
-}
-
 function picked(values: object, shape: object): Values {
   return Object.fromEntries(Object.entries(values).filter(([key]) => key in shape));
 }
@@ -339,7 +314,7 @@ function declaredBeside(defaults: object, values: object): Values {
 }
 
 /** Pulumi's states hold no `undefined`. */
-function defined(values: object): Record<string, unknown> {
+export function defined(values: object): Record<string, unknown> {
   return Object.fromEntries(
     Object.entries(values)
       .filter(([, value]) => value !== undefined)
@@ -357,7 +332,8 @@ function harmless(state: Values, declared: object): Record<string, unknown> {
   );
 }
 
-function printableIn(value: unknown): unknown {
+/** A value with all texts in it as they can be shown on a terminal. */
+export function printableIn(value: unknown): unknown {
   if (typeof value === "string") return printable(value);
   if (Array.isArray(value)) return value.map(printableIn);
   if (!isPlainObject(value)) return value;

@@ -5,6 +5,7 @@
 import { isDeepStrictEqual } from "node:util";
 import type * as grpc from "@grpc/grpc-js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import type { Answer } from "../core/functions.js";
 import type { Environment, Handlers } from "../core/handlers.js";
 import { keptInstead, organizationMissing } from "../core/owner.js";
 import { PartialFailure } from "../core/partialFailure.js";
@@ -21,10 +22,10 @@ import {
 import { diffResponse, ignoring } from "./diff.js";
 import { connectEngineLog, type EngineLog } from "./engine.js";
 import { Owners } from "./owners.js";
-import { Empty, pluginProto, providerProto, type Struct } from "./proto.js";
+import { Empty, pluginProto, providerProto, type Struct, structOf } from "./proto.js";
 import { failureStatus } from "./status.js";
 import { unknownProperties, unknownValue, withoutProperties } from "./unknowns.js";
-import { parseUrn, typeName, type Urn } from "./urn.js";
+import { functionName, parseUrn, typeName, type Urn } from "./urn.js";
 
 /** What the service is made of. */
 export interface Parts {
@@ -33,6 +34,8 @@ export interface Parts {
   schema(): Promise<string>;
   /** The handlers of a type. They are loaded when first asked for: the engine waits for the first answer. */
   handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers>;
+  /** Asks a function, by its name. */
+  ask(name: string, args: Bag, environment: Omit<Environment, "openHost">): Promise<Answer>;
 }
 
 type Bag = Readonly<Record<string, unknown>>;
@@ -72,11 +75,12 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
     connected = address;
   };
 
-  /** Runs the work of a call; it ends with a cancel, and when its time has passed. */
-  const operate = async <T>(request: OfResource, work: (operation: Operation) => Promise<T>): Promise<T> => {
-    const urn = parseUrn(request.getUrn());
-    const seconds = request.getTimeout?.() ?? 0;
-    const log = engine.on(request.getUrn());
+  /** Runs work that ends with a cancel, and when its time has passed. */
+  const bounded = async <T>(
+    log: EngineLog,
+    seconds: number,
+    work: (environment: Omit<Environment, "openHost">) => Promise<T>,
+  ): Promise<T> => {
     const own = new AbortController();
     if (cancelled) own.abort();
     running.add(own);
@@ -88,9 +92,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
     const timer = seconds > 0 ? setTimeout(end, Math.min(seconds * 1000, longest)) : undefined;
     try {
       const { progress, warn } = log;
-      const environment = { namedHosts: () => hosts, progress, warn, signal: own.signal };
-      const handlers = await parts.handlers(typeName(urn.type), environment);
-      return await work({ urn, handlers, log });
+      return await work({ namedHosts: () => hosts, progress, warn, signal: own.signal });
     } catch (error) {
       throw late ? timedOut(error, seconds) : error;
     } finally {
@@ -98,6 +100,15 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
       clearTimeout(timer);
       await log.delivered();
     }
+  };
+
+  /** Runs the work of a call about a resource. */
+  const operate = async <T>(request: OfResource, work: (operation: Operation) => Promise<T>): Promise<T> => {
+    const urn = parseUrn(request.getUrn());
+    const log = engine.on(request.getUrn());
+    return bounded(log, request.getTimeout?.() ?? 0, async (environment) =>
+      work({ urn, handlers: await parts.handlers(typeName(urn.type), environment), log }),
+    );
   };
 
   return {
@@ -284,6 +295,31 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
         return new Empty();
       }),
     ),
+
+    invoke: unary(async (request: providerProto.InvokeRequest) => {
+      const name = functionName(request.getTok());
+      const args = decode(request.getArgs());
+      const response = new providerProto.InvokeResponse();
+      // Only a preview has what is not known yet, and nothing can be told then.
+      if (unknownProperties(args.values).size > 0) return response.setReturn(structOf({}));
+      const { refused } = args;
+      const answer =
+        refused.length > 0
+          ? { problems: refused }
+          : await bounded(engine.on(""), 0, (environment) =>
+              parts.ask(name, args.values, environment),
+            );
+      response.setFailuresList((answer.problems ?? []).map((problem) => failureOf(problem, args)));
+      if (answer.problems === undefined) {
+        // How a host is reached is in no answer; what else was asked may be.
+        const isSecret = Object.keys(args.values).some(
+          (key) => key !== "host" && holdsSecret(key, args.values[key], args.secrets),
+        );
+        const paths = isSecret ? Object.keys(answer.values).map((key) => JSON.stringify([key])) : [];
+        response.setReturn(encode(answer.values, new Set(paths)));
+      }
+      return response;
+    }),
 
     cancel: unary(async () => {
       cancelled = true;

@@ -21,7 +21,16 @@ export function parseUrn(text: string): Urn {
 
 /** The name of a resource type of this package, e.g. `LvSnapshot`. Throws for a type of another. */
 export function typeName(token: string): string {
+  return nameIn(token, "type");
+}
+
+/** The name of a function of this package, e.g. `getVolumes`. Throws for one of another. */
+export function functionName(token: string): string {
+  return nameIn(token, "function");
+}
+
+function nameIn(token: string, what: string): string {
   const name = /^lvm-nbd:index:(\w+)$/.exec(token)?.[1];
-  if (name === undefined) throw new Error(`"${token.slice(0, 200)}" is no type of lvm-nbd`);
+  if (name === undefined) throw new Error(`"${token.slice(0, 200)}" is no ${what} of lvm-nbd`);
   return name;
 }

@@ -79,8 +79,8 @@ const inputs = z.strictObject({
     .describe("Keep LVM of a `client` off NBD devices, by its `global_filter`."),
 });
 
-const outputs = z.object({
-  packagesInstalled: z.array(z.string()).describe("Packages that this resource installed. They stay."),
+/** What a look at a host tells of it, whatever it is used for. */
+export const hostFacts = {
   distribution: z.string().describe("E.g. `Debian GNU/Linux 12 (bookworm)`."),
   kernel: z.string().describe("Version of the running kernel."),
   versions: z
@@ -103,6 +103,12 @@ const outputs = z.object({
     .describe(
       "Whether the kernel can enforce the `clients` of an NbdExport (unified control groups and BPF); left out where its configuration cannot be read.",
     ),
+} as const;
+type HostFacts = z.infer<z.ZodObject<typeof hostFacts>>;
+
+const outputs = z.object({
+  packagesInstalled: z.array(z.string()).describe("Packages that this resource installed. They stay."),
+  ...hostFacts,
   problems: z
     .array(z.string())
     .describe("What is not as declared, each with what it is; empty if the host is ready."),
@@ -168,7 +174,7 @@ interface Observed {
   readonly facts: Facts;
 }
 
-async function look(context: Context, wanted: Inputs | State): Promise<Facts> {
+async function look(context: Context, wanted: Pick<Inputs, "owner" | "roles" | "server">): Promise<Facts> {
   const command: RemoteCommand = {
     argv: script(
       lookScript,
@@ -182,6 +188,11 @@ async function look(context: Context, wanted: Inputs | State): Promise<Facts> {
   };
   const result = await succeed(context, command, "the host could not be looked at");
   return parseOutput(context, command, result, (stdout) => readFacts(parseFields(stdout)));
+}
+
+/** Looks at a host, of which nothing is declared. */
+export async function lookAtHost(context: Context): Promise<HostFacts> {
+  return factsOf(await look(context, { owner: "", roles: [...hostRoles], server: "nbdkit" }));
 }
 
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
@@ -590,11 +601,8 @@ function warnOfTouched(context: Context, { stdout }: CommandResult): void {
   );
 }
 
-function toState(declared: Inputs | State, { facts }: Observed): State {
-  const problems = problemsOf(facts, declared);
+function factsOf(facts: Facts): HostFacts {
   return {
-    ...declared,
-    packagesInstalled: (facts.record?.packages ?? []).filter((name) => facts.packages.has(name)),
     distribution: facts.distribution.name,
     kernel: facts.kernel,
     versions: facts.versions,
@@ -602,6 +610,15 @@ function toState(declared: Inputs | State, { facts }: Observed): State {
     nbdsMax: facts.nbdsMax,
     globalFilter: facts.lvm === undefined ? undefined : [...facts.lvm.filter],
     cgroupBpf: facts.cgroupBpf,
+  };
+}
+
+function toState(declared: Inputs | State, { facts }: Observed): State {
+  const problems = problemsOf(facts, declared);
+  return {
+    ...declared,
+    packagesInstalled: (facts.record?.packages ?? []).filter((name) => facts.packages.has(name)),
+    ...factsOf(facts),
     problems,
     state: problems.length === 0 ? "ready" : "incomplete",
   };

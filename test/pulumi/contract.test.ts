@@ -6,12 +6,14 @@ import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
 import * as grpc from "@grpc/grpc-js";
-import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import { afterAll, afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { z } from "zod";
 import { LvmNbdError } from "../../provider/core/errors.js";
+import { askFunction } from "../../provider/core/functions.js";
 import { createHandlers, type Environment } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { isSecret } from "../../provider/core/secrets.js";
+import { functionType } from "../../provider/functions/registry.js";
 import { providerProto, structOf } from "../../provider/pulumi/proto.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
 import type { Host } from "../../provider/ssh/types.js";
@@ -25,9 +27,14 @@ import {
   urnOf,
 } from "../support/pluginClient.js";
 import { recordedLvs } from "../support/recorded.js";
+import { SetupHost } from "../support/setupHost.js";
 
 type Values = Readonly<Record<string, unknown>>;
 
+const properties = z.object({
+  properties: z.record(z.string(), z.unknown()),
+  required: z.array(z.string()).default([]),
+});
 const schema = z
   .object({
     resources: z.record(
@@ -37,6 +44,7 @@ const schema = z
         inputProperties: z.record(z.string(), z.unknown()),
       }),
     ),
+    functions: z.record(z.string(), z.object({ inputs: properties, outputs: properties })),
   })
   .parse(JSON.parse(readFileSync("schema.json", "utf8")));
 /** Components are made of these, by Construct. */
@@ -94,6 +102,8 @@ beforeEach(async () => {
     schema: () => readFile("schema.json", "utf8"),
     handlers: async (type: string, environment: Omit<Environment, "openHost">) =>
       createHandlers(resourceType(type), { ...environment, openHost: async () => opened }),
+    ask: (name: string, args: Values, environment: Omit<Environment, "openHost">) =>
+      askFunction(functionType(name), args, { ...environment, openHost: async () => opened }),
   };
   engine = await startEngine();
   plugin = await startService(parts, engine.address);
@@ -281,6 +291,78 @@ describe("a snapshot, as the engine has it made", () => {
   });
 });
 
+describe("every function of the schema", () => {
+  const all = Object.entries(schema.functions);
+  const everyArgument = all.flatMap(([token, { inputs }]) =>
+    Object.keys(inputs.properties).map((property) => [token, property] as const),
+  );
+  const right: Values = { host, volumeGroup: "VgVm" };
+  const argsOf = (token: string): Values =>
+    Object.fromEntries(
+      Object.keys(schema.functions[token]?.inputs.properties ?? {}).map((key) => [key, right[key]]),
+    );
+  const real = new SetupHost();
+  afterAll(() => real.close());
+
+  beforeEach(() => {
+    opened = {
+      name: "server1",
+      run: async (command) =>
+        command.argv[0] === "lvs" ? fakeHost(() => recordedLvs("valid")).run(command) : real.run(command),
+    };
+  });
+
+  it.each(all)("%s tells what the schema says", async (token, { outputs }) => {
+    const { values, failures } = await plugin.invoke(token, argsOf(token));
+    expect(failures).toEqual([]);
+    const told = Object.keys(values ?? {});
+    expect(Object.keys(outputs.properties)).toEqual(expect.arrayContaining(told));
+    expect(told).toEqual(expect.arrayContaining(outputs.required));
+    expect(JSON.stringify(values)).not.toContain("planted");
+  });
+
+  it.each(everyArgument)(
+    "%s may be asked with %s unknown, and tells nothing then",
+    async (token, property) => {
+      opened = asked;
+      for (const later of [unknownValue, secret(unknownValue), { deep: [unknownValue] }])
+        expect(await plugin.invoke(token, { ...argsOf(token), [property]: later })).toEqual({
+          values: {},
+          failures: [],
+        });
+      expect(asked.commands).toEqual([]);
+    },
+  );
+
+  it.each(everyArgument)("%s of any form of %s is answered, by its failures", async (token, property) => {
+    opened = asked;
+    for (const form of ["", [], {}, 0, true, { a: { b: {} } }, [null], "\u0000"]) {
+      const { failures } = await plugin.invoke(token, { ...argsOf(token), [property]: form });
+      const [first] = failures;
+      expect(`${first?.property}${first?.reason}`).toContain(property);
+    }
+    expect(asked.commands).toEqual([]);
+  });
+
+  it.each(all)("%s wants to know of which host, and no more than it has", async (token) => {
+    expect((await plugin.invoke(token, {})).failures).toEqual([{ property: "host", reason: "is required" }]);
+    const { failures } = await plugin.invoke(token, { host, more: 1 });
+    expect(failures).toEqual([{ property: "more", reason: "is no property of this function" }]);
+  });
+
+  it.each(all)("%s of a host that cannot be reached tells that", async (token) => {
+    opened = asked;
+    const told = plugin.invoke(token, argsOf(token));
+    await expect(told).rejects.toThrow(/HOST_UNREACHABLE: get(Host|Volumes)/);
+  });
+
+  it("that there is not is refused, by the names of those that there are", async () => {
+    await expect(plugin.invoke("lvm-nbd:index:getMirrors", { host })).rejects.toThrow(
+      /INVALID_INPUT: lvm-nbd has no function "getMirrors"; there are: getHost, getVolumes/,
+    );
+  });
+});
+
 it("a thousand calls at once are answered, each for itself", async () => {
   const types = everyType.map(([type]) => type);
   const answers = await Promise.all(
@@ -304,6 +386,7 @@ describe("what is no message", () => {
     "Delete",
     "Configure",
     "CheckConfig",
+    "Invoke",
   ];
   const refusals = [grpc.status.INTERNAL, grpc.status.INVALID_ARGUMENT];
   const stillAnswers = async () => {

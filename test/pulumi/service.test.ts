@@ -1,6 +1,7 @@
 import * as grpc from "@grpc/grpc-js";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
+import type { Answer } from "../../provider/core/functions.js";
 import type { Environment, Handlers } from "../../provider/core/handlers.js";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import {
@@ -10,6 +11,7 @@ import {
   statusProto,
   structOf,
 } from "../../provider/pulumi/proto.js";
+import type { Parts } from "../../provider/pulumi/service.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
 import { ask, callPlain, secret, startEngine, startService, urnOf } from "../support/pluginClient.js";
 
@@ -20,6 +22,7 @@ const asset = { "4dabf18193072939515e22adb298388d": "c44067f5952c0a294b673a41bac
 
 let calls: unknown[][];
 let overrides: Partial<Handlers>;
+let answer: Answer;
 let environments: Omit<Environment, "openHost">[];
 let plugin: Awaited<ReturnType<typeof startService>>;
 
@@ -61,7 +64,12 @@ const recorder = (): Handlers => ({
   ...overrides,
 });
 
-const parts = {
+const parts: Parts = {
+  ask: async (name, args, environment) => {
+    calls.push(["ask", name, args]);
+    environments.push(environment);
+    return answer;
+  },
   version: "1.2.3",
   schema: async () => '{"name":"lvm-nbd"}',
   handlers: async (type: string, environment: Omit<Environment, "openHost">) => {
@@ -74,6 +82,7 @@ const parts = {
 beforeEach(async () => {
   calls = [];
   overrides = {};
+  answer = { values: { kernel: "6.1", versions: { lvm: "2.03" } } };
   environments = [];
   plugin = await startService(parts);
 });
@@ -541,6 +550,60 @@ describe("read", () => {
       ["find", "server1/x", { ...who, readsOnly: false }],
       ["find", "server1/x", { ...who, host: { address: "a" }, readsOnly: true }],
     ]);
+  });
+});
+
+describe("a function", () => {
+  const token = "lvm-nbd:index:getHost";
+
+  it("is asked with plain values, by what is configured, and tells plain ones", async () => {
+    await plugin.configure({ hosts: { server1: { address: "a" } } });
+    const host = { address: "a", password: secret("p") };
+    const { values, failures } = await plugin.invoke(token, { host, volumeGroup: null });
+    expect(values).toEqual({ kernel: "6.1", versions: { lvm: "2.03" } });
+    expect(failures).toEqual([]);
+    expect(calls).toEqual([["ask", "getHost", { host: { address: "a", password: "p" } }]]);
+    expect(environments.at(-1)?.namedHosts?.().get("server1")).toEqual({ address: "a" });
+  });
+
+  it("tells secrets where it was asked with one, other than how its host is reached", async () => {
+    const { values } = await plugin.invoke(token, { host: "a", volumeGroup: secret("VgVm") });
+    expect(values).toEqual({ kernel: secret("6.1"), versions: secret({ lvm: "2.03" }) });
+  });
+
+  it("is not asked with what is not known yet, or is no plain value", async () => {
+    for (const host of [unknownValue, secret(unknownValue), { address: "a", privateKey: unknownValue }])
+      expect(await plugin.invoke(token, { host })).toEqual({ values: {}, failures: [] });
+    expect((await plugin.invoke(token, { host: asset })).failures).toEqual([
+      { property: "host", reason: expect.stringContaining("is an asset") },
+    ]);
+    expect(calls).toEqual([]);
+  });
+
+  it("that cannot be asked so tells why by property, in the text alone where that is a secret", async () => {
+    answer = {
+      problems: [
+        { property: "host.port", reason: "a" },
+        { property: "host", reason: "b" },
+      ],
+    };
+    expect(await plugin.invoke(token, { host: { password: "p" } })).toEqual({
+      values: undefined,
+      failures: [
+        { property: "host.port", reason: "a" },
+        { property: "", reason: "host: b" },
+      ],
+    });
+  });
+
+  it("ends with a cancel", async () => {
+    await plugin.cancel();
+    await plugin.invoke(token, { host: "a" });
+    expect(environments.at(-1)?.signal.aborted).toBe(true);
+  });
+
+  it("of another package is none", async () => {
+    await expect(plugin.invoke("aws:index:getHost", {})).rejects.toThrow(/is no function of lvm-nbd/);
   });
 });
 

@@ -19,6 +19,14 @@ const schema = z
   .looseObject({
     config: z.object({ variables: properties, defaults: z.array(z.string()) }),
     provider: z.looseObject({ inputProperties: properties }),
+    functions: z.record(
+      z.string(),
+      z.object({
+        description: z.string(),
+        inputs: z.looseObject({ properties }),
+        outputs: z.looseObject({ properties }),
+      }),
+    ),
     types: z.record(z.string(), z.looseObject({ properties, enum: z.array(z.unknown()).optional() })),
     resources: z.record(
       z.string(),
@@ -73,6 +81,12 @@ describe("schema.json", () => {
       path: `Provider.${name}`,
       spec,
     })),
+    ...Object.entries(schema.functions).flatMap(([token, { inputs, outputs }]) =>
+      Object.entries({ ...inputs.properties, ...outputs.properties }).map(([name, spec]) => ({
+        path: `${token}.${name}`,
+        spec,
+      })),
+    ),
     ...Object.entries(schema.resources).flatMap(([token, resource]) =>
       Object.entries({ ...resource.properties, ...resource.inputProperties }).map(([name, spec]) => ({
         path: `${token}.${name}`,

@@ -145,6 +145,17 @@ export function connectPlugin(port: number) {
       await ask((answer) => client.delete(request, answer));
     },
 
+    async invoke(token: string, args: Values) {
+      const request = new providerProto.InvokeRequest();
+      request.setTok(token);
+      request.setArgs(structOf(args));
+      const response = await ask<providerProto.InvokeResponse>((answer) => client.invoke(request, answer));
+      return {
+        values: response.getReturn()?.toJavaScript(),
+        failures: response.getFailuresList().map((failure) => failure.toObject()),
+      };
+    },
+
     async configure(args: Values) {
       const request = new providerProto.ConfigureRequest();
       request.setArgs(structOf(args));

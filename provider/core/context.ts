@@ -1,0 +1,35 @@
+/** Where an operation runs. */
+import type { Host, HostArgs } from "../ssh/types.js";
+import { isLvmNbdError, printable } from "./errors.js";
+import type { Environment } from "./handlers.js";
+import type { Context } from "./resource.js";
+
+/** The context on a host. `resource`: on whose behalf, for messages. Raises what opening a host raises. */
+export async function contextOn(
+  environment: Environment,
+  args: HostArgs,
+  resource: string,
+): Promise<Context> {
+  const open = async (asked: HostArgs): Promise<Host> => {
+    try {
+      return await environment.openHost(asked);
+    } catch (error) {
+      throw named(error, resource);
+    }
+  };
+  const host = await open(args);
+  return {
+    host,
+    resource,
+    signal: environment.signal,
+    // A message may hold what a host wrote, e.g. the owner named in a tag.
+    progress: (message) => environment.progress(printable(`${resource} on ${host.name}: ${message}`)),
+    warn: (message) => environment.warn(printable(`${resource} on ${host.name}: ${message}`)),
+    open,
+  };
+}
+
+/** The failure as one of that resource's, where it does not say yet whose it is. */
+export function named(error: unknown, resource: string): unknown {
+  return isLvmNbdError(error) ? error.with({ resource }) : error;
+}
