@@ -47,7 +47,11 @@ export function namedHosts(value: unknown): NamedHosts {
   const { hosts, problems } = readHosts(value);
   if (problems.length === 0) return hosts;
   const reasons = problems.map(({ property, reason }) => `lvm-nbd:${property}: ${reason}`);
-  throw new LvmNbdError("INVALID_INPUT", { message: reasons.join("; ") });
+  // Without the program, Pulumi gives the configuration as it was at the last one's run.
+  const advice =
+    "Correct it by `pulumi config set --path` or `pulumi config rm --path`. What is correct by now reaches `pulumi refresh` and " +
+    "`destroy` by a `pulumi up`, or with `--run-program`.";
+  throw new LvmNbdError("INVALID_INPUT", { message: reasons.join("; "), advice });
 }
 
 /** A value of the configuration: what is no text reaches a provider as one, in JSON. There null is nothing. */

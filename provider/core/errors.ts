@@ -15,7 +15,7 @@ export const errorCodes = {
   HOST_KEY_MISMATCH:
     "The host shows another key than the pinned or known one: it was reinstalled, or somebody is in between. Find out which before you change the pin.",
   AUTH_FAILED:
-    "The host accepts none of the offered keys or passwords for this user. Add a key to its authorized_keys, or name another by `privateKeyPath`.",
+    "The host accepts none of the offered keys or passwords for this user. Add a key to its authorized_keys, or name another by `privateKeyPath`. What was changed in `lvm-nbd:hosts` reaches `pulumi refresh` and `destroy` by a `pulumi up`, or with `--run-program`.",
   KEY_UNREADABLE:
     "A private key file is missing, unreadable, encrypted without a passphrase, or not a private key. Name another, or give `passphrase`.",
   SUDO_DENIED:

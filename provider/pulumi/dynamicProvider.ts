@@ -85,7 +85,7 @@ export function toDynamicProvider(
       // `pulumi up --replace` and a tainted resource: the create found what was there by its mark.
       const own = made.get(state.owner);
       if (own !== undefined && own === handlers.id(state)) warn(keptInstead(own));
-      else await handlers.remove(state);
+      else await plainly(handlers.remove(state));
     },
   };
 }
@@ -94,7 +94,7 @@ function known(bag: Bag, unknown: ReadonlySet<string>): Bag {
   return withoutProperties(bag, new Set([...unknown, providerKey]));
 }
 
-/** What check, diff and read throw is printed with its stack, which tells a person nothing that the message does not. */
+/** What check, diff, read and delete throw is printed with its stack, which tells a person nothing that the message does not. */
 async function plainly<T>(work: Promise<T>): Promise<T> {
   try {
     return await work;

@@ -306,9 +306,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
       const answer =
         refused.length > 0
           ? { problems: refused }
-          : await bounded(engine.on(""), 0, (environment) =>
-              parts.ask(name, args.values, environment),
-            );
+          : await bounded(engine.on(""), 0, (environment) => parts.ask(name, args.values, environment));
       response.setFailuresList((answer.problems ?? []).map((problem) => failureOf(problem, args)));
       if (answer.problems === undefined) {
         // How a host is reached is in no answer; what else was asked may be.

@@ -117,6 +117,8 @@ describe("a dynamic resource on a configured host", () => {
     expect(failures).toEqual([{ property: "", reason: expect.stringMatching(wrong) }]);
     await expect(provider.read(urn, "id", state(closure))).rejects.toThrow(wrong);
     await expect(provider.remove(urn, state(closure))).rejects.toThrow(wrong);
+    expect(said).toMatch(/what to do: Correct it by `pulumi config set --path`.*--run-program/);
+    expect(said).not.toMatch(/^\s+at /m);
   });
 
   it("is told as unknown where it is configured nowhere", async () => {

@@ -213,11 +213,12 @@ describe("what Pulumi prints of a failure", () => {
       [bug, bug.stack],
     ] as const) {
       const fail = () => Promise.reject(failure);
-      const { method } = recorder({ check: fail, diff: fail, read: fail });
+      const { method } = recorder({ check: fail, diff: fail, read: fail, remove: fail });
       for (const work of [
         method("check")({}, bag),
         method("diff")("id", bag, bag),
         method("read")("id", bag),
+        method("delete")("id", bag),
       ])
         await expect(work).rejects.toMatchObject({ message: failure.message, stack });
     }
