@@ -15,6 +15,7 @@ const longest = [
   "lab/faults/hosts",
   "lab/inPlace",
   "lab/attacks",
+  "lab/configuredHosts",
   "lab/restore",
   "lab/secrets",
   "lab/drift",
