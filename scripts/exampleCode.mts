@@ -2,16 +2,32 @@
 import type { Example, OutputOf as Reference } from "../provider/core/example.ts";
 import { OutputOf } from "./provider.mts";
 
+type Values = Readonly<Record<string, unknown>>;
+
 /** Section of a description. `packageName`: of the package, e.g. `lvm-nbd`. */
 export function exampleSection(example: Example, packageName: string): string {
-  const programs = [
-    ["typescript", typescript(example, packageName)],
-    ["python", python(example, packageName)],
-    ["yaml", yaml(example, packageName)],
-  ].map(([language, text]) => `\`\`\`${language}\n${text}\`\`\`\n`);
+  return section({
+    typescript: typescript(example, packageName),
+    python: python(example, packageName),
+    yaml: yaml(example, packageName),
+  });
+}
+
+/** The same for a function that is asked so. */
+export function callSection(name: string, args: Values, packageName: string): string {
+  const module = snakeCase(packageName);
+  return section({
+    typescript: `${typescriptStart(packageName)}const told = ${module}.${name}Output(${literal(args, "", typescriptWords)});\n`,
+    python: `${pythonStart(packageName)}told = ${module}.${snakeCase(name)}(\n${pythonArgs(args)})\n`,
+    yaml: `variables:\n  told:\n    fn::invoke:\n      function: ${packageName}:${name}\n      arguments:\n${yamlMap(args, "        ")}`,
+  });
+}
+
+function section(programs: Readonly<Record<string, string>>): string {
+  const blocks = Object.entries(programs).map(([language, text]) => `\`\`\`${language}\n${text}\`\`\`\n`);
   return [
     "{{% examples %}}\n## Example Usage\n\n{{% example %}}",
-    ...programs,
+    ...blocks,
     "{{% /example %}}\n{{% /examples %}}",
   ].join("\n");
 }
@@ -22,18 +38,30 @@ function typescript(example: Example, packageName: string): string {
     ([name, { type, properties }]) =>
       `const ${name} = new ${alias}.${type}("${name}", ${literal(properties, "", typescriptWords)});\n`,
   );
-  return `import * as ${alias} from "pulumi-${packageName}-sdk";\n\n${resources.join("")}`;
+  return `${typescriptStart(packageName)}${resources.join("")}`;
+}
+
+function typescriptStart(packageName: string): string {
+  return `import * as ${snakeCase(packageName)} from "pulumi-${packageName}-sdk";\n\n`;
 }
 
 function python(example: Example, packageName: string): string {
   const module = snakeCase(packageName);
   const resources = Object.entries(example).map(([name, { type, properties }]) => {
-    const args = Object.entries(properties).map(
-      ([key, value]) => `    ${snakeCase(key)}=${literal(value, "    ", pythonWords)},\n`,
-    );
-    return `${snakeCase(name)} = ${module}.${type}(\n    "${name}",\n${args.join("")})\n`;
+    return `${snakeCase(name)} = ${module}.${type}(\n    "${name}",\n${pythonArgs(properties)})\n`;
   });
-  return `import pulumi_${module} as ${module}\n\n${resources.join("")}`;
+  return `${pythonStart(packageName)}${resources.join("")}`;
+}
+
+function pythonStart(packageName: string): string {
+  const module = snakeCase(packageName);
+  return `import pulumi_${module} as ${module}\n\n`;
+}
+
+function pythonArgs(values: Values): string {
+  return Object.entries(values)
+    .map(([key, value]) => `    ${snakeCase(key)}=${literal(value, "    ", pythonWords)},\n`)
+    .join("");
 }
 
 function yaml(example: Example, packageName: string): string {

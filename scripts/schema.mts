@@ -3,7 +3,7 @@ import { readFileSync } from "node:fs";
 import { z } from "zod";
 import type { AnyFunctionType } from "../provider/core/functions.ts";
 import type { AnyResourceType, Described } from "../provider/core/resource.ts";
-import { exampleSection } from "./exampleCode.mts";
+import { callSection, exampleSection } from "./exampleCode.mts";
 import { writeGenerated } from "./generated.mts";
 import { PackageTypes } from "./packageTypes.mts";
 import { componentTypes, configuration, functionTypes, resourceTypes } from "./provider.mts";
@@ -53,7 +53,7 @@ function functionOf(type: AnyFunctionType) {
   const owner = type.name.replace("get", "Get");
   const inputs = types.propertiesOf(type.inputs, "input", owner);
   return {
-    description: type.description,
+    description: `${type.description}\n\n${callSection(type.name, type.example, name)}`,
     inputs: { type: "object", ...inputs },
     outputs: { type: "object", ...types.propertiesOf(type.outputs, "output", owner) },
   };

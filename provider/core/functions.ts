@@ -13,6 +13,8 @@ export interface FunctionType<Inputs extends { readonly host: HostArgs } = { rea
   readonly name: string;
   /** One sentence on what it tells. */
   readonly description: string;
+  /** Arguments with which it could be asked. */
+  readonly example: Values;
   readonly inputs: z.ZodObject;
   readonly outputs: z.ZodObject;
   /** Looks, changes nothing. */

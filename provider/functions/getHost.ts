@@ -15,6 +15,7 @@ export type GetHostResult = z.infer<typeof outputs>;
 export const getHost: FunctionType<z.infer<typeof inputs>> = {
   name: "getHost",
   description: "What a host is: its system, and the versions of the tools that are there. It only looks.",
+  example: { host: "server1" },
   inputs,
   outputs,
   ask: (context): Promise<GetHostResult> => lookAtHost(context),

@@ -46,6 +46,7 @@ export type GetVolumesResult = z.infer<typeof outputs>;
 export const getVolumes: FunctionType<z.infer<typeof inputs>> = {
   name: "getVolumes",
   description: "Which logical volumes a host has. It only looks.",
+  example: { host: "server1", volumeGroup: "VgVm" },
   inputs,
   outputs,
   async ask(context, { volumeGroup }): Promise<GetVolumesResult> {

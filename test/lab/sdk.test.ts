@@ -14,8 +14,9 @@ vi.setConfig({ testTimeout: 600_000, hookTimeout: 1_800_000 });
 const root = join(__dirname, "..", "..");
 const schemaFile = join(root, "schema.json");
 const pulumiModule = "github.com/pulumi/pulumi/pkg/v3";
+const described = z.record(z.string(), z.looseObject({ description: z.string() }));
 const schema = z
-  .looseObject({ resources: z.record(z.string(), z.looseObject({ description: z.string() })) })
+  .looseObject({ resources: described, functions: described })
   .parse(JSON.parse(readFileSync(schemaFile, "utf8")));
 
 let generator: string;
@@ -35,7 +36,7 @@ afterAll(() => {
 function writeExamples(language: string, extension: string): string {
   const to = join(folder, "examples", language);
   mkdirSync(to, { recursive: true });
-  for (const [token, { description }] of Object.entries(schema.resources)) {
+  for (const [token, { description }] of Object.entries({ ...schema.resources, ...schema.functions })) {
     const [, program] = new RegExp(`\`\`\`${language}\n(.*?)\`\`\``, "s").exec(description) ?? [];
     if (program === undefined) throw new Error(`${token} has no example in ${language}`);
     writeFileSync(join(to, `${token.replace(/.*:/, "")}${extension}`), program);

@@ -8,6 +8,7 @@ import type { VmBackupArgs, VmBackupVolume } from "../../provider/components/vmB
 import type { vmBackupInputs } from "../../provider/components/vmBackupType.js";
 import { OutputOf } from "../../provider/core/example.js";
 import { componentTypes, resourceTypes } from "../../provider/core/registry.js";
+import { functionTypes } from "../../provider/functions/registry.js";
 
 const read = (...path: string[]): unknown =>
   JSON.parse(readFileSync(join(__dirname, "..", "..", ...path), "utf8"));
@@ -193,6 +194,18 @@ describe.each([...resourceTypes, ...componentTypes])("the example of $type", ({ 
     expect(description).toContain(`new lvm_nbd.${type}("`);
     expect(description).toContain(`lvm_nbd.${type}(\n`);
     expect(description).toContain(`type: lvm-nbd:${type}\n`);
+  });
+});
+
+describe.each(functionTypes)("the example of $name", ({ name, example, inputs }) => {
+  it("is what it can be asked, and is in its description in each language", () => {
+    expect(z.strictObject(inputs.shape).safeParse(example).error?.issues).toBeUndefined();
+    const { description } = schema.functions[`lvm-nbd:index:${name}`] ?? { description: "" };
+    expect(description).toContain(`lvm_nbd.${name}Output({`);
+    expect(description).toContain(
+      `lvm_nbd.${name.replace(/[A-Z]/, (letter) => `_${letter.toLowerCase()}`)}(`,
+    );
+    expect(description).toContain(`function: lvm-nbd:${name}\n`);
   });
 });
 
