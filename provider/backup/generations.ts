@@ -2,10 +2,10 @@
 
 /** How many of each are kept: the newest one of each of so many days, weeks (from Monday), months and years. */
 export interface RetentionPolicy {
-  readonly daily?: number;
-  readonly weekly?: number;
-  readonly monthly?: number;
-  readonly yearly?: number;
+  readonly daily?: number | undefined;
+  readonly weekly?: number | undefined;
+  readonly monthly?: number | undefined;
+  readonly yearly?: number | undefined;
 }
 
 const dayMs = 24 * 3600 * 1000;

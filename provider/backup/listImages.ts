@@ -76,18 +76,23 @@ export async function listImages(host: HostArgs, folder: string, named?: NamedHo
       warn: () => undefined,
       open: (other) => pool.get(other, named),
     };
-    const command: RemoteCommand = {
-      argv: script(listScript, withoutSlash(folder) || "/"),
-      kind: "read",
-      deadlineSeconds: 120,
-    };
-    const result = await succeed(context, command, `the images in ${folder} could not be listed`, (failed) =>
-      explanations.get(failed.exitCode),
-    );
-    return parseOutput(context, command, result, parseImages);
+    return await imagesIn(context, folder);
   } finally {
     pool.close();
   }
+}
+
+/** As `listImages`, on the context's host. */
+export async function imagesIn(context: Context, folder: string): Promise<Image[]> {
+  const command: RemoteCommand = {
+    argv: script(listScript, withoutSlash(folder) || "/"),
+    kind: "read",
+    deadlineSeconds: 120,
+  };
+  const result = await succeed(context, command, `the images in ${folder} could not be listed`, (failed) =>
+    explanations.get(failed.exitCode),
+  );
+  return parseOutput(context, command, result, parseImages);
 }
 
 /** A folder as it stands before the name of a file in it. */

@@ -5,8 +5,8 @@
 import * as pulumi from "@pulumi/pulumi";
 import type { RetentionPolicy } from "../backup/generations.js";
 import type { Image } from "../backup/listImages.js";
-import { vmGenerations } from "../backup/vmGenerations.js";
 import { BackupImage, type BackupImageArgs } from "../pulumi/dynamic.js";
+import { vmBackupParts } from "./vmBackupType.js";
 
 /** A volume of the VM; its names must be known to the program, since they become part of the images' names. */
 export interface VmBackupVolume {
@@ -64,25 +64,18 @@ export class VmBackup extends pulumi.ComponentResource {
 
   constructor(name: string, args: VmBackupArgs, options?: pulumi.ComponentResourceOptions) {
     super("lvm-nbd:index:VmBackup", name, {}, options);
-    const { folder, volumes, keep, made, format = "raw", now = new Date(), compress, ...common } = args;
-    const wanted = vmGenerations({ name, folder, volumes, keep, made, format, now });
-    const images = wanted.map((generation) => {
-      const image = new BackupImage(
-        `${name}-${generation.key}`,
-        {
-          ...common,
-          ...{ volumes: generation.volumes, format: generation.format, existing: !generation.isToday },
-          ...(compress !== undefined &&
-            (generation.isToday || generation.format === "qcow2") && { compress }),
-        },
-        { parent: this },
-      );
-      return { isToday: generation.isToday, image };
+    const { folder, volumes, keep, made, format = "raw", now = new Date() } = args;
+    const { parts, outputs } = vmBackupParts({ name, folder, volumes, keep, made, format, now });
+    const images = parts.map(({ name: image, handedOn, inputs }) => {
+      const { host, source } = args;
+      const own = Object.fromEntries(Object.entries(args).filter(([key]) => handedOn.includes(key)));
+      const resource = new BackupImage(image, { host, source, ...own, ...inputs }, { parent: this });
+      return { existing: inputs.existing, resource };
     });
-    const today = images.find(({ isToday }) => isToday)?.image;
+    const today = images.find(({ existing }) => !existing)?.resource;
     if (today === undefined) throw new Error("today's backup is not among those that should exist");
     this.today = today;
-    this.keys = wanted.map(({ key }) => key);
-    this.registerOutputs({ keys: this.keys });
+    this.keys = outputs.keys;
+    this.registerOutputs(outputs);
   }
 }

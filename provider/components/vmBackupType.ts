@@ -1,6 +1,14 @@
 /** VmBackup as programs in any language see it. */
 import { z } from "zod";
-import type { Described } from "../core/resource.js";
+import { imagesIn } from "../backup/listImages.js";
+import {
+  type NamedVolume,
+  type VmGeneration,
+  type VmWanted,
+  vmGenerations,
+} from "../backup/vmGenerations.js";
+import type { ComponentType, Composition, Part } from "../core/component.js";
+import { LvmNbdError } from "../core/errors.js";
 import { backupImageInputs } from "../resources/backupImage.js";
 
 /** For `.meta()`: the program must know the value, since it becomes part of the images' names. */
@@ -69,7 +77,35 @@ const outputs = z.object({
     .describe("The days (`YYYY-MM-DD`) of which there are to be backups, the newest first."),
 });
 
-export const vmBackup: Described = {
+type Inputs = z.infer<typeof vmBackupInputs>;
+
+/** Inputs that each image has, whatever its day. */
+const common = [
+  ...(["host", "source", "mountPoint"] as const),
+  ...(["connections", "bandwidthLimit", "verify", "deepCheck"] as const),
+];
+
+interface VmBackupComposition extends Composition {
+  readonly parts: readonly (Part & {
+    readonly inputs: Pick<VmGeneration<NamedVolume>, "volumes" | "format"> & { readonly existing: boolean };
+  })[];
+  readonly outputs: { readonly keys: readonly string[] };
+}
+
+/** A BackupImage of each day that is to be kept, of which today's alone may be made. Throws an Error that says what cannot be right. */
+export function vmBackupParts(wanted: VmWanted<NamedVolume>): VmBackupComposition {
+  const generations = vmGenerations(wanted);
+  const parts = generations.map(({ key, isToday, format, volumes }) => ({
+    type: "BackupImage",
+    name: `${wanted.name}-${key}`,
+    // What is kept may be of another format than the declared one.
+    handedOn: isToday || format === "qcow2" ? [...common, "compress"] : common,
+    inputs: { volumes, format, existing: !isToday },
+  }));
+  return { parts, outputs: { keys: generations.map(({ key }) => key) } };
+}
+
+export const vmBackup: ComponentType<Inputs> = {
   type: "VmBackup",
   description:
     "The nightly backups of a VM with their retention: one `BackupImage`, called `NAME-YYYY-MM-DD`, for each day that is to be kept.",
@@ -87,4 +123,25 @@ export const vmBackup: Described = {
   },
   inputs: vmBackupInputs,
   outputs,
+  handsOn: [...common, "compress"],
+  async compose(name, { now, ...inputs }, host) {
+    const made = host === undefined ? [] : await imagesIn(host, inputs.folder);
+    const composed = readable(() =>
+      vmBackupParts({ ...inputs, name, made, now: now === undefined ? new Date() : new Date(now) }),
+    );
+    if (host !== undefined) return composed;
+    const unsure =
+      "the host is only known later: which backups it has, and which of them are kept, is looked up by `pulumi up`. Until then earlier ones are missing here";
+    return { ...composed, outputs: {}, unsure };
+  },
 };
+
+/** What cannot be right of a declaration. */
+function readable<T>(work: () => T): T {
+  try {
+    return work();
+  } catch (error) {
+    const message = error instanceof Error ? error.message : String(error);
+    throw new LvmNbdError("INVALID_INPUT", { message, cause: error });
+  }
+}

@@ -8,7 +8,9 @@ import { mount } from "../resources/mount.js";
 import { nbdAttachment } from "../resources/nbdAttachment.js";
 import { nbdExport } from "../resources/nbdExport.js";
 import { volumeCopy } from "../resources/volumeCopy.js";
-import type { AnyResourceType, Described } from "./resource.js";
+import type { AnyComponentType } from "./component.js";
+import { LvmNbdError } from "./errors.js";
+import type { AnyResourceType } from "./resource.js";
 
 export const resourceTypes: readonly AnyResourceType[] = [
   hostSetup,
@@ -21,7 +23,7 @@ export const resourceTypes: readonly AnyResourceType[] = [
   lvRestore,
 ];
 
-export const componentTypes: readonly Described[] = [vmBackup];
+export const componentTypes: readonly AnyComponentType[] = [vmBackup];
 
 /** The type of that name. Throws for a name that no version of this package knows. */
 export function resourceType(name: string): AnyResourceType {
@@ -31,5 +33,13 @@ export function resourceType(name: string): AnyResourceType {
       `pulumi-lvm-nbd has no resource "${name}": the stack was made with a newer version of the package`,
     );
   }
+  return found;
+}
+
+/** The component of that name. Raises INVALID_INPUT for what is none. */
+export function componentType(name: string): AnyComponentType {
+  const found = componentTypes.find((candidate) => candidate.type === name);
+  if (found === undefined)
+    throw new LvmNbdError("INVALID_INPUT", { message: `${name} is no component of lvm-nbd` });
   return found;
 }
