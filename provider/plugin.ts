@@ -11,7 +11,7 @@ import * as grpc from "@grpc/grpc-js";
 import type { Answer } from "./core/functions.js";
 import type { Environment, Handlers } from "./core/handlers.js";
 import { providerGrpc } from "./pulumi/proto.js";
-import { createService } from "./pulumi/service.js";
+import { createService, type Parts } from "./pulumi/service.js";
 import type { HostPool } from "./ssh/pool.js";
 
 const packageFolder = join(__dirname, "..");
@@ -48,6 +48,15 @@ async function opener({ namedHosts }: Pick<Environment, "namedHosts">): Promise<
   return (host) => get(host, namedHosts?.());
 }
 
+const compose: Parts["compose"] = async (type, environment, ...declared) => {
+  const [{ composeAs }, { componentType }] = await Promise.all([
+    import("./core/component.js"),
+    import("./core/registry.js"),
+  ]);
+  const openHost = await opener(environment);
+  return composeAs(componentType(type), { ...environment, openHost }, ...declared);
+};
+
 function version(): string {
   const { version }: { version: string } = JSON.parse(
     readFileSync(join(packageFolder, "package.json"), "utf8"),
@@ -74,6 +83,7 @@ function start(): void {
     schema: () => readFile(join(packageFolder, "schema.json"), "utf8"),
     handlers,
     ask,
+    compose,
   };
   server.addService(
     providerGrpc.ResourceProviderService,

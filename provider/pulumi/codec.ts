@@ -24,6 +24,8 @@ export interface Decoded {
   readonly secrets: ReadonlySet<string>;
   /** What has no plain value, by its path. */
   readonly refused: readonly Problem[];
+  /** URNs of the resources that a property was made of, as far as its values tell. */
+  readonly dependencies: ReadonlyMap<string, ReadonlySet<string>>;
 }
 
 type Path = readonly (string | number)[];
@@ -37,6 +39,13 @@ function pathKey(path: Path): string {
 export function decode(struct: Struct | undefined): Decoded {
   const secrets = new Set<string>();
   const refused: Problem[] = [];
+  const dependencies = new Map<string, Set<string>>();
+
+  const depend = ([property]: Path, urns: readonly Value[]) => {
+    const known = dependencies.get(String(property)) ?? new Set<string>();
+    for (const urn of urns) known.add(urn.getStringValue());
+    dependencies.set(String(property), known);
+  };
 
   const plain = (value: Value, path: Path): unknown => {
     if (value.hasStructValue()) return plainObject(value.getStructValue(), path);
@@ -54,6 +63,8 @@ export function decode(struct: Struct | undefined): Decoded {
     const content = fields.get("value");
     if (kind === secretSignature || fields.get("secret")?.getBoolValue()) secrets.add(pathKey(path));
     if (kind === secretSignature) return content === undefined ? null : plain(content, path);
+    if (kind === outputSignature)
+      depend(path, fields.get("dependencies")?.getListValue()?.getValuesList() ?? []);
     if (kind === outputSignature) return content === undefined ? unknownValue : plain(content, path);
     const reason = refusedSignatures[kind] ?? "is of a kind that this version of the provider does not know";
     refused.push({ property: path.join("."), reason });
@@ -68,7 +79,7 @@ export function decode(struct: Struct | undefined): Decoded {
     );
 
   const values = properties(fieldsOf(struct), []);
-  return { values, secrets, refused };
+  return { values, secrets, refused, dependencies };
 }
 
 function fieldsOf(struct: Struct | undefined): ReadonlyMap<string, Value> {

@@ -4,6 +4,7 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import type * as grpc from "@grpc/grpc-js";
+import type { Composed } from "../core/component.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Answer } from "../core/functions.js";
 import type { Environment, Handlers } from "../core/handlers.js";
@@ -19,6 +20,7 @@ import {
   variablesOf,
   withSecretHosts,
 } from "./configuration.js";
+import type { Door } from "./construct.js";
 import { diffResponse, ignoring } from "./diff.js";
 import { connectEngineLog, type EngineLog } from "./engine.js";
 import { Owners } from "./owners.js";
@@ -36,6 +38,12 @@ export interface Parts {
   handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers>;
   /** Asks a function, by its name. */
   ask(name: string, args: Bag, environment: Omit<Environment, "openHost">): Promise<Answer>;
+  /** What a component of that type is made of; see `composeAs`. */
+  compose(
+    type: string,
+    environment: Omit<Environment, "openHost">,
+    ...declared: Parameters<Door["compose"]>
+  ): Promise<Composed>;
 }
 
 type Bag = Readonly<Record<string, unknown>>;
@@ -318,6 +326,22 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
       }
       return response;
     }),
+    construct: unary((request: providerProto.ConstructRequest) =>
+      bounded(engine.on(""), 0, async (environment) => {
+        const type = typeName(request.getType());
+        const { construct } = await import("./construct.js");
+        return construct(request, {
+          compose: (...declared) => parts.compose(type, environment, ...declared),
+          organization: owners.organization,
+          signal: environment.signal,
+          async warn(urn, message) {
+            const row = engine.on(urn);
+            row.warn(message);
+            await row.delivered();
+          },
+        });
+      }),
+    ),
 
     cancel: unary(async () => {
       cancelled = true;

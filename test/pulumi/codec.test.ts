@@ -58,7 +58,7 @@ it("gives back every plain value as it was, with its secrets", () => {
 
 describe("a message", () => {
   it("that is not there has no values", () => {
-    expect(decode(undefined)).toEqual({ values: {}, secrets: none, refused: [] });
+    expect(decode(undefined)).toEqual({ values: {}, secrets: none, refused: [], dependencies: new Map() });
   });
 
   it("holds nothing where it holds null: so a secret output that is undefined arrives", () => {

@@ -24,6 +24,7 @@ import {
   secret,
   startEngine,
   startService,
+  unused,
   urnOf,
 } from "../support/pluginClient.js";
 import { recordedLvs } from "../support/recorded.js";
@@ -104,6 +105,7 @@ beforeEach(async () => {
       createHandlers(resourceType(type), { ...environment, openHost: async () => opened }),
     ask: (name: string, args: Values, environment: Omit<Environment, "openHost">) =>
       askFunction(functionType(name), args, { ...environment, openHost: async () => opened }),
+    compose: unused,
   };
   engine = await startEngine();
   plugin = await startService(parts, engine.address);

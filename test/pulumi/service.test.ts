@@ -13,7 +13,7 @@ import {
 } from "../../provider/pulumi/proto.js";
 import type { Parts } from "../../provider/pulumi/service.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
-import { ask, callPlain, secret, startEngine, startService, urnOf } from "../support/pluginClient.js";
+import { ask, callPlain, secret, startEngine, startService, unused, urnOf } from "../support/pluginClient.js";
 
 const urn = urnOf("LvSnapshot");
 const owner = "acme/p/s/vm1";
@@ -77,6 +77,7 @@ const parts: Parts = {
     environments.push(environment);
     return recorder();
   },
+  compose: unused,
 };
 
 beforeEach(async () => {

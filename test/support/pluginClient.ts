@@ -25,6 +25,11 @@ const secretSignature = { "4dabf18193072939515e22adb298388d": "1b47061264138c4ac
 /** A secret as it crosses the wire. */
 export const secret = (value: unknown) => ({ ...secretSignature, value });
 
+/** Of a test that asks for no component, or no function. */
+export const unused = async (name: string): Promise<never> => {
+  throw new Error(`nobody asks for a ${name}`);
+};
+
 /** The service in this process, asked over a real link. `close` when done. */
 export async function startService(parts: Parts, engineAddress?: string) {
   const server = new grpc.Server();
@@ -164,6 +169,33 @@ export function connectPlugin(port: number) {
       ).toObject();
     },
 
+    /** `edit`: what the engine says beside what is declared. */
+    async construct(
+      type: string,
+      name: string,
+      inputs: Values,
+      edit: (request: providerProto.ConstructRequest) => void,
+    ) {
+      const request = new providerProto.ConstructRequest();
+      request.setType(type);
+      request.setName(name);
+      request.setInputs(structOf(inputs));
+      edit(request);
+      const response = await ask<providerProto.ConstructResponse>((answer) =>
+        client.construct(request, answer),
+      );
+      return {
+        urn: response.getUrn(),
+        state: response.getState()?.toJavaScript(),
+        dependencies: Object.fromEntries(
+          response
+            .getStatedependenciesMap()
+            .getEntryList()
+            .map(([key]) => [key, response.getStatedependenciesMap().get(key)?.getUrnsList()]),
+        ),
+      };
+    },
+
     cancel: () => callPlain(client, "Cancel"),
   };
 }
@@ -220,7 +252,7 @@ export async function startEngine() {
   return { lines, address: `127.0.0.1:${port}`, close: () => server.forceShutdown() };
 }
 
-function listen(server: grpc.Server): Promise<number> {
+export function listen(server: grpc.Server): Promise<number> {
   return new Promise((resolve, reject) => {
     server.bindAsync("127.0.0.1:0", grpc.ServerCredentials.createInsecure(), (error, bound) =>
       error ? reject(error) : resolve(bound),
