@@ -8,7 +8,7 @@ import { hostAddress, hostName, hostOfName, validateHostArgs } from "../ssh/conf
 import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
 import { contextOn, named } from "./context.js";
 import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
-import { type Claimant, declareInstead, ownerOf } from "./owner.js";
+import { type Claimant, organizationMissing, ownerOf } from "./owner.js";
 import { PartialFailure } from "./partialFailure.js";
 import { problemsOf } from "./problems.js";
 import { converge, find, foresee, PartialSuccess, refresh, remove } from "./reconciler.js";
@@ -200,9 +200,9 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
 
     async find(id, finder) {
       const { byId } = type;
-      if (byId === undefined) {
-        const message = `a ${type.type} cannot be read by its id alone`;
-        throw new LvmNbdError("INVALID_INPUT", { message, property: "id", advice: declareInstead });
+      if ("reason" in byId) {
+        const message = `a ${type.type} cannot be read by its id alone: ${byId.reason}`;
+        throw new LvmNbdError("INVALID_INPUT", { message, property: "id", advice: byId.advice });
       }
       const at = id.indexOf("/");
       const place = at < 1 ? undefined : byId.place(id.slice(at + 1));
@@ -210,12 +210,14 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
         const message = `"${id}" is no id of a ${type.type}: that is HOST/${byId.form}`;
         throw new LvmNbdError("INVALID_INPUT", { message, property: "id" });
       }
+      if (byId.ofOwner && finder.organization === undefined)
+        throw new LvmNbdError("INVALID_INPUT", { message: organizationMissing, property: "id" });
       const { organization = "", project, stack, name } = finder;
       const owner = ownerOf(organization, project, stack, name);
       const host = finder.host ?? hostOfName(id.slice(0, at));
       const looked = placed({ host, owner, ...place });
       const found = await attempt(looked, (opened) =>
-        find(type, opened, looked, finder.readsOnly ? undefined : finder),
+        find(type, byId, opened, looked, finder.readsOnly ? undefined : finder),
       );
       if (found === undefined) return undefined;
       const wanted = parse(defined({ host, ...found.declared }), type.inputs);

@@ -10,6 +10,7 @@ import { firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
 import { type Claimant, organizationMissing, ownerByMark, ownerMark, ownerOfMark } from "./owner.js";
 import {
   type AnyResourceType,
+  type ById,
   ChangedMeanwhile,
   type CommonInputs,
   type CommonObservation,
@@ -168,6 +169,7 @@ const unseen = [
  */
 export async function find(
   type: AnyResourceType,
+  byId: ById<CommonInputs, CommonObservation>,
   context: Context,
   place: CommonInputs,
   claimant: Claimant | undefined,
@@ -175,7 +177,7 @@ export async function find(
   { readonly declared: Readonly<Record<string, unknown>>; readonly seen: CommonObservation } | undefined
 > {
   const seen = await type.observe(context, place);
-  if (seen === undefined || seen.halfMade || type.byId === undefined) return undefined;
+  if (seen === undefined || seen.halfMade) return undefined;
   const { mark } = seen;
   const owner =
     claimant === undefined ? mark : mark === undefined ? place.owner : ownerByMark(mark, claimant);
@@ -189,8 +191,9 @@ export async function find(
   }
   if (mark === undefined && claimant !== undefined && claimant.organization === undefined)
     throw refusal(context, "INVALID_INPUT", organizationMissing);
-  const declared = await type.byId.declared(context, seen);
-  return { declared: { ...declared, owner: owner ?? place.owner }, seen };
+  const declared = { ...(await byId.declared(context, seen, place)), owner: owner ?? place.owner };
+  const now = byId.ofOwner ? await type.observe(context, { ...place, ...declared }) : seen;
+  return now === undefined ? undefined : { declared, seen: now };
 }
 
 /** Observes for a refresh. `undefined`: positively gone, or something that is not ours has taken its place. */

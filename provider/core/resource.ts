@@ -74,8 +74,17 @@ export interface ById<Inputs, Observed> {
   readonly form: string;
   /** What that part of an id tells; `undefined` if it is not of the form. */
   place(path: string): Readonly<Record<string, unknown>> | undefined;
-  /** Declared properties as they are seen. Looks only. Raises INVALID_INPUT for what no look can tell. */
-  declared(context: Context, seen: Observed): Promise<Partial<Inputs>>;
+  /** Declared properties as they are seen at that place. Looks only. Raises INVALID_INPUT for what no look can tell. */
+  declared(context: Context, seen: Observed, place: Inputs): Promise<Partial<Inputs>>;
+  /** True if it is the owner's name that it lies under, and what is seen of it depends on the declaration. */
+  readonly ofOwner?: boolean;
+}
+
+/** Why a thing is not found by its id. */
+export interface NotById {
+  readonly reason: string;
+  /** What to do. */
+  readonly advice: string;
 }
 
 /** Outputs that only the work itself can tell, and no look at the thing; they stay in the state until the next work. */
@@ -145,8 +154,8 @@ export interface ResourceType<
   foresee?(context: Context, wanted: Inputs): Promise<void>;
   /** Outputs that an update in place of these properties leaves as they are, so that a preview knows them. */
   lasting?(state: State, changed: ReadonlySet<string>): readonly (keyof State & string)[];
-  /** Reading by the id alone, where that is enough. */
-  readonly byId?: ById<Inputs, Observed>;
+  /** Reading by the id alone. */
+  readonly byId: ById<Inputs, Observed> | NotById;
   /** True if the thing was made for another declaration than this one, and is to be made anew for it. */
   isStale?(observed: Observed, wanted: Inputs): boolean;
   /** True if the thing has become another resource's since the state was saved: it is not removed with this one. */

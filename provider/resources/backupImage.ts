@@ -8,11 +8,11 @@
 import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { succeed } from "../core/command.js";
+import { refusal, succeed } from "../core/command.js";
 import { firstLine, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
-import { commonInputs, hostInput, refusing, triggersInput } from "../core/inputs.js";
-import { digest, generationMark, ownerMark } from "../core/owner.js";
+import { commonInputs, hostInput, readableBy, refusing, triggersInput } from "../core/inputs.js";
+import { declareInstead, digest, generationMark, ownerMark, ownerOfMark } from "../core/owner.js";
 import { ownerPhrase } from "../core/reconciler.js";
 import {
   type Change,
@@ -25,7 +25,8 @@ import {
 import { clientProblem } from "../linux/addresses.js";
 import { identityScript, routeCommand } from "../linux/looks.js";
 import { deviceMapperNameProblem } from "../linux/lvm.js";
-import { hostName } from "../ssh/config.js";
+import { parseNbdUri } from "../linux/nbd.js";
+import { hostName, hostOfName } from "../ssh/config.js";
 import {
   commitCopy,
   compressProblems,
@@ -57,6 +58,7 @@ import {
   alone,
   endExport,
   exportPart,
+  isSnapshotOfMoment,
   keptMoment,
   type Moment,
   momentOf,
@@ -784,6 +786,57 @@ function nameOf({ volumeGroup, origin }: { readonly volumeGroup: string; readonl
   return `${volumeGroup}/${origin}`;
 }
 
+const sourceShape = z.object({
+  uri: z.string().superRefine(readableBy(parseNbdUri)),
+  snapshot: z.object({ host: z.string(), volumeGroup: z.string(), origin: z.string(), name: z.string() }),
+});
+
+/**
+ * Which moment of which volumes is there, as the manifests have it. How it was made they do not tell all of, so that it is declared as
+ * one of which nothing is ever made.
+ */
+async function declared(context: Context, seen: Observed, place: Inputs): Promise<Partial<Inputs>> {
+  const files = place.volumes.map(({ file }) => file);
+  const told = files.map((file) => {
+    const manifest = seen.images.get(file)?.manifest;
+    const source = sourceShape.safeParse(manifest?.source).data;
+    const format = backupImageInputs.shape.format.safeParse(manifest?.image.format).data;
+    if (manifest === undefined || source === undefined || format === undefined || !isOfMoment(source))
+      throw refusal(context, "INVALID_INPUT", `${file} has no manifest of a backup`, declareInstead);
+    if (manifest.mark !== seen.mark)
+      throw refusal(context, "FOREIGN_RESOURCE", `${file} belongs to ${ownerOfMark(manifest.mark)}`);
+    return { file, manifest, ...source, format };
+  });
+  const [first] = told;
+  if (first === undefined) throw refusal(context, "INVALID_INPUT", "it names no image");
+  const others = told
+    .flatMap(({ manifest }) => manifest.together ?? [])
+    .filter((file) => !files.includes(file));
+  if (others.length > 0)
+    context.warn(
+      `of the same moment there was also ${[...new Set(others)].join(", ")}, which this id does not name`,
+    );
+  const { server, tls } = parseNbdUri(first.uri);
+  return {
+    source: backupImageInputs.shape.source.parse({
+      ...{ host: hostOfName(first.snapshot.host), listenAddress: server, ...(tls ? { tls } : {}) },
+    }),
+    volumes: told.map(({ file, snapshot: { volumeGroup, origin } }) =>
+      backupImageInputs.shape.volumes.element.parse({ volumeGroup, origin, file }),
+    ),
+    ...{
+      format: first.format,
+      verify: told.every(({ manifest }) => manifest.image.verified),
+      existing: true,
+    },
+  };
+}
+
+/** True for what a moment was exported as. */
+function isOfMoment({ uri, snapshot }: z.infer<typeof sourceShape>): boolean {
+  return parseNbdUri(uri).exportName === snapshot.name && isSnapshotOfMoment(snapshot.name);
+}
+
 /** The resource as the reconciler sees it. */
 export const backupImage: ResourceType<Inputs, State, Observed> = {
   type: "BackupImage",
@@ -828,6 +881,16 @@ export const backupImage: ResourceType<Inputs, State, Observed> = {
   collides: () => false,
   toState,
   diff,
+  byId: {
+    form: "PATH/OF/IMAGE, or of several: HOST/ONE,/OTHER",
+    // Where the volumes are no look at the files asks for.
+    place: (path) => ({
+      volumes: `/${path}`
+        .split(/,(?=\/)/)
+        .map((file) => ({ volumeGroup: "unknown", origin: "unknown", file })),
+    }),
+    declared,
+  },
   refuseMove(state, wanted) {
     if (!isDeepStrictEqual(state.triggers, wanted.triggers ?? [])) return;
     const host = wanted.host === undefined ? "another host" : hostName(wanted.host);

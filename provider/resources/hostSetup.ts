@@ -8,7 +8,7 @@ import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import type { LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
 import { commonInputs, refusing } from "../core/inputs.js";
-import { ownerMark } from "../core/owner.js";
+import { declareInstead, ownerMark } from "../core/owner.js";
 import type { Change, Context, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
 import { parseFields } from "../linux/fields.js";
@@ -132,6 +132,8 @@ const recordShape = z.strictObject({
   module: z.boolean(),
   filter: z.boolean(),
   packages: z.array(z.string()),
+  /** Missing in a record of an earlier version. */
+  declared: inputs.pick({ roles: true, server: true, packages: true, lvmFilter: true }).optional(),
 });
 type HostRecord = z.infer<typeof recordShape>;
 
@@ -416,6 +418,10 @@ function recordOf(wanted: Inputs, packages: readonly string[]): string {
     module: attaches(wanted.roles),
     filter: wanted.lvmFilter && attaches(wanted.roles),
     packages: [...new Set(packages)].sort(),
+    declared: {
+      ...{ roles: wanted.roles, server: wanted.server },
+      ...{ packages: wanted.packages, lvmFilter: wanted.lvmFilter },
+    },
   };
   return `${JSON.stringify(record)}\n`;
 }
@@ -634,6 +640,13 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   return changes;
 }
 
+/** What was declared, as the record has it. */
+async function declared(context: Context, { facts }: Observed): Promise<Partial<Inputs>> {
+  if (facts.record?.declared !== undefined) return facts.record.declared;
+  const message = "its record on the host does not tell what the host is used for";
+  throw refusal(context, "INVALID_INPUT", message, declareInstead);
+}
+
 /** The resource as the reconciler sees it. */
 export const hostSetup: ResourceType<Inputs, State, Observed> = {
   type: "HostSetup",
@@ -652,6 +665,12 @@ export const hostSetup: ResourceType<Inputs, State, Observed> = {
   isSame: () => true,
   toState,
   diff,
+  byId: {
+    form: "host-setup",
+    place: (path) => (path === "host-setup" ? { roles: [...hostRoles] } : undefined),
+    declared,
+    ofOwner: true,
+  },
   // Of one machine under two names the record is the same.
   collides: () => true,
   async suitable(context, wanted) {

@@ -1451,6 +1451,12 @@ export const lvRestore: ResourceType<Inputs, State, Observed> = {
   isSame: ({ restore }, state) => restore.life === state.restoreId,
   toState,
   diff,
+  byId: {
+    reason:
+      "it is something that was done once, and what it was done from is not all on the volume; declared otherwise than it was, it would be done again",
+    advice:
+      "There is nothing to be managed after a restore: leave it out of the program. To restore again, declare an LvRestore and run `pulumi up`.",
+  },
   // Made first, one on the same machine under another name finds that all is done.
   collides: () => false,
   create: (context, wanted) => restore(context, wanted),

@@ -72,6 +72,10 @@ const portsTried = 10;
 /** A name of a snapshot of a moment, for checks of its length. */
 export const snapshotNameSample = `backup-${"0".repeat(12)}-${"0".repeat(8)}-${"0".repeat(16)}`;
 
+export function isSnapshotOfMoment(name: string): boolean {
+  return /^backup-[0-9a-f]{12}-[0-9a-f]{8}-[0-9a-f]{16}$/.test(name);
+}
+
 /**
  * What is to be made. `destination`: what tells the host of the copies from all others, however it is reached.
  * `clientAddress`: "" where it does not matter.

@@ -798,6 +798,14 @@ function drift(state: State, seen: Observed): string[] {
   return before === after ? lines : [`the device holds ${after}, it was ${before}`, ...lines];
 }
 
+/** What is mounted where, as the unit's record has it. */
+async function declared(context: Context, { plan }: Observed): Promise<Partial<Inputs>> {
+  if (plan === undefined)
+    throw refusal(context, "INVALID_INPUT", "its unit has no record of what is mounted");
+  const { device, partition, path } = plan;
+  return { device, path, ...(partition === undefined ? {} : { partition }) };
+}
+
 /** The resource as the reconciler sees it. */
 export const mount: ResourceType<Inputs, State, Observed> = {
   type: "Mount",
@@ -823,6 +831,7 @@ export const mount: ResourceType<Inputs, State, Observed> = {
   isSame: (seen, state) => seen.mark === ownerMark(state.owner) || seen.fileGone,
   toState,
   diff,
+  byId: { form: "MOUNT/POINT", place: (path) => ({ path: `/${path}` }), declared },
   // One path may lie below the other, and the attachment cannot be made anew while it is mounted.
   collides: () => true,
   async suitable(context, wanted) {

@@ -4,13 +4,15 @@
 import { randomUUID } from "node:crypto";
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
+import { refusal } from "../core/command.js";
 import { LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
 import { commonInputs, hostInput, readableBy, replaces, triggersInput } from "../core/inputs.js";
-import { generationMark } from "../core/owner.js";
+import { declareInstead, generationMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { devicePath } from "../linux/copiedVolume.js";
 import { parseNbdUri, withoutTls } from "../linux/nbd.js";
+import { hostOfName } from "../ssh/config.js";
 import {
   bringVolume,
   copyToVolume,
@@ -109,7 +111,15 @@ export type VolumeCopyDeclaration = z.input<typeof inputs>;
 export type VolumeCopyOutputs = State;
 
 /** Also of a known snapshot another `uri` is another source: that it serves this snapshot is the program's word alone. */
-function generationOf({ uri, snapshot, format, compress, triggers }: Inputs): string {
+function generationOf({
+  uri,
+  snapshot,
+  format,
+  compress,
+  triggers,
+}: Pick<Inputs, "uri" | "format" | "compress" | "triggers"> & {
+  readonly snapshot?: { readonly uuid: string } | undefined;
+}): string {
   return generationMark([withoutTls(uri), snapshot?.uuid ?? "", format, compress, triggers]);
 }
 
@@ -245,6 +255,35 @@ function validate(
   return problems;
 }
 
+const sourceShape = z.object({
+  uri: inputs.shape.uri,
+  snapshot: z
+    .object({ host: z.string(), volumeGroup: z.string(), name: z.string(), uuid: z.string() })
+    .optional(),
+});
+
+/** What was copied and how, as the manifest has it. */
+async function declared(context: Context, seen: Observed, place: Inputs): Promise<Partial<Inputs>> {
+  const refuse = (message: string) => refusal(context, "INVALID_INPUT", message, declareInstead);
+  if (isVolume(seen)) throw refuse("uri: what a volume was copied from is not kept on it");
+  const { manifest } = seen;
+  const source = sourceShape.safeParse(manifest?.source).data;
+  const format = inputs.shape.format.safeParse(manifest?.image.format).data;
+  if (manifest === undefined || source === undefined || format === undefined)
+    throw refuse(`${fileOf(place)} has no manifest that tells what it was copied from`);
+  const { uri, snapshot } = source;
+  if (parseNbdUri(uri).tls) throw refuse("tls: the certificates that it was copied with are not kept");
+  const compress = [false, true].find(
+    (compress) => generationOf({ uri, snapshot, format, compress, triggers: [] }) === manifest.generation,
+  );
+  if (compress === undefined)
+    throw refuse("triggers: it was copied for some, or by a resource of another type, and which is not kept");
+  return {
+    ...{ file: fileOf(place), uri, format, compress, verify: manifest.image.verified },
+    snapshot: snapshot && inputs.shape.snapshot.parse({ ...snapshot, host: hostOfName(snapshot.host) }),
+  };
+}
+
 /** The resource as the reconciler sees it. */
 export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   type: "VolumeCopy",
@@ -301,6 +340,14 @@ export const volumeCopy: ResourceType<Inputs, State, Observed> = {
   isStale: (seen, wanted) => stateOf(seen, wanted) !== "complete",
   toState,
   diff,
+  byId: {
+    form: "PATH/OF/IMAGE",
+    place(path) {
+      const [, volumeGroup, name] = /^dev\/([^/]+)\/([^/]+)$/.exec(path) ?? [];
+      return volumeGroup === undefined ? { file: `/${path}` } : { volume: { volumeGroup, name } };
+    },
+    declared,
+  },
   create,
   converge,
   async remove(context, state, seen) {

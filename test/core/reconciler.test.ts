@@ -49,6 +49,7 @@ function scene(
     isSame: (seen, state) => seen.id === state.id,
     toState: (declared, seen) => ({ ...declared, id: seen.id, right: seen.right }),
     diff: () => [],
+    byId: { reason: "it is one of a test", advice: "Leave it." },
     collides: () => true,
     async create() {
       step(

@@ -16,7 +16,7 @@ import { join } from "node:path";
 import { isDeepStrictEqual } from "node:util";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
+import { createHandlers, type Finder, type Handlers } from "../../provider/core/handlers.js";
 import { makingMark } from "../../provider/core/owner.js";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
@@ -26,6 +26,7 @@ import { parseNbdUri } from "../../provider/linux/nbd.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { CopyHost } from "../support/copyHost.js";
+import { imported, importer } from "../support/imported.js";
 import { before, expectOthersUntouched, furnish, later, ours } from "./program.js";
 import type { Values } from "./stack.js";
 import { FakeWorld } from "./world.js";
@@ -1485,5 +1486,73 @@ describe("the images of a set are of one moment", () => {
     expectSourceClean();
     const again = await checked({ ...both(), triggers: [2] }, after as Values);
     expect(await handlers().update(after as Values, again)).toMatchObject({ state: "complete" });
+  });
+});
+
+describe("read by its id alone", () => {
+  const monday = { ...importer, organization: "organization", name: "monday" };
+  const find = (id: string, more: Partial<Finder> = {}) =>
+    handlers().find(id, { ...monday, ...more, host: backupHost });
+  const found = (...names: string[]) =>
+    imported(handlers(), `192.0.2.2${names.map((name) => image(name)).join(",")}`, {
+      ...monday,
+      host: backupHost,
+    });
+  const source = () => {
+    const { address, port } = world.host(world.server1) as { address: string; port: number };
+    return { host: { address, port }, listenAddress: world.server1.address, server: "nbdkit" };
+  };
+
+  it("a backup is declared as its manifest has it, and never made again, so that nothing is to change", async () => {
+    const { volumes: _v, source: _s, ...state } = await made();
+    sent = [];
+    const { inputs, state: seen } = await found("vm.raw");
+    expect(inputs).toMatchObject({
+      ...{ host: backupHost, owner: "organization/p/s/monday", existing: true, source: source() },
+      volumes: [{ volumeGroup: "VgVm", origin: "small", file: image() }],
+    });
+    expect(seen).toMatchObject({ ...state, existing: true });
+    expect(sent.filter(({ kind }) => kind === "change")).toEqual([]);
+    expect(new Set(sent.map(({ host }) => host))).toEqual(new Set([destination.name]));
+  });
+
+  it("of several volumes is the moment of all of them; of one of them, says which others there were", async () => {
+    const state = await made(both());
+    expect((await found("vm.raw", "data.raw")).state.images).toEqual(state.images);
+    expect(warnings).toEqual([]);
+    const own = handlers();
+    await own.find(`192.0.2.2${image()}`, { ...monday, host: backupHost });
+    expect(warnings).toEqual([expect.stringContaining(`there was also ${image("data.raw")}`)]);
+  });
+
+  it("whatever its triggers were; those that it was made for make nothing when they are declared again", async () => {
+    await made({ triggers: ["2026-11-30"] });
+    const { state } = await found("vm.raw");
+    write(later);
+    const wanted = await checked({ triggers: ["2026-11-30"] }, { ...state, existing: false });
+    expect(await handlers().update(state, wanted)).toMatchObject({ images: state.images });
+    expect(content()).toBe(before);
+  });
+
+  it("of another stack's is refused, also where only one of the images is", async () => {
+    await made(both());
+    const id = `192.0.2.2${image()},${image("data.raw")}`;
+    await expect(find(id, { stack: "other" })).rejects.toThrow(/FOREIGN_RESOURCE/);
+    const theirs = { ...manifest("data.raw"), mark: "lvm-nbd.owner=organization/p/other/monday" };
+    writeFileSync(`${image("data.raw")}.manifest.json`, JSON.stringify(theirs));
+    const theOther = /FOREIGN_RESOURCE.*belongs to organization\/p\/other\/monday/s;
+    await expect(find(id)).rejects.toThrow(theOther);
+    await expect(find(id, { organization: undefined })).rejects.toThrow(theOther);
+  });
+
+  it("of what is no backup, or not there, is refused", async () => {
+    await made();
+    await expect(find(`192.0.2.2${image()},${image("data.raw")}`)).rejects.toThrow(
+      /INVALID_INPUT.*data\.raw has no manifest of a backup/s,
+    );
+    expect(await find(`192.0.2.2${image("data.raw")}`)).toBeUndefined();
+    const copied = { ...manifest(), source: { ...manifest().source, uri: "nbd://10.0.0.1/vm1" } };
+    writeFileSync(`${image()}.manifest.json`, JSON.stringify(copied));
+    await expect(find(`192.0.2.2${image()}`)).rejects.toThrow(/INVALID_INPUT.*no manifest of a backup/s);
   });
 });

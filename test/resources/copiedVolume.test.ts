@@ -18,6 +18,7 @@ import { resourceType } from "../../provider/core/registry.js";
 import { asideOf } from "../../provider/linux/copiedVolume.js";
 import { CopyHost } from "../support/copyHost.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { importer } from "../support/imported.js";
 import { extentBytes } from "../support/lvmStandIns.js";
 import { recordedLvs } from "../support/recorded.js";
 
@@ -949,4 +950,11 @@ describe("whatever cuts it, the next up finishes the work", () => {
     expect(destination.started).toBe(1);
     expect(destination.volumes()).toEqual(["vm1"]);
   });
+});
+
+it("read by its id alone it is refused: what it was copied from is not kept on it", async () => {
+  await made();
+  await expect(handlers().find("192.0.2.2/dev/VgVm/vm1", importer)).rejects.toThrow(
+    /INVALID_INPUT.*uri: what a volume was copied from.*Declare it with all its properties/s,
+  );
 });

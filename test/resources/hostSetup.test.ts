@@ -2,6 +2,7 @@ import { chmodSync, mkdirSync, symlinkSync } from "node:fs";
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { imported, importer } from "../support/imported.js";
 import { SetupHost } from "../support/setupHost.js";
 
 type Values = Readonly<Record<string, unknown>>;
@@ -516,4 +517,51 @@ describe("a cut at any moment", () => {
       host.delete("/sys/module/nbd");
     }
   }, 240_000);
+});
+
+describe("read by its id alone", () => {
+  const id = "192.0.2.2/host-setup";
+  const setup = { ...importer, name: "setup" };
+
+  it.each([
+    { roles: ["source", "client"] },
+    { roles: ["source"], server: "qemu-nbd" },
+    { roles: ["destination"], packages: false, lvmFilter: false },
+  ])("%j is declared as its record has it, so that nothing is to change", async (more) => {
+    const made = await create(more);
+    // What only other roles need is not missed.
+    if (!more.roles.includes("client")) host.shelve("nbd-client", "nbd-client");
+    const { versions: _, ...state } = made;
+    const changes = host.changes.length;
+    const found = await imported(handlers(), id, setup);
+    expect(found.inputs).toEqual({ ...declared, ...more, host: "192.0.2.2" });
+    expect(found.state).toMatchObject({ ...state, host: "192.0.2.2", state: "ready" });
+    expect(host.changes).toHaveLength(changes);
+  });
+
+  it("asks for the organisation where that is not known: the record lies under the owner's name", async () => {
+    await create();
+    await expect(handlers().find(id, { ...setup, organization: undefined })).rejects.toThrow(
+      /INVALID_INPUT.*lvm-nbd:organization/s,
+    );
+    expect(await handlers().find(id, { ...setup, stack: "other" })).toBeUndefined();
+  });
+
+  it("of a record of an earlier version is refused: it does not tell the roles, and is as good as ever", async () => {
+    const state = await create();
+    const [record = ""] = host.left().filter((path) => /host-[0-9a-f]{16}\.json$/.test(path));
+    const { declared: told, ...earlier } = JSON.parse(host.read(record) ?? "");
+    expect(told).toMatchObject({ roles: ["source", "client"] });
+    host.write(record, `${JSON.stringify(earlier)}\n`);
+    await expect(handlers().find(id, setup)).rejects.toThrow(
+      /INVALID_INPUT.*does not tell what the host is used for.*Declare it with all its properties/s,
+    );
+    expect(await handlers().read(state)).toEqual(state);
+    await create();
+    expect(JSON.parse(host.read(record) ?? "")).toEqual({ ...earlier, declared: told });
+  });
+
+  it("of another form is refused", async () => {
+    await expect(handlers().find("192.0.2.2/setup", setup)).rejects.toThrow(/that is HOST\/host-setup/);
+  });
 });

@@ -7,6 +7,7 @@ import { restoreGeneration, restoreTagOf } from "../../provider/core/restoreMark
 import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { type Answer, type FakeHost, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
+import { importer } from "../support/imported.js";
 import { recordedLvs } from "../support/recorded.js";
 
 const MiB = 1024 ** 2;
@@ -1566,4 +1567,12 @@ describe("a removal", () => {
     await handlersOn("LvRestore", asked).remove(state);
     expect(asked.changes).toEqual([]);
   });
+});
+
+it("is not read by its id: declared otherwise than it was, it would be done again", async () => {
+  const asked = untouchedHost();
+  await expect(handlersOn("LvRestore", asked).find("server1/VgVm/vm1", importer)).rejects.toThrow(
+    /INVALID_INPUT.*something that was done once.*leave it out of the program/s,
+  );
+  expect(asked.commands).toEqual([]);
 });

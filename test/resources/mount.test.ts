@@ -4,6 +4,7 @@ import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { imported, importer } from "../support/imported.js";
 import { MountHost } from "../support/mountHost.js";
 import type { Kill } from "../support/shellHost.js";
 
@@ -564,5 +565,36 @@ describe("whatever cuts it, the next up finishes the work", { timeout: 240_000 }
     const error = await create().catch((thrown: unknown) => thrown);
     expect(error).toBeInstanceOf(PartialFailure);
     expect(error).toMatchObject({ id: "192.0.2.2/mnt/vm1", state: { state: "mounted" } });
+  });
+});
+
+describe("read by its id alone", () => {
+  it.each([
+    ["the whole disk", {}],
+    ["a partition", { partition: 1 }],
+  ])("%s is declared as its unit has it, so that nothing is to change", async (_what, more) => {
+    host.partitions(table);
+    for (const device of ["nbd0@1048576", "nbd0p1"]) host.holds(device, ext4);
+    const made = await create(more);
+    const changes = host.commands.filter(({ kind }) => kind === "change").length;
+    const found = await imported(handlers(), `192.0.2.2${path}`, importer);
+    expect(found.inputs).toEqual({ ...declared, ...more, host: "192.0.2.2" });
+    expect(found.state).toEqual({ ...made, host: "192.0.2.2" });
+    expect(host.commands.filter(({ kind }) => kind === "change")).toHaveLength(changes);
+  });
+
+  it("of another's, of a unit that is none of ours, and of a path that cannot be one, is refused", async () => {
+    await create();
+    const id = `192.0.2.2${path}`;
+    const of = (name: string) => handlers().find(id, { ...importer, name });
+    await expect(of("vm2")).rejects.toThrow(/FOREIGN_RESOURCE.*belongs to o\/p\/s\/vm1/s);
+    const text = host.read(`/etc/systemd/system/${unit}`) ?? "";
+    host.write(`/etc/systemd/system/${unit}`, text.replace(/\[X-LvmNbd\][^[]*/, ""));
+    await expect(of("vm1")).rejects.toThrow(/INVALID_INPUT.*no record of what is mounted/s);
+    await expect(handlers().find("192.0.2.2/mnt/../etc", importer)).rejects.toThrow(/INVALID_INPUT.*path: /s);
+  });
+
+  it("where nothing is mounted, nothing is found", async () => {
+    expect(await handlers().find(`192.0.2.2${path}`, importer)).toBeUndefined();
   });
 });

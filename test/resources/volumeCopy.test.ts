@@ -12,12 +12,14 @@ import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
+import { generationMark } from "../../provider/core/owner.js";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { suggestedStore } from "../../provider/resources/copySource.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { CopyHost } from "../support/copyHost.js";
 import { fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { imported, importer } from "../support/imported.js";
 import { recordedLvs } from "../support/recorded.js";
 
 vi.mock("node:timers/promises", async (original) =>
@@ -924,5 +926,80 @@ describe("the suggested size of a store", () => {
 
   it("is sound where clocks are not", () => {
     expect(suggestedStore({ ...seen, since: 5000 })).toBeGreaterThan(100);
+  });
+});
+
+describe("read by its id alone", () => {
+  const id = () => `192.0.2.2${image()}`;
+  const found = () => imported(handlers(), id(), importer);
+
+  it.each<[string, Values, Values]>([
+    ["of a known snapshot", { snapshot }, { snapshot: { ...snapshot, host: "192.0.2.1" } }],
+    ["of an export alone", {}, {}],
+    ["unverified", { verify: false }, { verify: false }],
+    ["made with what no manifest tells", { connections: 2, deepCheck: true }, {}],
+  ])(
+    "an image %s is declared as its manifest has it, so that nothing is to change",
+    async (_what, change, told) => {
+      const { connections: _c, deepCheck: _d, ...state } = await made(change);
+      const started = destination.started;
+      const { inputs, state: seen } = await found();
+      expect(inputs).toEqual({
+        ...{ host: "192.0.2.2", owner: "o/p/s/vm1", uri: "nbd://10.0.0.1:10809/vm1", file: image() },
+        ...told,
+      });
+      expect(seen).toEqual({ ...state, ...inputs, connections: 4, deepCheck: false });
+      expect(destination.started).toBe(started);
+    },
+  );
+
+  it.each([false, true])("an image of qcow2, compressed: %j, is declared so", async (compress) => {
+    await made();
+    const generation = generationMark(["nbd://10.0.0.1:10809/vm1", "", "qcow2", compress, []]);
+    const told = { ...manifest(), generation, image: { ...manifest().image, format: "qcow2" } };
+    writeFileSync(manifestPath(), JSON.stringify(told));
+    const { inputs } = await found();
+    expect(inputs).toMatchObject({ format: "qcow2", ...(compress ? { compress } : {}) });
+  });
+
+  it("of what was copied for triggers, with certificates, or by another type of resource, is refused, with what to do", async () => {
+    await made({ triggers: ["monday"] });
+    const refusal = (what: string) =>
+      new RegExp(`INVALID_INPUT.*${what}.*Declare it with all its properties`, "s");
+    await expect(found()).rejects.toThrow(refusal("triggers: "));
+    writeFileSync(manifestPath(), JSON.stringify({ ...manifest(), source: { uri: "nbds://10.0.0.1/vm1" } }));
+    await expect(found()).rejects.toThrow(refusal("tls: "));
+    writeFileSync(manifestPath(), JSON.stringify({ ...manifest(), source: {} }));
+    await expect(found()).rejects.toThrow(refusal("no manifest that tells what it was copied from"));
+  });
+
+  it("what is declared then is found by its mark, and nothing is copied", async () => {
+    const state = await made({ triggers: ["monday"] });
+    const started = destination.started;
+    expect(await made({ triggers: ["monday"] })).toMatchObject({ completedAt: state.completedAt });
+    expect(destination.started).toBe(started);
+  });
+
+  it("of another's is refused, and of what has no manifest", async () => {
+    await made();
+    await expect(handlers().find(id(), { ...importer, stack: "other" })).rejects.toThrow(
+      /FOREIGN_RESOURCE.*belongs to o\/p\/s\/vm1/s,
+    );
+    rmSync(manifestPath());
+    await expect(found()).rejects.toThrow(/INVALID_INPUT.*has no manifest/s);
+    rmSync(image());
+    expect(await handlers().find(id(), importer)).toBeUndefined();
+  });
+
+  it("of an image that was changed finds that, as a refresh does", async () => {
+    await made();
+    appendFileSync(image(), "x");
+    expect(await handlers().find(id(), importer)).toMatchObject({ state: { state: "changed" } });
+  });
+
+  it("of a path that no image has is refused", async () => {
+    await expect(handlers().find("192.0.2.2/backup/../vm1", importer)).rejects.toThrow(
+      /INVALID_INPUT.*file: /s,
+    );
   });
 });
