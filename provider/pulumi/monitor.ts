@@ -14,6 +14,9 @@ export interface Monitor {
   close(): void;
 }
 
+/** The engine cancels its plugins for either. */
+const ended = "not all of its resources were declared: one of them failed, or the run was cancelled";
+
 /** Calls have no deadline of their own: a resource takes as long as it takes. They end with the signal. */
 export function connectMonitor(address: string, signal: AbortSignal): Monitor {
   const client = new resourceGrpc.ResourceMonitorClient(address, grpc.credentials.createInsecure(), {
@@ -29,7 +32,7 @@ export function connectMonitor(address: string, signal: AbortSignal): Monitor {
       const call = start((error, response) => {
         signal.removeEventListener("abort", cancel);
         if (error === null) resolve(response);
-        else if (signal.aborted) reject(new LvmNbdError("CANCELLED", { message: "cancelled", cause: error }));
+        else if (signal.aborted) reject(new LvmNbdError("CANCELLED", { message: ended, cause: error }));
         else reject(new Error(`the engine did not take it: ${error.details}`, { cause: error }));
       });
       signal.addEventListener("abort", cancel);
