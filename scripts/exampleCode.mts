@@ -1,4 +1,4 @@
-/** An example as programs of several languages, in the form in which Pulumi's documentation and generators take it. */
+/** An example as programs of several languages: for descriptions, as Pulumi's documentation and generators take them, and whole ones. */
 import type { Example, OutputOf as Reference } from "../provider/core/example.ts";
 import { OutputOf } from "./provider.mts";
 
@@ -30,6 +30,46 @@ function section(programs: Readonly<Record<string, string>>): string {
     ...blocks,
     "{{% /example %}}\n{{% /examples %}}",
   ].join("\n");
+}
+
+/** A setting of the stack's configuration, in place of a value. */
+export class Setting {
+  readonly name: string;
+
+  constructor(name: string) {
+    this.name = name;
+  }
+}
+
+/** A program with all that it needs to be run. */
+export interface Program {
+  readonly resources: Example;
+  /** Descriptions of the settings, by their names. */
+  readonly settings: Readonly<Record<string, string>>;
+  readonly outputs: Readonly<Record<string, Reference>>;
+}
+
+/** `__main__.py`. */
+export function pythonProgram({ resources, outputs }: Program, packageName: string): string {
+  const exports = Object.entries(outputs).map(
+    ([name, output]) => `pulumi.export("${name}", ${pythonWords.output(output)})\n`,
+  );
+  const program = python(resources, packageName).replace("\n\n", "\n\nconfig = pulumi.Config()\n\n");
+  return `import pulumi\n${program}\n${exports.join("")}`;
+}
+
+/** What follows the head of a `Pulumi.yaml`. */
+export function yamlProgram(program: Program, packageName: string): string {
+  const outputs = `outputs:\n${yamlMap(program.outputs, "  ")}`;
+  return `${yamlSettings(program)}${yaml(program.resources, packageName)}${outputs}`;
+}
+
+/** The settings in a `Pulumi.yaml` of whatever language: a program in YAML is warned of their descriptions. */
+export function yamlSettings({ settings }: Program): string {
+  const described = Object.entries(settings).map(
+    ([name, description]) => `  # ${description}\n  ${name}:\n    type: string\n`,
+  );
+  return `config:\n${described.join("")}`;
 }
 
 function typescript(example: Example, packageName: string): string {
@@ -76,28 +116,32 @@ function yaml(example: Example, packageName: string): string {
 interface Words {
   readonly key: (name: string) => string;
   readonly output: (of: Reference) => string;
+  readonly setting: (name: string) => string;
   readonly boolean: (value: boolean) => string;
 }
 
 const typescriptWords: Words = {
   key: (name) => name,
   output: ({ resource, output }) => `${resource}.${output}`,
+  setting: (name) => `config.require("${name}")`,
   boolean: String,
 };
 
 const pythonWords: Words = {
   key: (name) => `"${snakeCase(name)}"`,
   output: ({ resource, output }) => `${snakeCase(resource)}.${snakeCase(output)}`,
+  setting: (name) => `config.require("${name}")`,
   boolean: (value) => (value ? "True" : "False"),
 };
 
 function literal(value: unknown, indent: string, words: Words): string {
   if (value instanceof OutputOf) return words.output(value);
+  if (value instanceof Setting) return words.setting(value.name);
   if (typeof value === "boolean") return words.boolean(value);
   if (typeof value !== "object" || value === null) return JSON.stringify(value);
   const inner = `${indent}    `;
   if (Array.isArray(value)) {
-    const isShort = value.every((item) => typeof item !== "object");
+    const isShort = value.every((item) => typeof item !== "object" || item instanceof Setting);
     const items = value.map((item) => literal(item, inner, words));
     return isShort
       ? `[${items.join(", ")}]`
@@ -118,6 +162,7 @@ function yamlMap(values: object, indent: string): string {
 /** What comes behind a key, or behind the dash of an item. */
 function yamlValue(value: unknown, indent: string): string {
   if (value instanceof OutputOf) return ` \${${value.resource}.${value.output}}\n`;
+  if (value instanceof Setting) return ` \${${value.name}}\n`;
   // JSON's strings are YAML's.
   if (typeof value !== "object" || value === null) return ` ${JSON.stringify(value)}\n`;
   if (!Array.isArray(value)) return `\n${yamlMap(value, `${indent}  `)}`;
@@ -127,7 +172,7 @@ function yamlValue(value: unknown, indent: string): string {
 
 /** The first entry of a map stands beside the dash. */
 function yamlItem(item: unknown, indent: string): string {
-  const isMap = typeof item === "object" && item !== null && !(item instanceof OutputOf);
+  const isMap = typeof item === "object" && item?.constructor === Object;
   return isMap ? ` ${yamlMap(item, indent).trimStart()}` : yamlValue(item, indent);
 }
 

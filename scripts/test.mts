@@ -87,6 +87,7 @@ if (part === "all" || part === "unit") {
   check("unused code and dependencies", "knip");
   check("schema.json is up to date", "node", "scripts/schema.mts", "--check");
   check("README's tables are up to date", "node", "scripts/readme.mts", "--check");
+  check("examples in other languages are up to date", "node", "scripts/examples.mts", "--check");
   check("package shape", "publint", "--strict");
   check(
     "package types",
