@@ -26,7 +26,7 @@ function resource(type: AnyResourceType) {
   const outputs = types.propertiesOf(type.outputs, "output", type.type);
   const { owner: _, ...inputProperties } = inputs.properties;
   return {
-    description: description(type),
+    description: `${description(type)}\n\n${importSection(type)}`,
     inputProperties,
     requiredInputs: inputs.required.filter((key) => key !== "owner" && key !== type.nameInput),
     properties: { ...declared.properties, ...outputs.properties },
@@ -36,6 +36,15 @@ function resource(type: AnyResourceType) {
       properties: { host: inputs.properties.host },
     },
   };
+}
+
+/** As Pulumi's registry has it. */
+function importSection({ type, byId }: AnyResourceType): string {
+  const text =
+    "reason" in byId
+      ? `It cannot be imported: ${byId.reason}. ${byId.advice}`
+      : `\`pulumi import ${name}:index:${type} RESOURCE ID\`, where RESOURCE is the name of the resource that made it, and ID is \`HOST/${byId.form}\`.`;
+  return `## Import\n\n${text}\n`;
 }
 
 function component(type: Described) {

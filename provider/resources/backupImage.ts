@@ -882,7 +882,7 @@ export const backupImage: ResourceType<Inputs, State, Observed> = {
   toState,
   diff,
   byId: {
-    form: "PATH/OF/IMAGE, or of several: HOST/ONE,/OTHER",
+    form: "PATH/OF/IMAGE[,/PATH/OF/NEXT...]",
     // Where the volumes are no look at the files asks for.
     place: (path) => ({
       volumes: `/${path}`
