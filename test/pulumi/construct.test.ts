@@ -9,6 +9,7 @@ import type { resourceProto } from "../../provider/pulumi/monitor.js";
 import { providerProto, structOf } from "../../provider/pulumi/proto.js";
 import type { Parts } from "../../provider/pulumi/service.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
+import type { NamedHosts } from "../../provider/ssh/types.js";
 import { type Answer, type FakeHost, fakeHost } from "../support/fakeHost.js";
 import { startMonitor } from "../support/monitor.js";
 import { callPlain, secret, startEngine, startService, unused, urnOf } from "../support/pluginClient.js";
@@ -26,6 +27,8 @@ const declared = {
 
 let answer: () => Answer;
 let asked: FakeHost;
+/** Hosts as a component finds them configured. */
+let named: NamedHosts | undefined;
 let engine: Awaited<ReturnType<typeof startEngine>>;
 let monitor: Awaited<ReturnType<typeof startMonitor>>;
 let plugin: Awaited<ReturnType<typeof startService>>;
@@ -39,8 +42,10 @@ beforeEach(async () => {
     schema: async () => "{}",
     handlers: async (type, environment) => createHandlers(resourceType(type), { ...environment, openHost }),
     ask: unused,
-    compose: async (type, environment: Omit<Environment, "openHost">, ...told) =>
-      composeAs(componentType(type), { ...environment, openHost }, ...told),
+    compose: async (type, environment: Omit<Environment, "openHost">, ...told) => {
+      named = environment.namedHosts?.();
+      return composeAs(componentType(type), { ...environment, openHost }, ...told);
+    },
   };
   engine = await startEngine();
   monitor = await startMonitor();
@@ -142,6 +147,13 @@ describe("a VmBackup", () => {
     await plugin.configure({ organization: "configured" });
     await constructed();
     expect(inputsOf("vm1-2026-11-30")).toHaveProperty("owner", "configured/p/s/vm1-2026-11-30");
+  });
+
+  it("knows the hosts that are configured by name", async () => {
+    await plugin.configure({ organization: "o", hosts: { backup1: { address: "192.0.2.1" } } });
+    await constructed({ ...declared, host: "backup1" });
+    expect(named?.get("backup1")).toMatchObject({ address: "192.0.2.1" });
+    expect(inputsOf("vm1-2026-11-30")).toHaveProperty("host", "backup1");
   });
 
   it("hands on secrets, and what is made of one is one", async () => {
