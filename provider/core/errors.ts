@@ -191,8 +191,17 @@ function render(code: ErrorCode, details: ErrorDetails): string {
   if (details.exitCode !== undefined) lines.push(`  exit code: ${details.exitCode}`);
   const stderr = printable((details.stderr ?? "").slice(-2000)).trim();
   if (stderr !== "") lines.push(`  stderr: ${continued(stderr)}`);
-  lines.push(`  what to do: ${printable(details.advice ?? errorCodes[code])}`);
+  lines.push(`  ${whatToDo(code, details)}`);
   return lines.join("\n");
+}
+
+function whatToDo(code: ErrorCode, { advice }: ErrorDetails): string {
+  return `what to do: ${printable(advice ?? errorCodes[code])}`;
+}
+
+/** What failed and what to do about it, in one line, for messages of what has not failed yet. */
+export function briefly(error: LvmNbdError): string {
+  return `${firstLine(error)} (${whatToDo(error.code, error.details)})`;
 }
 
 /** Further lines stand below the first one's text: none that a host wrote can be taken for a line of ours. */

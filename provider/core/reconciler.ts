@@ -6,7 +6,7 @@
  * is looked at again and the work goes on from what is there.
  */
 import { refusal } from "./command.js";
-import { firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
+import { briefly, firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
 import { type Claimant, organizationMissing, ownerByMark, ownerMark, ownerOfMark } from "./owner.js";
 import {
   type AnyResourceType,
@@ -151,7 +151,7 @@ export async function foresee(type: AnyResourceType, context: Context, wanted: C
     if (!isLvmNbdError(error) || isLvmNbdError(error, "CANCELLED")) throw error;
     const known = !isLvmNbdError(error, ...unseen);
     context.warn(
-      `${known ? "as its host is now, this would be refused" : "whether this can be made could not be told"}: ${firstLine(error)}`,
+      `${known ? "as its host is now, this would be refused" : "whether this can be made could not be told"}: ${briefly(error)}`,
     );
   }
 }

@@ -1161,7 +1161,9 @@ describe("a preview", () => {
     const handlers = handlersOn("NbdExport", asked);
     const { state: seen, unknown } = await handlers.preview(undefined, complete, none);
     expect(handlers.warnings).toEqual([
-      expect.stringMatching(/as its host is now, this would be refused: PORT_IN_USE: .*10809.*sshd/),
+      expect.stringMatching(
+        /as its host is now, this would be refused: PORT_IN_USE: .*10809.*sshd.* \(what to do: .*Choose another/,
+      ),
     ]);
     expect(seen).toEqual({ ...complete, uri: "nbd://10.0.0.1:10809/vm1" });
     expect(unknown).toEqual(["clientTls", "certificatesExpireAt", "sizeBytes", "state"]);
