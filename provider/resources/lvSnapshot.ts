@@ -572,6 +572,10 @@ function takeFailure(
   return exists ? new ChangedMeanwhile(error) : error;
 }
 
+function isSame({ lv }: Observed, { uuid }: State): boolean {
+  return lv.uuid === uuid;
+}
+
 function isStale({ lv }: Observed, wanted: Inputs): boolean {
   return isOfAnotherGeneration(lv.tags, generationOf(wanted));
 }
@@ -619,7 +623,9 @@ async function converge(
       resource: context.resource,
     });
   }
-  const stale = own && isStale(seen, wanted);
+  // The state's own was not of another declaration when it came there, as by an import, which cannot tell the triggers.
+  const kept = old !== undefined && isSame(seen, old) && generationOf(old) === generationOf(wanted);
+  const stale = own && !kept && isStale(seen, wanted);
   if (!stale && (lv.kind === "thin") !== (wanted.size === undefined)) {
     throw new LvmNbdError("IDENTITY_MISMATCH", {
       message: `size: ${lv.volumeGroup}/${lv.name} is a ${lv.kind === "thin" ? "thin snapshot, which has no" : "COW snapshot, which has a"} size of its own`,
@@ -994,7 +1000,7 @@ export const lvSnapshot: ResourceType<Inputs, State, Observed> = {
     volumeGroup === undefined || name === undefined ? {} : { path: `/dev/${volumeGroup}/${name}` },
   id: (wanted, hostName) => `${hostName}/${wanted.volumeGroup}/${wanted.name}`,
   observe,
-  isSame: (seen, state) => seen.lv.uuid === state.uuid,
+  isSame,
   toState,
   diff,
   // Whatever the group: a renamed one (vgrename) holds the very snapshot that the delete would remove.

@@ -787,6 +787,15 @@ describe("a change in place", () => {
     expect(await update({})).toEqual([]);
   });
 
+  it("never takes anew what was imported, of which only the mark knows the triggers", async () => {
+    const made = generationMark(["vm1", 65536, ["yesterday"]]);
+    const changes = await update({ size: "32M" }, (report) => report.replace(generation, made));
+    expect(changes).toEqual([
+      `lvchange -y --addtag ${generation} --deltag ${made} ${await chosen()}/vm1-snap`,
+      "lvextend -y -L 33554432b VgVm/vm1-snap",
+    ]);
+  });
+
   it("grows the store", async () => {
     expect(await update({ size: "32M" })).toEqual(["lvextend -y -L 33554432b VgVm/vm1-snap"]);
     expect(await update({ size: "50%ORIGIN" })).toEqual(["lvextend -y -l 50%ORIGIN VgVm/vm1-snap"]);
