@@ -13,3 +13,5 @@ export const { errorCodes } =
   require("../dist/core/errors.js") as typeof import("../provider/core/errors.ts");
 export const { OutputOf } =
   require("../dist/core/example.js") as typeof import("../provider/core/example.ts");
+export const { dynamicToken } =
+  require("../dist/pulumi/urn.js") as typeof import("../provider/pulumi/urn.ts");

@@ -6,7 +6,7 @@ import type { AnyResourceType, Described } from "../provider/core/resource.ts";
 import { callSection, exampleSection } from "./exampleCode.mts";
 import { writeGenerated } from "./generated.mts";
 import { PackageTypes } from "./packageTypes.mts";
-import { componentTypes, configuration, functionTypes, resourceTypes } from "./provider.mts";
+import { componentTypes, configuration, dynamicToken, functionTypes, resourceTypes } from "./provider.mts";
 
 const name = "lvm-nbd";
 const types = new PackageTypes(name);
@@ -35,6 +35,8 @@ function resource(type: AnyResourceType) {
       description: "How to look up what exists already.",
       properties: { host: inputs.properties.host },
     },
+    // A stack that was made with dynamic resources goes on with what it has.
+    aliases: [{ type: dynamicToken(type.type) }],
   };
 }
 

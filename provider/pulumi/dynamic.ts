@@ -23,6 +23,7 @@ import { type NbdExportDeclaration, type NbdExportOutputs, nbdExport } from "../
 import { type VolumeCopyDeclaration, type VolumeCopyOutputs, volumeCopy } from "../resources/volumeCopy.js";
 import type { HostArgs } from "../ssh/types.js";
 import { thinProvider } from "./thinProvider.js";
+import { packageName, pluginToken } from "./urn.js";
 
 /** A value that may also be given as an output, at any depth. */
 type DeepInput<T> = pulumi.Input<
@@ -60,8 +61,6 @@ export type LvRestoreArgs = Omit<Args<LvRestoreDeclaration>, "snapshot"> & {
   readonly snapshot?: Args<LvRestoreDeclaration>["snapshot"] | LvSnapshot;
 };
 
-const module_ = "lvm-nbd";
-
 abstract class LvmNbdResource extends pulumi.dynamic.Resource {
   protected constructor(
     type: AnyResourceType,
@@ -77,7 +76,9 @@ abstract class LvmNbdResource extends pulumi.dynamic.Resource {
       host: withSecrets(args.host),
       owner: ownerOf(pulumi.getOrganization(), pulumi.getProject(), pulumi.getStack(), name),
     };
-    super(thinProvider(type.type), name, inputs, options, module_, type.type);
+    // A stack that was made with the plugin goes on with what it has.
+    const moved = pulumi.mergeOptions(options, { aliases: [{ type: pluginToken(type.type) }] });
+    super(thinProvider(type.type), name, inputs, moved, packageName, type.type);
   }
 }
 

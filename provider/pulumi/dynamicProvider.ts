@@ -47,8 +47,9 @@ export function toDynamicProvider(
         handlers.diff(known(olds, new Set()), known(news, unknown), unknown),
       );
       const replaces = changes.filter(({ effect }) => effect === "replace").map(({ property }) => property);
+      // A state that the plugin wrote has no closure, which a refresh and a delete need: an update that finds all as declared adds it.
       return {
-        changes: changes.length > 0,
+        changes: changes.length > 0 || !(providerKey in olds),
         replaces,
         deleteBeforeReplace: replaces.length > 0 && deleteBeforeReplace,
       };

@@ -8,6 +8,8 @@ export interface Urn {
   readonly name: string;
 }
 
+export const packageName = "lvm-nbd";
+
 const start = "urn:pulumi:";
 
 /** Throws for what is no URN. A name may hold `::`. */
@@ -33,4 +35,14 @@ function nameIn(token: string, what: string): string {
   const name = /^lvm-nbd:index:(\w+)$/.exec(token)?.[1];
   if (name === undefined) throw new Error(`"${token.slice(0, 200)}" is no ${what} of lvm-nbd`);
   return name;
+}
+
+/** The type of a resource that the plugin serves, as a stack's state names it. */
+export function pluginToken(type: string): string {
+  return `${packageName}:index:${type}`;
+}
+
+/** The type of the same as a dynamic resource. Source: dynamic/index.ts of @pulumi/pulumi. */
+export function dynamicToken(type: string): string {
+  return `pulumi-nodejs:dynamic/${packageName}:${type}`;
 }

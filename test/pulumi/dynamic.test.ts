@@ -48,6 +48,25 @@ describe("a declared resource", () => {
     expect(inputs).toMatchObject({ name: "vm1", owner: "organisation/project/stack/vm1", host: "server1" });
   });
 
+  it("is what the plugin has made under that name, beside the program's own aliases", async () => {
+    let aliases: unknown;
+    const transformations: pulumi.ResourceTransformation[] = [
+      ({ opts }) => {
+        aliases = opts.aliases;
+        return undefined;
+      },
+    ];
+    await declare(
+      ({ NbdExport }) =>
+        new NbdExport(
+          "vm1",
+          { host: "server1", device: "/dev/x", listenAddress: "127.0.0.1" },
+          { aliases: [{ type: "before" }], transformations },
+        ),
+    );
+    expect(aliases).toEqual([{ type: "before" }, { type: "lvm-nbd:index:NbdExport" }]);
+  });
+
   it("takes the resource's name for its own only where none is given", async () => {
     const exported = await declare(
       ({ NbdExport }) =>

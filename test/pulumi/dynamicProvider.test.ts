@@ -113,6 +113,11 @@ describe("diff", () => {
     });
   });
 
+  it("of a state that the plugin wrote adds what a refresh and a delete need", async () => {
+    const { __provider: _, ...moved } = bag;
+    expect(await recorder().method("diff")("id", moved, bag)).toMatchObject({ changes: true, replaces: [] });
+  });
+
   it("names what is replaced", async () => {
     const { method } = recorder({
       diff: async () => ({

@@ -51,6 +51,19 @@ function withValue(path: readonly string[], value: unknown): unknown {
   return JSON.parse(JSON.stringify(copy));
 }
 
+it("has each resource go on with what was made as a dynamic one, and no component", () => {
+  const aliases = Object.entries(schema.resources).map(([token, { aliases }]) => [token, aliases]);
+  expect(Object.fromEntries(aliases)).toEqual({
+    ...Object.fromEntries(
+      resourceTypes.map(({ type }) => [
+        `lvm-nbd:index:${type}`,
+        [{ type: `pulumi-nodejs:dynamic/lvm-nbd:${type}` }],
+      ]),
+    ),
+    ...Object.fromEntries(componentTypes.map(({ type }) => [`lvm-nbd:index:${type}`, undefined])),
+  });
+});
+
 describe("the metaschema", () => {
   const snapshot = ["resources", "lvm-nbd:index:LvSnapshot", "inputProperties"];
 
