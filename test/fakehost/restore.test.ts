@@ -85,6 +85,22 @@ describe.each(["COW", "thin"] as const)("a %s snapshot is merged", (kind) => {
     await expectRestoredOnce(await begin(kind), kind);
   });
 
+  it("and is not again by an update of nothing, as of a stack that moves from the plugin", async () => {
+    const stack = await begin(kind);
+    expect((await stack.up(program(kind))).errors).toEqual([]);
+    // The snapshot is gone with the merge.
+    await stack.refresh();
+    expect((await stack.up(program(kind))).errors).toEqual([]);
+    for (const [name, kept] of stack.kept) stack.kept.set(name, { ...kept, incomplete: true });
+    writeOrigins(world);
+    const from = stack.commands.length;
+    const { did } = await stack.up(program(kind));
+    expect([...did.values()]).toEqual(["updated", "updated"]);
+    expect(stack.commands.slice(from).filter(({ kind: effect }) => effect === "change")).toEqual([]);
+    expect(lvm().merges).toBe(1);
+    expect(data(kind)).toBe(later);
+  });
+
   it("cut at every command", async () => {
     const course = await begin(kind);
     const first = world.commands.length;
