@@ -23,11 +23,11 @@ beforeAll(async () => {
 afterAll(() => stack?.close());
 
 describe.each([
-  ["nbdkit", "server1", "server2"],
-  ["nbd-server", "server1", "server2"],
-  ["qemu-nbd", "server1", "server2"],
-  ["nbdkit", "server1-root", "server2-root"],
-])("the chain over %s on %s and %s", (server, source, client) => {
+  ["nbdkit", "server1", "server2", "dynamic"],
+  ["nbd-server", "server1", "server2", "plugin"],
+  ["qemu-nbd", "server1", "server2", "dynamic"],
+  ["nbdkit", "server1-root", "server2-root", "plugin"],
+] as const)("the chain over %s on %s and %s, by the door %s", (server, source, client, door) => {
   let moment: string;
   let origin: string;
 
@@ -47,7 +47,7 @@ describe.each([
   });
 
   beforeAll(async () => {
-    stack = new LabStack(`${server}-${source}`);
+    stack = new LabStack(`${server}-${source}`, door);
     moment = await makeOrigin(lab.server1);
   });
 
@@ -97,7 +97,7 @@ describe.each([
   });
 
   it("adopts what a create left whose answer was lost, and changes nothing", async () => {
-    const again = new LabStack(`${server}-${source}`);
+    const again = new LabStack(`${server}-${source}`, door);
     try {
       const changes = await again.changesDuring(async () => {
         const taken = await again.up("LvSnapshot", "vm1", snapshot);

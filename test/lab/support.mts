@@ -7,6 +7,7 @@ import type { Change } from "../../provider/core/resource.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { type LoginRole, sudoersInstallation } from "../../provider/sudoers.js";
+import { type Door, dynamicDoor, labDoor, pluginDoor, type Served } from "./door.mts";
 import { OPERATOR } from "./image-contents.mts";
 import { type Guest, type Lab, labUp } from "./lab.mts";
 import { waitFor } from "./wait.mts";
@@ -53,8 +54,14 @@ export class LabStack {
   readonly #pool = createHostPool();
   readonly #environment: Environment;
   readonly #states = new Map<string, Values>();
+  #plugin: ReturnType<typeof pluginDoor> | undefined;
+  /** What the handlers found to differ at the last diff, of which a door tells less. */
+  #changes: readonly Change[] = [];
 
-  constructor(readonly name = "lab") {
+  constructor(
+    readonly name = "lab",
+    public door: Door = labDoor,
+  ) {
     this.#environment = {
       openHost: async (args) => this.#watched(await this.#pool.get(args)),
       progress: () => undefined,
@@ -63,21 +70,31 @@ export class LabStack {
     };
   }
 
-  handlers(type: TypeName): Handlers {
-    return createHandlers(resourceType(type), this.#environment);
+  /** Those behind the door. */
+  handlers(type: string, { signal }: Pick<Environment, "signal"> = this.#environment): Handlers {
+    const handlers = createHandlers(resourceType(type), { ...this.#environment, signal });
+    return {
+      ...handlers,
+      diff: async (...args) => {
+        const result = await handlers.diff(...args);
+        this.#changes = result.changes;
+        return result;
+      },
+    };
+  }
+
+  async #served(type: TypeName, resource: string): Promise<Served> {
+    if (this.door === "dynamic") return dynamicDoor(this.handlers(type), this.#environment.warn);
+    this.#plugin ??= pluginDoor(async (name, environment) => this.handlers(name, environment));
+    const plugin = await this.#plugin;
+    await plugin.begin();
+    return plugin.served(type, resource);
   }
 
   /** What the program declares, with its owner and defaults, as `check` passes it on. Throws on a problem. */
   async checked(type: TypeName, resource: string, args: Values): Promise<Values> {
     const kept = this.#states.get(`${type} ${resource}`);
-    const { inputs, problems } = await this.handlers(type).check(
-      kept,
-      this.declared(resource, args),
-      new Set(),
-    );
-    if (problems.length > 0)
-      throw new Error(problems.map((one) => `${one.property}: ${one.reason}`).join("; "));
-    return inputs;
+    return (await this.#served(type, resource)).check(kept, this.declared(resource, args));
   }
 
   declared(resource: string, args: Values): Values {
@@ -86,31 +103,32 @@ export class LabStack {
 
   async up(type: TypeName, resource: string, args: Values): Promise<Outcome> {
     const key = `${type} ${resource}`;
-    const handlers = this.handlers(type);
+    const served = await this.#served(type, resource);
     const wanted = await this.checked(type, resource, args);
     const kept = this.#states.get(key);
     const create = async (): Promise<Values> => {
-      const { state } = await handlers.create(wanted);
+      const state = await served.create(wanted);
       this.#states.set(key, state);
       return state;
     };
     if (kept === undefined) return { did: "created", state: await create(), changes: [] };
-    const { changes, deleteBeforeReplace } = await handlers.diff(kept, wanted, new Set());
-    if (changes.length === 0) return { did: "unchanged", state: kept, changes };
-    if (changes.some(({ effect }) => effect === "replace")) {
-      if (deleteBeforeReplace) await this.destroy(type, resource);
-      const state = await create();
-      if (!deleteBeforeReplace) await handlers.remove(kept);
-      return { did: "replaced", state, changes };
+    const difference = await served.diff(kept, wanted);
+    const changes = this.#changes;
+    if (difference === "none") return { did: "unchanged", state: kept, changes };
+    if (difference === "update") {
+      const state = await served.update(kept, wanted);
+      this.#states.set(key, state);
+      return { did: "updated", state, changes };
     }
-    const state = await handlers.update(kept, wanted);
-    this.#states.set(key, state);
-    return { did: "updated", state, changes };
+    if (difference === "delete first") await this.destroy(type, resource);
+    const state = await create();
+    if (difference === "create first") await served.remove(kept);
+    return { did: "replaced", state, changes };
   }
 
   /** Reads, as a refresh does, and keeps what it saw; `undefined` when the resource is gone. */
   async refresh(type: TypeName, resource: string): Promise<Values | undefined> {
-    const seen = await this.handlers(type).read(this.state(type, resource));
+    const seen = await this.#read(type, resource);
     if (seen === undefined) this.#states.delete(`${type} ${resource}`);
     else this.#states.set(`${type} ${resource}`, seen);
     return seen;
@@ -119,15 +137,19 @@ export class LabStack {
   /** The properties in which the world differs from the kept state, the fill level aside. */
   async drifted(type: TypeName, resource: string): Promise<string[]> {
     const kept = this.state(type, resource);
-    const seen = await this.handlers(type).read(kept);
+    const seen = await this.#read(type, resource);
     if (seen === undefined) return ["absent"];
     return Object.keys({ ...kept, ...seen }).filter(
       (property) => property !== "usedPercent" && !isDeepStrictEqual(seen[property], kept[property]),
     );
   }
 
+  async #read(type: TypeName, resource: string): Promise<Values | undefined> {
+    return (await this.#served(type, resource)).read(this.state(type, resource));
+  }
+
   async destroy(type: TypeName, resource: string): Promise<void> {
-    await this.handlers(type).remove(this.state(type, resource));
+    await (await this.#served(type, resource)).remove(this.state(type, resource));
     this.#states.delete(`${type} ${resource}`);
   }
 
@@ -156,6 +178,7 @@ export class LabStack {
 
   close(): void {
     this.#pool.close();
+    this.#plugin?.then((plugin) => plugin.close());
   }
 
   #watched(host: Host): Host {

@@ -9,6 +9,7 @@ import type { vmBackupInputs } from "../../provider/components/vmBackupType.js";
 import { OutputOf } from "../../provider/core/example.js";
 import { componentTypes, resourceTypes } from "../../provider/core/registry.js";
 import { functionTypes } from "../../provider/functions/registry.js";
+import { dynamicToken } from "../../provider/pulumi/urn.js";
 
 const read = (...path: string[]): unknown =>
   JSON.parse(readFileSync(join(__dirname, "..", "..", ...path), "utf8"));
@@ -55,10 +56,7 @@ it("has each resource go on with what was made as a dynamic one, and no componen
   const aliases = Object.entries(schema.resources).map(([token, { aliases }]) => [token, aliases]);
   expect(Object.fromEntries(aliases)).toEqual({
     ...Object.fromEntries(
-      resourceTypes.map(({ type }) => [
-        `lvm-nbd:index:${type}`,
-        [{ type: `pulumi-nodejs:dynamic/lvm-nbd:${type}` }],
-      ]),
+      resourceTypes.map(({ type }) => [`lvm-nbd:index:${type}`, [{ type: dynamicToken(type) }]]),
     ),
     ...Object.fromEntries(componentTypes.map(({ type }) => [`lvm-nbd:index:${type}`, undefined])),
   });

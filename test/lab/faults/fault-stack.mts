@@ -2,29 +2,35 @@
  * A stack for the fault tests: any resources, driven by the real CLI, and errors that are held to what a person
  * needs to read in them.
  */
-import { cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
+import { chmodSync, cpSync, mkdirSync, mkdtempSync, rmSync, symlinkSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect } from "vitest";
 import { z } from "zod";
 import type { ErrorCode } from "../../../provider/core/errors.js";
 import { type ChildResult, runChild } from "../child.mts";
+import { type Door, labDoor } from "../door.mts";
 import { GUESTS } from "../image-contents.mts";
 import type { Lab } from "../lab.mts";
 import { ensurePulumi, PulumiStack } from "../pulumi.mts";
-import type { RefreshableOptions } from "../pulumi-stack.mts";
+import type { PulumiOptions, RefreshableOptions } from "../pulumi-stack.mts";
 import type { Values } from "../support.mts";
 
 const root = join(import.meta.dirname, "..", "..", "..");
 
+const typeName = z.enum([
+  ...(["LvSnapshot", "NbdExport", "NbdAttachment", "Mount", "VolumeCopy", "BackupImage"] as const),
+  ...(["VmBackup", "LvRestore", "HostSetup"] as const),
+]);
+
 /** A resource as the program of these tests declares it. Names are unique in a stack. */
 export interface Declared {
-  readonly type:
-    | ("LvSnapshot" | "NbdExport" | "NbdAttachment" | "Mount" | "VolumeCopy" | "BackupImage")
-    | ("VmBackup" | "LvRestore" | "HostSetup");
+  readonly type: z.infer<typeof typeName>;
   readonly name: string;
   readonly args: Values;
   readonly dependsOn?: readonly string[];
+  /** Further options of Pulumi's. */
+  readonly options?: Values;
 }
 
 /** For `args`: that output of a resource which is declared before. */
@@ -140,6 +146,7 @@ const exported = z.object({
         z.object({
           urn: z.string(),
           type: z.string(),
+          inputs: z.record(z.string(), z.unknown()).optional(),
           outputs: z.record(z.string(), z.unknown()).optional(),
         }),
       )
@@ -149,6 +156,8 @@ const exported = z.object({
 
 export class FaultStack {
   #resources: readonly Declared[] = [];
+  /** Through which the program's resources go from now on. */
+  door: Door = labDoor;
   readonly #stack: PulumiStack;
   readonly #folder: string;
 
@@ -169,7 +178,7 @@ export class FaultStack {
     const built = join(folder, "package");
     const projectDir = join(folder, "program");
     mkdirSync(built);
-    cpSync(join(root, "package.json"), join(built, "package.json"));
+    for (const name of ["package.json", "schema.json"]) cpSync(join(root, name), join(built, name));
     symlinkSync(join(root, "node_modules"), join(built, "node_modules"));
     await runChild(["tsc", "-p", "tsconfig.build.json", "--outDir", join(built, "dist")], { cwd: root, env });
     cpSync(program.from, projectDir, {
@@ -180,10 +189,15 @@ export class FaultStack {
     for (const name of ["@pulumi", "@types", "typescript"])
       symlinkSync(join(root, "node_modules", name), join(projectDir, "node_modules", name));
     symlinkSync(built, join(projectDir, "node_modules", "pulumi-lvm-nbd"));
+    // As npm does.
+    const plugin = join(built, "dist", "plugin.js");
+    chmodSync(plugin, 0o755);
+    mkdirSync(join(projectDir, "node_modules", ".bin"));
+    symlinkSync(plugin, join(projectDir, "node_modules", ".bin", "pulumi-resource-lvm-nbd"));
     const stack = await PulumiStack.create({
       ...{ projectDir, stackName: "faults", backendDir: join(folder, "backend") },
       env: { ...env, LVM_NBD_SSH_CONFIG: lab.operatorConfigPath },
-      config: program.config ?? {},
+      config: { "lvm-nbd:organization": "organization", ...program.config },
     });
     return new FaultStack(stack, folder);
   }
@@ -205,11 +219,13 @@ export class FaultStack {
 
   async preview(options: RefreshableOptions = {}): Promise<Run> {
     const args = [...this.#config, ...(options.args ?? [])];
-    return new Run(await this.#stack.preview({ ...options, args, allowFailure: true }));
+    return new Run(
+      await this.#stack.preview({ ...options, env: this.#env(options), args, allowFailure: true }),
+    );
   }
 
   async refresh(options: RefreshableOptions = {}): Promise<Run> {
-    return new Run(await this.#stack.refresh({ ...options, allowFailure: true }));
+    return new Run(await this.#stack.refresh({ ...options, env: this.#env(options), allowFailure: true }));
   }
 
   async destroy(options: RefreshableOptions = {}): Promise<Run> {
@@ -218,7 +234,7 @@ export class FaultStack {
 
   /** Starts `up` for a test to disturb; `end` is what it did and said. */
   startUp(args: readonly string[] = []): { readonly pid: number; readonly end: Promise<Run> } {
-    const child = this.#stack.spawnUp({ args: [...this.#config, ...args] });
+    const child = this.#stack.spawnUp({ env: this.#env({}), args: [...this.#config, ...args] });
     let stdout = "";
     let stderr = "";
     child.stdout?.on("data", (chunk: Buffer) => {
@@ -247,12 +263,27 @@ export class FaultStack {
 
   /** The outputs of each resource in the state, by the resource's name. */
   async state(): Promise<ReadonlyMap<string, Values>> {
+    return new Map((await this.#kept()).map(({ name, outputs }) => [name, outputs ?? {}]));
+  }
+
+  /** The type of each resource in the state, by the resource's name. */
+  async types(): Promise<ReadonlyMap<string, string>> {
+    return new Map((await this.#kept()).map(({ name, type }) => [name, type]));
+  }
+
+  /** The resources in the state, as a program that has their inputs declares them. */
+  async inputs(): Promise<Declared[]> {
+    return (await this.#kept()).map(({ type, name, inputs = {} }) => {
+      const { owner: _, ...args } = inputs;
+      return { type: typeName.parse(type.split(":").at(-1)), name, args };
+    });
+  }
+
+  async #kept() {
     const { resources } = exported.parse(await this.#stack.exportState()).deployment;
-    return new Map(
-      resources
-        .filter(({ type }) => type.includes("lvm-nbd"))
-        .map(({ urn, outputs }) => [urn.split("::").at(-1) ?? "", outputs ?? {}]),
-    );
+    return resources
+      .filter(({ type }) => type.includes("lvm-nbd:"))
+      .map((one) => ({ ...one, name: one.urn.split("::").at(-1) ?? "" }));
   }
 
   /** Removes the stack's folder. What it made on the servers is for the test to destroy. */
@@ -264,9 +295,14 @@ export class FaultStack {
     return ["--config", `resources=${JSON.stringify(this.#resources)}`];
   }
 
+  #env({ env }: PulumiOptions): NodeJS.ProcessEnv {
+    return { LAB_DOOR: this.door, ...env };
+  }
+
   #tolerant(options: RefreshableOptions, more: readonly string[]): RefreshableOptions {
     return {
       ...options,
+      env: this.#env(options),
       args: ["--continue-on-error", ...more, ...(options.args ?? [])],
       allowFailure: true,
     };

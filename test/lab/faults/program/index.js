@@ -1,9 +1,11 @@
-// Declares what the configuration lists: `resources` is a list of { type, name, args, dependsOn? }. A value
+// Declares what the configuration lists: `resources` is a list of { type, name, args, dependsOn?, options? }. A value
 // { "$output": ["NAME", "PROPERTY"] } inside `args` is that output of a resource listed before, { "$env": "NAME" } what the
-// environment has. A VmBackup is told what
-// there is in its folder, and may be told what day it is.
+// environment has. A VmBackup is told what there is in its folder, and may be told what day it is. LAB_DOOR chooses the
+// door: "plugin", or dynamic resources.
 const pulumi = require("@pulumi/pulumi");
-const { listImages, ...types } = require("pulumi-lvm-nbd");
+const { listImages, ...own } = require("pulumi-lvm-nbd");
+
+const types = process.env.LAB_DOOR === "plugin" ? { ...own, ...require("./plugin.js") } : own;
 
 const made = new Map();
 
@@ -24,8 +26,10 @@ async function backupArgs({ now, ...args }) {
 }
 
 module.exports = async () => {
-  for (const { type, name, args, dependsOn = [] } of new pulumi.Config().requireObject("resources")) {
-    const options = { dependsOn: dependsOn.map((other) => made.get(other)) };
+  for (const { type, name, args, dependsOn = [], options: more } of new pulumi.Config().requireObject(
+    "resources",
+  )) {
+    const options = { ...more, dependsOn: dependsOn.map((other) => made.get(other)) };
     const known = resolved(args);
     made.set(name, new types[type](name, type === "VmBackup" ? await backupArgs(known) : known, options));
   }
