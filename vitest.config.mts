@@ -9,6 +9,7 @@ const longest = [
   "lab/tls",
   "lab/refusals",
   "lab/faults/copy",
+  "lab/plugin",
   "lab/mount",
   "lab/package",
   "fakehost/backupImage",
