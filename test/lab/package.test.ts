@@ -336,3 +336,31 @@ export const path = new NbdAttachment("keyed", { host: host("server2", "root"), 
     }
   });
 });
+
+it("the plugin in it serves a project that names npm's folder of programs", async () => {
+  await makeOrigin(lab.server1, "LV-VM3");
+  const plugged = join(folder, "plugged");
+  mkdirSync(plugged);
+  symlinkSync(join(project, "node_modules"), join(plugged, "node_modules"));
+  const plugins = "plugins: { providers: [{ name: lvm-nbd, path: node_modules/.bin }] }";
+  writeFileSync(join(plugged, "Pulumi.yaml"), `name: plugged\nruntime: nodejs\n${plugins}\n`);
+  writeFileSync(join(plugged, "package.json"), '{ "main": "index.js" }');
+  const program = `
+const pulumi = require("@pulumi/pulumi");
+const args = { host: "server1", volumeGroup: "VgVm", origin: "LV-VM3", size: "8M", path: undefined };
+exports.path = new pulumi.CustomResource("lvm-nbd:index:LvSnapshot", "plugged", args).path;
+`;
+  writeFileSync(join(plugged, "index.js"), program);
+  const stack = await PulumiStack.create({
+    projectDir: plugged,
+    stackName: "plugged",
+    backendDir: join(folder, "plugged-backend"),
+    env: environment,
+    config: { "lvm-nbd:organization": "organization" },
+  });
+  await stack.up();
+  expect(await stack.outputs()).toEqual({ path: "/dev/VgVm/plugged" });
+  expect(await leftovers(lab.server1)).toContain("lvm-nbd.owner=organization/plugged/plugged/plugged");
+  await stack.destroy();
+  expect(await leftovers(lab.server1)).toBe("");
+});
