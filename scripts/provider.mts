@@ -5,6 +5,8 @@ const require = createRequire(import.meta.url);
 
 export const { componentTypes, resourceTypes } =
   require("../dist/core/registry.js") as typeof import("../provider/core/registry.ts");
+export const { outputsOf } =
+  require("../dist/core/outputs.js") as typeof import("../provider/core/outputs.ts");
 export const { configuration } =
   require("../dist/core/configuration.js") as typeof import("../provider/core/configuration.ts");
 export const { functionTypes } =

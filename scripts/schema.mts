@@ -6,7 +6,14 @@ import type { AnyResourceType, Described } from "../provider/core/resource.ts";
 import { callSection, exampleSection } from "./exampleCode.mts";
 import { writeGenerated } from "./generated.mts";
 import { PackageTypes } from "./packageTypes.mts";
-import { componentTypes, configuration, dynamicToken, functionTypes, resourceTypes } from "./provider.mts";
+import {
+  componentTypes,
+  configuration,
+  dynamicToken,
+  functionTypes,
+  outputsOf,
+  resourceTypes,
+} from "./provider.mts";
 
 const name = "lvm-nbd";
 const types = new PackageTypes(name);
@@ -23,7 +30,7 @@ const packageJson = z
 function resource(type: AnyResourceType) {
   const inputs = types.propertiesOf(type.inputs, "input", type.type);
   const declared = types.propertiesOf(type.inputs, "output", type.type);
-  const outputs = types.propertiesOf(type.outputs, "output", type.type);
+  const outputs = types.propertiesOf(outputsOf(type), "output", type.type);
   const { owner: _, ...inputProperties } = inputs.properties;
   return {
     description: `${description(type)}\n\n${importSection(type)}`,

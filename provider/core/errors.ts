@@ -14,6 +14,8 @@ export const errorCodes = {
     "The host's key is neither pinned nor in known_hosts. Compare the printed fingerprint with the host's own, then pin it with `hostKey` or add it to known_hosts.",
   HOST_KEY_MISMATCH:
     "The host shows another key than the pinned or known one: it was reinstalled, or somebody is in between. Find out which before you change the pin.",
+  HOST_CHANGED:
+    "The host is another machine than the one the resource was made on, or does not tell which one it is. Nothing was touched, and nothing is taken for gone. Put the address right, or accept the machine as the message says.",
   AUTH_FAILED:
     "The host accepts none of the offered keys or passwords for this user. Add a key to its authorized_keys, or name another by `privateKeyPath`. What was changed in `lvm-nbd:hosts` reaches `pulumi refresh` and `destroy` by a `pulumi up`, or with `--run-program`.",
   KEY_UNREADABLE:

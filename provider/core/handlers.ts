@@ -8,11 +8,12 @@ import { hostAddress, hostName, hostOfName, validateHostArgs } from "../ssh/conf
 import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
 import { contextOn, named } from "./context.js";
 import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
+import { outputsOf } from "./outputs.js";
 import { type Claimant, organizationMissing, ownerOf } from "./owner.js";
 import { PartialFailure } from "./partialFailure.js";
 import { problemsOf } from "./problems.js";
 import { converge, find, foresee, PartialSuccess, refresh, remove } from "./reconciler.js";
-import type { AnyResourceType, Change, CommonInputs, Context, Problem } from "./resource.js";
+import type { AnyResourceType, Change, CommonInputs, CommonState, Context, Problem } from "./resource.js";
 
 type Values = Readonly<Record<string, unknown>>;
 
@@ -84,7 +85,7 @@ export interface Handlers {
 }
 
 export function createHandlers(type: AnyResourceType, environment: Environment): Handlers {
-  const { state: stateShape, place: placeShape, known: knownShape } = shapesOf(type);
+  const { state: stateShape, outputs: outputsShape, place: placeShape, known: knownShape } = shapesOf(type);
 
   const attempt = async <T>(values: CommonInputs, work: (context: Context) => Promise<T>): Promise<T> => {
     const opened = await contextOn(environment, values.host, label(type, values));
@@ -98,10 +99,10 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     }
   };
 
-  const parse = (values: Values, shape: z.ZodObject): CommonInputs => {
+  const parse = (values: Values, shape: z.ZodObject): CommonState => {
     const own = picked(values, shape.shape);
     const parsed = shape.safeParse(own);
-    if (parsed.success) return parsed.data as unknown as CommonInputs;
+    if (parsed.success) return parsed.data as unknown as CommonState;
     const reasons = problemsOf(parsed.error.issues, own).map(
       ({ property, reason }) => `${property}: ${reason}`,
     );
@@ -132,9 +133,10 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
   ): Promise<Values> => {
     if (oldValues === undefined) return {};
     const { state, changes } = await changed(oldValues, wanted, unknown);
-    const outputs = picked(state, type.outputs.shape);
+    const outputs = picked(state, outputsShape);
     if (areOfConnection(changes)) return outputs;
-    const lasting = new Set(type.lasting?.(state, new Set(changes.map(({ property }) => property))));
+    const lasting = new Set<string>(type.lasting?.(state, new Set(changes.map(({ property }) => property))));
+    lasting.add("machineId");
     return Object.fromEntries(Object.entries(outputs).filter(([key]) => lasting.has(key)));
   };
 
@@ -178,7 +180,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     async preview(oldValues, wanted, unknown) {
       const predicted = type.predict(wanted, unknown);
       const known = { ...(await staying(oldValues, wanted, unknown)), ...wanted, ...predicted };
-      const outputs = Object.keys(type.outputs.shape).filter((key) => !(key in known) && !unknown.has(key));
+      const outputs = Object.keys(outputsShape).filter((key) => !(key in known) && !unknown.has(key));
       if (oldValues === undefined && unknown.size === 0) {
         const inputs = parse(wanted, type.inputs);
         await attempt(inputs, (opened) => foresee(type, opened, inputs));
@@ -221,7 +223,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       );
       if (found === undefined) return undefined;
       const wanted = parse(defined({ host, ...found.declared }), type.inputs);
-      const state = harmless(defined(type.toState(wanted, found.seen)), wanted);
+      const { machineId } = found;
+      const state = harmless(defined({ ...type.toState(wanted, found.seen), machineId }), wanted);
       const inputs = defined(declaredBeside(placeShape.parse({}), wanted));
       return { id: type.id(wanted, hostName(wanted.host)), inputs, state };
     },
@@ -232,7 +235,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const { changes } = await this.diff(oldValues, values, new Set());
       if (areOfConnection(changes)) {
         // What was seen stays; what was declared and no longer is does not.
-        return defined({ ...picked(state, type.outputs.shape), ...wanted });
+        return defined({ ...picked(state, outputsShape), ...wanted });
       }
       const now = await attempt(wanted, (opened) => converge(type, opened, wanted, state));
       return harmless(defined(now), wanted);
@@ -248,6 +251,8 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
 /** The objects that values of a type are read with. Each is compiled at its first use, which costs more than many uses. */
 interface Shapes {
   readonly state: z.ZodObject;
+  /** What of it are no inputs. */
+  readonly outputs: z.ZodObject["shape"];
   /** Inputs of which some are not known. */
   readonly place: z.ZodObject;
   /** Inputs without those. */
@@ -257,10 +262,12 @@ interface Shapes {
 const shapes = new WeakMap<AnyResourceType, Shapes>();
 
 function shapesOf(type: AnyResourceType): Shapes {
-  const { inputs, outputs } = type;
+  const { inputs } = type;
+  const outputs = outputsOf(type).shape;
   const known = new Map<string, z.ZodObject>();
   const own = shapes.get(type) ?? {
-    state: z.object({ ...inputs.shape, ...outputs.shape }),
+    state: z.object({ ...inputs.shape, ...outputs }),
+    outputs,
     place: inputs.partial(),
     known(unknown) {
       const entries = Object.entries(inputs.shape).filter(([key]) => !unknown.has(key));

@@ -7,6 +7,7 @@
  */
 import { refusal } from "./command.js";
 import { briefly, firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
+import { Machine } from "./machine.js";
 import { type Claimant, organizationMissing, ownerByMark, ownerMark, ownerOfMark } from "./owner.js";
 import {
   type AnyResourceType,
@@ -14,6 +15,7 @@ import {
   ChangedMeanwhile,
   type CommonInputs,
   type CommonObservation,
+  type CommonState,
   type Context,
 } from "./resource.js";
 
@@ -25,7 +27,7 @@ const lookAfterwardsSeconds = 60;
 /** A create or update that made something but did not succeed: Pulumi keeps it and goes on at the next `up`. */
 export class PartialSuccess extends Error {
   constructor(
-    readonly state: CommonInputs,
+    readonly state: CommonState,
     override readonly cause: unknown,
   ) {
     super(cause instanceof Error ? cause.message : String(cause));
@@ -38,22 +40,23 @@ export async function converge(
   type: AnyResourceType,
   context: Context,
   wanted: CommonInputs,
-  old: CommonInputs | undefined,
-): Promise<CommonInputs> {
+  old: CommonState | undefined,
+): Promise<CommonState> {
+  const machine = new Machine(old?.machineId);
   let seen = false;
   try {
     return await lookingAgain(context, async () => {
       seen = false;
-      const before = await type.observe(context, found(wanted, old));
+      const before = await machine.look(context, () => type.observe(context, found(wanted, old)));
       seen = true;
-      return convergeFrom(before, type, context, wanted, old);
+      return convergeFrom(before, machine, type, context, wanted, old);
     });
   } catch (error) {
     // A host that could not be looked at would only be waited for a second time.
     if (!seen && !isLvmNbdError(error, "CANCELLED")) throw error;
     // Also after a cancel: what is there now must be known.
     const looking = { ...context, signal: AbortSignal.timeout(lookAfterwardsSeconds * 1000) };
-    const left = await leftBehind(type, looking, wanted, old, error);
+    const left = await leftBehind(machine, type, looking, wanted, old, error);
     if (left === undefined) throw error;
     throw new PartialSuccess(left, error);
   }
@@ -87,17 +90,18 @@ async function lookingAgain<T>(context: Context, work: () => Promise<T>): Promis
 
 async function convergeFrom(
   before: CommonObservation | undefined,
+  machine: Machine,
   type: AnyResourceType,
   context: Context,
   wanted: CommonInputs,
-  old: CommonInputs | undefined,
-): Promise<CommonInputs> {
+  old: CommonState | undefined,
+): Promise<CommonState> {
   if (before !== undefined) refuseForeign(type, context, before, wanted, old);
   const told =
     before === undefined
       ? await type.create(context, wanted, old)
       : await type.converge(context, wanted, before, old);
-  const after = await type.observe(context, wanted);
+  const after = await machine.look(context, () => type.observe(context, wanted));
   if (after === undefined || after.halfMade) {
     throw new LvmNbdError("IDENTITY_MISMATCH", {
       message: "it was made, but a moment later it was gone again: somebody else removes it",
@@ -107,7 +111,7 @@ async function convergeFrom(
   }
   // Another resource of the same name may have made its own in the meantime: its thing is not ours to report.
   if (after.mark !== undefined) refuseForeign(type, context, after, wanted, old);
-  return { ...type.toState(wanted, after), ...told };
+  return { ...type.toState(wanted, after), ...told, machineId: machine.id };
 }
 
 /** The stored state knows the thing's identity (its UUID, say); the declaration knows where it should be. */
@@ -117,20 +121,25 @@ function found(wanted: CommonInputs, old: CommonInputs | undefined): CommonInput
 
 /** What exists now after a failed operation, if it is ours and can be seen; its state keeps it from being lost. */
 async function leftBehind(
+  machine: Machine,
   type: AnyResourceType,
   context: Context,
   wanted: CommonInputs,
-  old: CommonInputs | undefined,
+  old: CommonState | undefined,
   failure: unknown,
-): Promise<CommonInputs | undefined> {
-  if (isLvmNbdError(failure, "FOREIGN_RESOURCE", "IDENTITY_MISMATCH", "INVALID_INPUT")) return undefined;
+): Promise<CommonState | undefined> {
+  if (isLvmNbdError(failure, "FOREIGN_RESOURCE", "IDENTITY_MISMATCH", "INVALID_INPUT", "HOST_CHANGED"))
+    return undefined;
   try {
-    const seen = (await type.observe(context, found(wanted, old))) ?? (await type.observe(context, wanted));
+    const seen = await machine.look(
+      context,
+      async () => (await type.observe(context, found(wanted, old))) ?? type.observe(context, wanted),
+    );
     const ours = seen !== undefined && !seen.halfMade && isOurs(type, seen, wanted, old);
     if (isLvmNbdError(failure, "CANCELLED")) context.warn(afterCancel(ours));
     // Kept as what was just declared, an earlier one would pass for it. Its mark lets the next `up` find it.
     if (ours && old === undefined && type.isStale?.(seen, wanted)) return undefined;
-    return ours ? type.toState(old ?? wanted, seen) : undefined;
+    return ours ? { ...type.toState(old ?? wanted, seen), machineId: machine.id } : undefined;
   } catch (error) {
     // The first failure is what the person must see. The owner mark lets the next `up` find what was made.
     context.warn(`what the failed operation left could not be looked at: ${firstLine(error)}`);
@@ -174,9 +183,15 @@ export async function find(
   place: CommonInputs,
   claimant: Claimant | undefined,
 ): Promise<
-  { readonly declared: Readonly<Record<string, unknown>>; readonly seen: CommonObservation } | undefined
+  | {
+      readonly declared: Readonly<Record<string, unknown>>;
+      readonly seen: CommonObservation;
+      readonly machineId: string | undefined;
+    }
+  | undefined
 > {
-  const seen = await type.observe(context, place);
+  const machine = new Machine(undefined);
+  const seen = await machine.look(context, () => type.observe(context, place));
   if (seen === undefined || seen.halfMade) return undefined;
   const { mark } = seen;
   const owner =
@@ -192,18 +207,27 @@ export async function find(
   if (mark === undefined && claimant !== undefined && claimant.organization === undefined)
     throw refusal(context, "INVALID_INPUT", organizationMissing);
   const declared = { ...(await byId.declared(context, seen, place)), owner: owner ?? place.owner };
-  const now = byId.ofOwner ? await type.observe(context, { ...place, ...declared }) : seen;
-  return now === undefined ? undefined : { declared, seen: now };
+  const now = byId.ofOwner
+    ? await machine.look(context, () => type.observe(context, { ...place, ...declared }))
+    : seen;
+  return now === undefined ? undefined : { declared, seen: now, machineId: machine.id };
 }
 
 /** Observes for a refresh. `undefined`: positively gone, or something that is not ours has taken its place. */
 export async function refresh(
   type: AnyResourceType,
   context: Context,
-  state: CommonInputs,
-): Promise<CommonInputs | undefined> {
-  const observed = await type.observe(context, state);
-  const seen = observed && type.inspect ? await type.inspect(context, state, observed) : observed;
+  state: CommonState,
+): Promise<CommonState | undefined> {
+  const machine = new Machine(state.machineId);
+  const seen = await machine.look(
+    context,
+    async (): Promise<CommonObservation | undefined> => {
+      const observed = await type.observe(context, state);
+      return observed && type.inspect ? type.inspect(context, state, observed) : observed;
+    },
+    (it) => it !== undefined && !it.halfMade && type.isSame(it, state),
+  );
   if (seen === undefined || (seen.halfMade && isOurs(type, seen, state, state))) {
     context.warn("is gone from the host; `pulumi up` will make it again");
     return undefined;
@@ -213,13 +237,14 @@ export async function refresh(
     return undefined;
   }
   for (const line of type.drift(state, seen)) context.warn(line);
-  return type.toState(state, seen);
+  return { ...type.toState(state, seen), machineId: machine.id };
 }
 
 /** Removes the thing of the state, if it is there and still the one we made. */
-export async function remove(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
+export async function remove(type: AnyResourceType, context: Context, state: CommonState): Promise<void> {
+  const machine = new Machine(state.machineId);
   try {
-    await lookingAgain(context, () => removeOnce(type, context, state));
+    await lookingAgain(context, () => removeOnce(machine, type, context, state));
   } catch (error) {
     if (isLvmNbdError(error, "CANCELLED"))
       context.warn(
@@ -229,8 +254,14 @@ export async function remove(type: AnyResourceType, context: Context, state: Com
   }
 }
 
-async function removeOnce(type: AnyResourceType, context: Context, state: CommonInputs): Promise<void> {
-  const seen = await type.observe(context, state);
+async function removeOnce(
+  machine: Machine,
+  type: AnyResourceType,
+  context: Context,
+  state: CommonInputs,
+): Promise<void> {
+  const look = () => machine.look(context, () => type.observe(context, state));
+  const seen = await look();
   if (seen === undefined) return;
   if (!isOurs(type, seen, state, state)) {
     context.warn(`what now bears its name is not what was made here ${ownerPhrase(seen)}; it is left alone`);
@@ -241,7 +272,7 @@ async function removeOnce(type: AnyResourceType, context: Context, state: Common
     return;
   }
   await type.remove(context, state, seen);
-  const left = await type.observe(context, state);
+  const left = await look();
   if (
     left === undefined ||
     left.removed ||

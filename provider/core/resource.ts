@@ -15,6 +15,12 @@ export interface CommonInputs {
   readonly adopt: boolean;
 }
 
+/** What the state of every resource may hold beside. */
+export interface CommonState extends CommonInputs {
+  /** machine-id(5) of the host; a state of an earlier version has none, until it is read again. */
+  readonly machineId?: string | undefined;
+}
+
 /** What every observation tells beside its own facts. */
 export interface CommonObservation {
   /** The owner mark on the thing (`ownerMark`); `undefined` if it carries none. */
@@ -101,7 +107,7 @@ export interface Described {
   readonly example: Example;
   /** Declared properties: types, defaults, checks of one property and documentation. */
   readonly inputs: z.ZodObject;
-  /** What is added to them in the state. */
+  /** What is added to them in the state, beside what all share (`outputsOf`). */
   readonly outputs: z.ZodObject;
 }
 

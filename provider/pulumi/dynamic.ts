@@ -3,6 +3,7 @@
  * few lines, whatever version of the package made it.
  */
 import * as pulumi from "@pulumi/pulumi";
+import { outputsOf } from "../core/outputs.js";
 import { ownerOf } from "../core/owner.js";
 import type { AnyResourceType } from "../core/resource.js";
 import {
@@ -62,13 +63,16 @@ export type LvRestoreArgs = Omit<Args<LvRestoreDeclaration>, "snapshot"> & {
 };
 
 abstract class LvmNbdResource extends pulumi.dynamic.Resource {
+  /** machine-id(5) of the host. */
+  declare readonly machineId: pulumi.Output<string | undefined>;
+
   protected constructor(
     type: AnyResourceType,
     name: string,
     args: Readonly<Record<string, unknown>>,
     options: pulumi.CustomResourceOptions | undefined,
   ) {
-    const outputs = Object.fromEntries(Object.keys(type.outputs.shape).map((key) => [key, undefined]));
+    const outputs = Object.fromEntries(Object.keys(outputsOf(type).shape).map((key) => [key, undefined]));
     const inputs = {
       ...outputs,
       ...args,

@@ -7,6 +7,7 @@ import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { displayCommand } from "./command.js";
 import { hostName, type ResolvedHost, resolveHost } from "./config.js";
 import { Connection, DialFailed, LinkLost } from "./connection.js";
+import { machineIdCommand, parseMachineId } from "./machineId.js";
 import type { CommandResult, Host, HostArgs, NamedHosts, RemoteCommand } from "./types.js";
 
 /** What the pool needs of a connection. */
@@ -65,6 +66,8 @@ export function createHostPool(options: PoolOptions = {}): HostPool {
 class PooledHost implements Host {
   private connection: Promise<OpenConnection> | undefined;
   private closed = false;
+  /** By connection: the next one may lead to another machine. */
+  private readonly machineIds = new WeakMap<OpenConnection, Promise<string | undefined>>();
 
   constructor(
     readonly name: string,
@@ -73,21 +76,21 @@ class PooledHost implements Host {
     private readonly backoff: readonly number[],
   ) {}
 
-  async run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
-    for (let attempt = 0; ; attempt++) {
-      try {
-        const connection = await this.connected(signal);
-        return await connection.run(command, signal);
-      } catch (error) {
-        const repeatable =
-          (error instanceof DialFailed && error.mayPass) ||
-          (error instanceof LinkLost && (!error.sent || command.kind === "read"));
-        const pause = this.backoff[attempt];
-        if (!repeatable || pause === undefined) throw this.named(error, command);
-        // A cancel ends the pause, and the next round is told of it.
-        await sleep(pause * (0.5 + Math.random()), signal);
+  run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
+    return this.onConnection(command, signal, (connection) => connection.run(command, signal));
+  }
+
+  machineId(signal?: AbortSignal): Promise<string | undefined> {
+    return this.onConnection(machineIdCommand, signal, (connection) => {
+      let id = this.machineIds.get(connection);
+      if (id === undefined) {
+        // Shared by all who ask: none of their signals ends it.
+        id = connection.run(machineIdCommand, undefined).then(parseMachineId);
+        this.machineIds.set(connection, id);
+        id.catch(() => this.machineIds.delete(connection));
       }
-    }
+      return unlessAborted(id, signal, this.name);
+    });
   }
 
   close(): void {
@@ -99,6 +102,26 @@ class PooledHost implements Host {
       // A dial that failed left nothing to end; whoever asked for it has its error.
       () => undefined,
     );
+  }
+
+  private async onConnection<T>(
+    command: RemoteCommand,
+    signal: AbortSignal | undefined,
+    work: (connection: OpenConnection) => Promise<T>,
+  ): Promise<T> {
+    for (let attempt = 0; ; attempt++) {
+      try {
+        return await work(await this.connected(signal));
+      } catch (error) {
+        const repeatable =
+          (error instanceof DialFailed && error.mayPass) ||
+          (error instanceof LinkLost && (!error.sent || command.kind === "read"));
+        const pause = this.backoff[attempt];
+        if (!repeatable || pause === undefined) throw this.named(error, command);
+        // A cancel ends the pause, and the next round is told of it.
+        await sleep(pause * (0.5 + Math.random()), signal);
+      }
+    }
   }
 
   /** The open connection; all who ask while it is being dialled share the dial. A failed one is not kept. */

@@ -68,4 +68,9 @@ export interface Host {
    * SUDO_DENIED, LINK_LOST (changes only), COMMAND_TIMED_OUT, OUTPUT_TOO_LARGE, CANCELLED.
    */
   run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult>;
+  /**
+   * The machine-id(5) of the machine that its connection leads to now; `undefined` if it has none. Asked once per connection. Raises
+   * what `run` raises for reads, COMMAND_FAILED and OUTPUT_UNREADABLE.
+   */
+  machineId(signal?: AbortSignal): Promise<string | undefined>;
 }

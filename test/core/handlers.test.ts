@@ -245,6 +245,10 @@ describe("an operation", () => {
     const signals: unknown[] = [];
     const watched: Host = {
       name: "server1",
+      async machineId(given) {
+        signals.push(given);
+        return undefined;
+      },
       async run(_command, given) {
         signals.push(given);
         return { exitCode: 0, stdout: recordedLvs("empty"), stderr: "" };
@@ -257,8 +261,8 @@ describe("an operation", () => {
       signal,
     });
     await handlers.read(state);
-    // The look at the volumes, and the one at their group.
-    expect(signals).toEqual([signal, signal]);
+    // The look at the volumes, and the one at their group, between those at the machine.
+    expect(signals).toEqual([signal, signal, signal, signal]);
   });
 
   it("that failed after it made something tells id and state, without undefined values", async () => {

@@ -1,4 +1,4 @@
-import { describe, expect, it } from "vitest";
+import { afterEach, describe, expect, it, vi } from "vitest";
 import { z } from "zod";
 import { type ErrorCode, LvmNbdError } from "../../provider/core/errors.js";
 import { ownerMark } from "../../provider/core/owner.js";
@@ -6,6 +6,7 @@ import { converge, PartialSuccess, refresh, remove } from "../../provider/core/r
 import {
   ChangedMeanwhile,
   type CommonInputs,
+  type CommonState,
   type Context,
   type ResourceType,
 } from "../../provider/core/resource.js";
@@ -15,17 +16,24 @@ interface Thing {
   id: number;
   right: boolean;
 }
-type State = CommonInputs & { id?: number; right?: boolean };
+type State = CommonState & { id?: number; right?: boolean };
 
 const wanted: CommonInputs = { host: "server1", owner: "o/p/s/vm1", adopt: false };
 const mine = ownerMark(wanted.owner);
+const [here, elsewhere] = ["a".repeat(32), "b".repeat(32)];
 
 /** A world of at most one thing, whose operations can fail on demand. */
 function scene(
   thing: Thing | undefined,
   failures: Partial<Record<"observe" | "create" | "converge" | "remove", (Error | undefined)[]>> = {},
 ) {
-  const world = { thing, log: [] as string[], warnings: [] as string[], keepAfterRemove: false };
+  const world = {
+    thing,
+    log: [] as string[],
+    warnings: [] as string[],
+    keepAfterRemove: false,
+    machineId: here as string | undefined,
+  };
   const step = (name: keyof typeof failures, effect: () => void, effectBeforeFailure = false) => {
     world.log.push(name);
     const failure = failures[name]?.shift();
@@ -77,7 +85,11 @@ function scene(
     drift: (state, seen) => (state.right === seen.right ? [] : ["is wrong"]),
   };
   const context: Context = {
-    host: { name: "server1", run: async () => ({ exitCode: 0, stdout: "", stderr: "" }) },
+    host: {
+      name: "server1",
+      machineId: async () => world.machineId,
+      run: async () => ({ exitCode: 0, stdout: "", stderr: "" }),
+    },
     resource: "Thing vm1",
     signal: new AbortController().signal,
     progress: () => undefined,
@@ -158,13 +170,19 @@ describe("somebody who comes in between", () => {
 describe("converge", () => {
   it("makes what is absent and returns what is then there", async () => {
     const { world, type, context } = scene(undefined);
-    expect(await converge(type, context, wanted, undefined)).toEqual({ ...wanted, id: 1, right: true });
+    expect(await converge(type, context, wanted, undefined)).toEqual({
+      ...wanted,
+      ...{ id: 1, right: true, machineId: here },
+    });
     expect(world.log).toEqual(["observe", "create", "observe"]);
   });
 
   it("mends what is its own", async () => {
     const { world, type, context } = scene({ mark: mine, id: 7, right: false });
-    expect(await converge(type, context, wanted, undefined)).toEqual({ ...wanted, id: 7, right: true });
+    expect(await converge(type, context, wanted, undefined)).toEqual({
+      ...wanted,
+      ...{ id: 7, right: true, machineId: here },
+    });
     expect(world.log).toEqual(["observe", "converge", "observe"]);
   });
 
@@ -359,5 +377,139 @@ describe("remove", () => {
     const { world, type, context } = scene({ mark: mine, id: 7, right: true });
     world.keepAfterRemove = true;
     await expect(remove(type, context, state)).rejects.toThrow(/still there/);
+  });
+});
+
+describe("the machine that a host's name leads to", () => {
+  const thing = (): Thing => ({ mark: mine, id: 7, right: false });
+  const state: State = { ...wanted, id: 7, right: true, machineId: here };
+  /** Nothing there, something else, and a clone, which has our marks and UUIDs. */
+  const sights: [what: string, thing: Thing | undefined][] = [
+    ["nothing of that name is", undefined],
+    ["something else of that name is", { mark: undefined, id: 9, right: true }],
+    ["a clone of it is", thing()],
+  ];
+
+  afterEach(() => vi.unstubAllEnvs());
+
+  describe.each(sights)("if it is another one, where %s,", (_what, there) => {
+    it.each(["refresh", "update", "remove"] as const)(
+      "is told by a %s, before anything is looked at",
+      async (operation) => {
+        const { world, type, context } = scene(there && { ...there });
+        world.machineId = elsewhere;
+        const run = {
+          refresh: () => refresh(type, context, state),
+          update: () => converge(type, context, wanted, state),
+          remove: () => remove(type, context, state),
+        }[operation];
+        const failure: unknown = await run().catch((error: unknown) => error);
+        expect(failure).toMatchObject({ code: "HOST_CHANGED" });
+        expect(failure).toMatchObject({
+          message: expect.stringMatching(
+            new RegExp(
+              `\`server1\` is another machine than the one Thing vm1 was made on \\(machine-id ${here}, now ${elsewhere}\\)[^]*LVM_NBD_ACCEPT_MACHINE=${elsewhere} pulumi refresh`,
+            ),
+          ),
+        });
+        expect(world).toMatchObject({ log: [], warnings: [], thing: there });
+      },
+    );
+  });
+
+  it("is another one when a link that was lost in the middle of a look leads elsewhere: what was seen counts for nothing", async () => {
+    for (const run of [refresh, remove]) {
+      const { world, type, context } = scene(undefined);
+      type.observe = async () => {
+        world.machineId = elsewhere;
+        return undefined;
+      };
+      await expect(run(type, context, state)).rejects.toMatchObject({ code: "HOST_CHANGED" });
+      expect(world.warnings).toEqual([]);
+    }
+  });
+
+  it("that becomes another one while something is made is an error, and the state has nothing of it", async () => {
+    const { world, type, context } = scene(undefined);
+    const { create } = type;
+    type.create = async (...given) => {
+      await create(...given);
+      world.machineId = elsewhere;
+    };
+    const failure: unknown = await converge(type, context, wanted, undefined).catch(
+      (error: unknown) => error,
+    );
+    expect(failure).toMatchObject({ code: "HOST_CHANGED" });
+    expect(failure).not.toBeInstanceOf(PartialSuccess);
+  });
+
+  it("is taken over in silence by a refresh and an update of a state that has none yet", async () => {
+    const { machineId: _, ...earlier } = state;
+    const { world, type, context } = scene({ ...thing(), right: true });
+    expect(await refresh(type, context, earlier)).toEqual(state);
+    expect(await converge(type, context, wanted, earlier)).toEqual(state);
+    expect(world.warnings).toEqual([]);
+    await remove(type, context, earlier);
+    expect(world.thing).toBeUndefined();
+  });
+
+  it("is kept with what a failed create left", async () => {
+    const { type, context } = scene(undefined, { create: [fail("THAW_FAILED")] });
+    await expect(converge(type, context, wanted, undefined)).rejects.toMatchObject({
+      state: { id: 1, machineId: here },
+    });
+  });
+
+  it("that is accepted by its own id, among others, is the one from then on", async () => {
+    vi.stubEnv("LVM_NBD_ACCEPT_MACHINE", `${"c".repeat(32)},${elsewhere}`);
+    const { world, type, context } = scene(thing());
+    world.machineId = elsewhere;
+    expect(await refresh(type, context, state)).toMatchObject({ id: 7, machineId: elsewhere });
+    expect(await converge(type, context, wanted, state)).toMatchObject({ machineId: elsewhere });
+    world.thing = undefined;
+    expect(await refresh(type, context, state)).toBeUndefined();
+  });
+
+  it.each(["", here, "b".repeat(31), "yes"])("is not accepted by %j", async (accepted) => {
+    vi.stubEnv("LVM_NBD_ACCEPT_MACHINE", accepted);
+    const { world, type, context } = scene(thing());
+    world.machineId = elsewhere;
+    await expect(refresh(type, context, state)).rejects.toMatchObject({ code: "HOST_CHANGED" });
+  });
+
+  it("that does not tell which one it is leaves what a refresh finds by its identity as it is", async () => {
+    const { world, type, context } = scene(thing());
+    world.machineId = undefined;
+    expect(await refresh(type, context, state)).toEqual({ ...state, right: false });
+  });
+
+  it.each<[string, Thing | undefined]>([
+    ["nothing", undefined],
+    ["another thing", { mark: mine, id: 9, right: true }],
+  ])("that does not tell it, and where a refresh finds %s, cannot be told", async (_what, there) => {
+    const { world, type, context } = scene(there);
+    world.machineId = undefined;
+    await expect(refresh(type, context, state)).rejects.toThrow(
+      new RegExp(`HOST_CHANGED[^]*cannot be told[^]*write \`${here}\` back`),
+    );
+    expect(world.warnings).toEqual([]);
+  });
+
+  it("that does not tell it has nothing changed or removed", async () => {
+    const { world, type, context } = scene(thing());
+    world.machineId = undefined;
+    await expect(converge(type, context, wanted, state)).rejects.toMatchObject({ code: "HOST_CHANGED" });
+    await expect(remove(type, context, state)).rejects.toMatchObject({ code: "HOST_CHANGED" });
+    expect(world.log).toEqual(["observe", "observe"]);
+  });
+
+  it("that never told it is as good as it was", async () => {
+    const { machineId: _, ...earlier } = state;
+    const { world, type, context } = scene(thing());
+    world.machineId = undefined;
+    expect(await converge(type, context, wanted, earlier)).toMatchObject({ right: true });
+    expect(await refresh(type, context, earlier)).toEqual({ ...state, machineId: undefined });
+    await remove(type, context, earlier);
+    expect(world.thing).toBeUndefined();
   });
 });

@@ -88,6 +88,7 @@ async function end(): Promise<void> {
 function watched(host: Host, prepare: (argv: readonly string[]) => unknown): Host {
   return {
     name: host.name,
+    machineId: (signal) => host.machineId(signal),
     async run(command, signal) {
       const text = command.argv.join(" ");
       const isLookAtJob = command.argv.includes(followCopyScript);

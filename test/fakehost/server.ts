@@ -37,6 +37,7 @@ export class FakeServer {
     for (const [name, tool] of this.ownTools()) tools.set(name, tool);
     for (const program of ["nbdkit", "nbd-server", "qemu-nbd"]) tools.set(program, notByHand);
     this.directories();
+    this.files.write("/etc/machine-id", `${name.replace(/\D/g, "").padStart(32, "c")}\n`);
   }
 
   /** Everything that runs ends at once, then the server comes up again. Disks keep what they hold. */

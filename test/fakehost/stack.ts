@@ -4,7 +4,7 @@ import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import type { Change } from "../../provider/core/resource.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
-import type { Host, RemoteCommand } from "../../provider/ssh/types.js";
+import type { Host, HostConnection, RemoteCommand } from "../../provider/ssh/types.js";
 
 export type Values = Readonly<Record<string, unknown>>;
 export type TypeName = "LvSnapshot" | "NbdExport" | "NbdAttachment" | "LvRestore";
@@ -44,6 +44,8 @@ const never = new Promise<never>(() => undefined);
 
 export class Stack {
   readonly kept = new Map<string, Kept>();
+  /** What `lvm-nbd:hosts` configures. */
+  readonly hosts = new Map<string, HostConnection>();
   /** Replaced ones that could not be removed yet. */
   private readonly leftovers: Kept[] = [];
   readonly warnings: string[] = [];
@@ -108,7 +110,8 @@ export class Stack {
     own.kill = () => kill();
     this.process = own;
     const environment: Environment = {
-      openHost: async (args) => this.watched(await pool.get(args), own),
+      openHost: async (args) => this.watched(await pool.get(args, this.hosts), own),
+      namedHosts: () => this.hosts,
       progress: () => undefined,
       warn: (message) => this.warnings.push(message),
       signal: own.controller.signal,
@@ -130,6 +133,11 @@ export class Stack {
   private watched(host: Host, process: { dead: boolean }): Host {
     return {
       name: host.name,
+      machineId: async (signal) => {
+        if (process.dead) return never;
+        const id = await host.machineId(signal);
+        return process.dead ? never : id;
+      },
       run: async (command, signal) => {
         if (process.dead) return never;
         this.commands.push({ ...command, host: host.name });

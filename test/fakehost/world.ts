@@ -3,6 +3,7 @@
  * driven from here, one step after the other, and a test may cut in at any of them.
  */
 import type { Socket } from "node:net";
+import type { HostConnection } from "../../provider/ssh/types.js";
 import {
   type Arrived,
   connection,
@@ -99,7 +100,7 @@ export class FakeWorld {
   }
 
   /** How a declaration names the server. */
-  host(server: FakeServer): Record<string, unknown> {
+  host(server: FakeServer): HostConnection {
     const ssh = this.ssh[this.servers.indexOf(server)];
     if (ssh === undefined) throw new Error("the world is not open");
     const { address, port, user, password } = connection({ port: ssh.port });

@@ -184,6 +184,7 @@ export class LabStack {
   #watched(host: Host): Host {
     return {
       name: host.name,
+      machineId: (signal) => host.machineId(signal),
       run: (command, signal) => {
         this.commands.push({ ...command, host: host.name });
         return host.run(command, signal);

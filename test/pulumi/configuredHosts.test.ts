@@ -9,6 +9,7 @@ import { createInterface } from "node:readline";
 import * as pulumi from "@pulumi/pulumi";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
 import { type FakeServer, startFakeServer } from "../ssh/fakeServer.js";
+import { machineId } from "../support/machineId.js";
 import { connectPlugin, secret, urnOf } from "../support/pluginClient.js";
 import { recordedLvs } from "../support/recorded.js";
 
@@ -31,9 +32,9 @@ beforeAll(async () => {
       if (context.method === "password" && context.password === password) context.accept();
       else context.reject(["password"]);
     },
-    run: ({ started, exit }) => {
+    run: ({ line, started, exit }) => {
       started();
-      exit(0, recordedLvs("valid"));
+      exit(0, line.includes("machine-id") ? `${machineId}\n` : recordedLvs("valid"));
     },
   });
   const { thinProvider } = require_(
@@ -95,9 +96,17 @@ describe("a dynamic resource on a configured host", () => {
     );
     for (const { id, properties } of all) {
       expect(id).toBe("server1/VgVm/vm1-snap");
-      expect(properties).toMatchObject({ host: "server1", __provider: closure });
+      expect(properties).toMatchObject({ host: "server1", __provider: closure, machineId });
       expect(JSON.stringify(properties)).not.toMatch(/planted|127\.0\.0\.1/);
     }
+  });
+
+  it("is neither gone nor removed where its name leads to another machine", async () => {
+    await configure({ server1: server1() });
+    const elsewhere = { ...state(closure), machineId: "f".repeat(32) };
+    const changed = /HOST_CHANGED.*`server1` is another machine than the one LvSnapshot vm1 was made on/;
+    await expect(provider.read(urn, "server1/VgVm/vm1-snap", elsewhere)).rejects.toThrow(changed);
+    await expect(provider.remove(urn, elsewhere)).rejects.toThrow(changed);
   });
 
   it("is checked and compared there; a changed configuration is no difference", async () => {

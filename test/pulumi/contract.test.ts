@@ -11,6 +11,7 @@ import { z } from "zod";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { askFunction } from "../../provider/core/functions.js";
 import { createHandlers, type Environment } from "../../provider/core/handlers.js";
+import { outputsOf } from "../../provider/core/outputs.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { isSecret } from "../../provider/core/secrets.js";
 import { functionType } from "../../provider/functions/registry.js";
@@ -139,7 +140,7 @@ describe("every resource of the schema", () => {
       const { id, properties } = await plugin.create(urnOf(type), inputs, { preview: true });
       expect(id).toBe("");
       expect(properties).toMatchObject(later);
-      for (const key of Object.keys(resourceType(type).outputs.shape))
+      for (const key of Object.keys(outputsOf(resourceType(type)).shape))
         expect(properties?.[key], key).toEqual(kept(key, unknownValue));
       expect(asked.commands).toEqual([]);
     },
@@ -270,6 +271,7 @@ describe("a snapshot, as the engine has it made", () => {
     const running = vi.fn();
     opened = {
       name: "server1",
+      machineId: async () => undefined,
       run: (_command, signal) =>
         new Promise((_, reject) => {
           running();
@@ -309,6 +311,7 @@ describe("every function of the schema", () => {
   beforeEach(() => {
     opened = {
       name: "server1",
+      machineId: async () => undefined,
       run: async (command) =>
         command.argv[0] === "lvs" ? fakeHost(() => recordedLvs("valid")).run(command) : real.run(command),
     };

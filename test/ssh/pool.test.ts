@@ -3,7 +3,7 @@ import { afterEach, beforeEach, expect, test } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
 import { Connection, LinkLost } from "../../provider/ssh/connection.js";
 import { createHostPool, type HostPool } from "../../provider/ssh/pool.js";
-import type { HostConnection, RemoteCommand } from "../../provider/ssh/types.js";
+import type { CommandResult, HostConnection, RemoteCommand } from "../../provider/ssh/types.js";
 import {
   type Arrived,
   type FakeServer,
@@ -321,4 +321,102 @@ test("a closed pool ends its connections and opens none", async () => {
   await until(() => server.sockets[0]?.destroyed === true, "the end of the connection");
   expect((await failure(host.run(read))).code).toBe("CANCELLED");
   expect(server.sockets).toHaveLength(1);
+});
+
+/** Servers under one address that have these machine-ids in turn, one each connection. `undefined`: no answer, the link is cut. */
+async function machines(...answers: (Partial<CommandResult> | undefined)[]) {
+  const asked: string[] = [];
+  let dials = 0;
+  const hosts = createHostPool({
+    connect: async () => {
+      const answer = answers[dials++];
+      const connection = {
+        lost: false,
+        end: () => undefined,
+        run: async ({ argv }: RemoteCommand) => {
+          asked.push(argv.join(" "));
+          if (answer !== undefined) return { exitCode: 0, stdout: "", stderr: "", ...answer };
+          connection.lost = true;
+          throw new LinkLost(true, "cut");
+        },
+      };
+      opened.push(connection);
+      return connection;
+    },
+    backoff: [1, 1],
+  });
+  const opened: { lost: boolean }[] = [];
+  cleanup.push(() => hosts.close());
+  const host = await hosts.get({ address: "127.0.0.1", password: "hunter2", hostKey: fakeHostKey });
+  return { host, asked, opened };
+}
+
+const [one, other] = ["a".repeat(32), "b".repeat(32)];
+
+test("the machine is asked for its id once per connection, and again by the next one", async () => {
+  const { host, asked, opened } = await machines({ stdout: `${one}\n` }, { stdout: `${other}\n` });
+  expect(await Promise.all([host.machineId(), host.machineId()])).toEqual([one, one]);
+  expect(await host.machineId()).toBe(one);
+  expect(asked).toEqual(["cat /etc/machine-id"]);
+  for (const connection of opened) connection.lost = true;
+  expect(await host.machineId()).toBe(other);
+  expect(asked).toHaveLength(2);
+});
+
+test("a machine-id whose link is lost is asked for on a new connection, by all who wait for it", async () => {
+  const { host, asked } = await machines(undefined, { stdout: `${one}\n` });
+  expect(await Promise.all([host.machineId(), host.machineId()])).toEqual([one, one]);
+  expect(asked).toHaveLength(2);
+});
+
+test.each<[string, Partial<CommandResult>]>([
+  ["no file", { exitCode: 1, stderr: "cat: /etc/machine-id: No such file or directory\n" }],
+  ["no file, in busybox's words", { exitCode: 1, stderr: "cat: can't open '/etc/machine-id': No such file" }],
+  ["an empty file", { stdout: "" }],
+  ["a file that the first boot has not filled yet", { stdout: "uninitialized\n" }],
+])("a machine with %s has no id", async (_what, answer) => {
+  expect(await (await machines(answer)).host.machineId()).toBeUndefined();
+});
+
+test.each<[string, string, Partial<CommandResult>]>([
+  [
+    "COMMAND_FAILED",
+    "a read that fails",
+    { exitCode: 1, stderr: "cat: /etc/machine-id: Input/output error" },
+  ],
+  ["COMMAND_FAILED", "a program that is not there", { exitCode: 127, stderr: "env: cat: No such file" }],
+  ["OUTPUT_UNREADABLE", "half an id", { stdout: "aaaa\n" }],
+  ["OUTPUT_UNREADABLE", "a line before it", { stdout: `Welcome!\n${one}\n` }],
+])(
+  "%s is told of %s, which is no machine without an id, and it is asked for again",
+  async (code, _what, answer) => {
+    const { host, asked } = await machines(answer);
+    expect((await failure(host.machineId())).code).toBe(code);
+    expect((await failure(host.machineId())).details.host).toBe("127.0.0.1");
+    expect(asked).toHaveLength(2);
+  },
+);
+
+test("who is cancelled leaves the question to the others", async () => {
+  let answer = (_result: CommandResult): void => undefined;
+  const hosts = createHostPool({
+    connect: async () => ({
+      lost: false,
+      end: () => undefined,
+      run: () =>
+        new Promise((resolve) => {
+          answer = resolve;
+        }),
+    }),
+  });
+  cleanup.push(() => hosts.close());
+  const host = await hosts.get({ address: "127.0.0.1", password: "hunter2", hostKey: fakeHostKey });
+  const abort = new AbortController();
+  const cancelled = failure(host.machineId(abort.signal));
+  const waiting = host.machineId();
+  await new Promise((resolve) => setImmediate(resolve));
+  abort.abort();
+  expect((await cancelled).code).toBe("CANCELLED");
+  answer({ exitCode: 0, stdout: `${one}\n`, stderr: "" });
+  expect(await waiting).toBe(one);
 });

@@ -2,6 +2,7 @@
 import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
+import { machineId } from "./machineId.js";
 
 /** An answer: stdout, or a whole result, or an error to throw. */
 export type Answer = string | Partial<CommandResult> | Error;
@@ -20,6 +21,7 @@ export function fakeHost(answer: (command: RemoteCommand, index: number) => Answ
     get changes() {
       return commands.filter(({ kind }) => kind === "change");
     },
+    machineId: async () => machineId,
     async run(command) {
       commands.push(command);
       const given = answer(command, commands.length - 1);

@@ -7,6 +7,7 @@ import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { CommandResult, RemoteCommand } from "../../provider/ssh/types.js";
+import { machineId } from "./machineId.js";
 
 export interface Kill {
   /** The how-many-th program that the host's changes start, from 1. */
@@ -27,6 +28,10 @@ export abstract class ShellHost {
     for (const part of ["bin", "steps.bin"]) mkdirSync(join(this.folder, part));
     for (const [program, text] of Object.entries(standIns)) this.#program("bin", program, text);
     for (const program of steps) this.#stepping(program);
+  }
+
+  async machineId(): Promise<string | undefined> {
+    return machineId;
   }
 
   /** A text of the provider's with the paths of the host where they really lie. */
