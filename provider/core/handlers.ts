@@ -4,7 +4,14 @@
  */
 import { isDeepStrictEqual } from "node:util";
 import { z } from "zod";
-import { hostAddress, hostName, hostOfName, validateHostArgs } from "../ssh/config.js";
+import {
+  hostAddress,
+  hostName,
+  hostOfName,
+  hostRoute,
+  isConfigured,
+  validateHostArgs,
+} from "../ssh/config.js";
 import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
 import { contextOn, named } from "./context.js";
 import { isLvmNbdError, LvmNbdError, printable } from "./errors.js";
@@ -300,10 +307,13 @@ export async function hostProblems(
   }
 }
 
-async function isSameHost(old: HostArgs, wanted: HostArgs, named?: NamedHosts): Promise<boolean> {
+async function isSameHost(old: HostArgs, wanted: HostArgs, named: NamedHosts = new Map()): Promise<boolean> {
+  const configured = [old, wanted].filter((host) => isConfigured(host, named));
   // A configured name is no address, though it may look like one.
-  const isConfigured = [old, wanted].some((host) => typeof host === "string" && named?.has(host));
-  if (!isConfigured && hostName(old) === hostName(wanted)) return true;
+  if (configured.length === 0 && hostName(old) === hostName(wanted)) return true;
+  // Two names stand for two machines more often than for two ways to one.
+  if (configured.length === 2)
+    return isDeepStrictEqual(await hostRoute(old, named), await hostRoute(wanted, named));
   return (await hostAddress(old, named)) === (await hostAddress(wanted, named));
 }
 

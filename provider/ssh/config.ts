@@ -76,11 +76,54 @@ export function hostOfName(name: string): HostArgs {
  * there what was just made. Raises INVALID_INPUT.
  */
 export async function hostAddress(args: HostArgs, named: NamedHosts = noNames): Promise<string> {
-  const known = typeof args === "string" ? named.get(args) : args;
+  const known = connectionOf(args, named);
   if (known !== undefined) return `${known.address.toLowerCase()}:${known.port ?? 22}`;
-  const alias = hostName(args);
-  const config = await sshConfig(alias);
-  return `${(config.hostname ?? alias).toLowerCase()}:${config.port ?? "22"}`;
+  const text = hostName(args);
+  const { name, given } = partsOf(text) ?? { name: text, given: {} };
+  const config = await sshConfig(name, given);
+  return `${(config.hostname ?? name).toLowerCase()}:${given.port ?? config.port ?? "22"}`;
+}
+
+/**
+ * The `hostAddress` of all that is passed on the way to a host, its own last: an address behind one server is not that behind
+ * another. What the SSH configuration jumps through by itself is not told. Raises INVALID_INPUT.
+ */
+export async function hostRoute(args: HostArgs, named: NamedHosts, depth = 0): Promise<string[]> {
+  if (depth > 8) throw invalid("host", "ProxyJump goes in a circle", hostName(args));
+  const [first, ...others] = jumpsOf(connectionOf(args, named));
+  return [
+    ...(first === undefined ? [] : await hostRoute(first, named, depth + 1)),
+    ...(await Promise.all([...others, args].map((one) => hostAddress(one, named)))),
+  ];
+}
+
+/** True for a name of the provider's configuration, also with a user or port as a jump may have. */
+export function isConfigured(args: HostArgs, named: NamedHosts): boolean {
+  return typeof args === "string" && connectionOf(args, named) !== undefined;
+}
+
+function connectionOf(args: HostArgs, named: NamedHosts): HostConnection | undefined {
+  if (typeof args !== "string") return args;
+  const parts = partsOf(args);
+  const connection = parts && named.get(parts.name);
+  return connection && withGiven(connection, parts.given);
+}
+
+function withGiven(connection: HostConnection, given: Given): HostConnection {
+  const { user = connection.user, port = connection.port } = given;
+  return { ...connection, user, port };
+}
+
+/** What `[user@]host[:port]` or `ssh://...` consists of; `undefined` for what is neither. */
+function partsOf(text: string): { readonly name: string; readonly given: Given } | undefined {
+  const [, user, host, port] = /^(?:ssh:\/\/)?(?:(.+)@)?(\[[^\]@]+\]|[^:@]+)(?::(\d+))?\/?$/.exec(text) ?? [];
+  if (host === undefined) return undefined;
+  const given = { user, port: port === undefined ? undefined : Number(port) };
+  return { name: host.replace(/^\[(.*)\]$/, "$1"), given };
+}
+
+function jumpsOf(args: HostConnection | undefined): HostArgs[] {
+  return args?.proxyJump === undefined ? [] : [args.proxyJump].flat();
 }
 
 /**
@@ -109,7 +152,11 @@ export async function validateHostArgs(args: HostArgs, named: NamedHosts = noNam
 
 /** Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
 export async function resolveHost(args: HostArgs, named: NamedHosts = noNames): Promise<ResolvedHost> {
-  return typeof args === "string" ? resolveName(args, named, 0) : resolveConnection(args, named, 0);
+  if (typeof args !== "string") return resolveConnection(args, named, 0);
+  const parts = partsOf(args);
+  if (parts === undefined || !named.has(parts.name)) return resolveAlias(args, 0);
+  requirePort(parts.given, args);
+  return resolveName(parts.name, named, 0, parts.given);
 }
 
 const noNames: NamedHosts = new Map();
@@ -122,9 +169,8 @@ async function resolveName(
 ): Promise<ResolvedHost> {
   const connection = named.get(name);
   if (connection === undefined) return resolveAlias(name, depth, given);
-  const { user = connection.user, port = connection.port } = given;
   try {
-    return { ...(await resolveConnection({ ...connection, user, port }, named, depth)), name };
+    return { ...(await resolveConnection(withGiven(connection, given), named, depth)), name };
   } catch (error) {
     throw isLvmNbdError(error) ? ofConfiguration(error, name) : error;
   }
@@ -192,9 +238,7 @@ async function resolveConnection(
     throw invalid("host.agent", "no agent is there: SSH_AUTH_SOCK is not set", name);
   }
   const jumps: ResolvedHost[] = [];
-  const proxyJump = args.proxyJump;
-  const declared = proxyJump === undefined ? [] : Array.isArray(proxyJump) ? proxyJump : [proxyJump];
-  for (const jump of declared as readonly HostArgs[]) {
+  for (const jump of jumpsOf(args)) {
     jumps.push(...(await resolveJump(jump, named, depth, jumps.length === 0)));
   }
   return {
@@ -327,16 +371,17 @@ async function resolveJump(
   let resolved: ResolvedHost;
   if (typeof jump !== "string") resolved = await resolveConnection(jump, named, depth + 1);
   else {
-    const match = /^(?:ssh:\/\/)?(?:(.+)@)?(\[[^\]@]+\]|[^:@]+)(?::(\d+))?\/?$/.exec(jump);
-    if (match?.[2] === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
-    const name = match[2].replace(/^\[(.*)\]$/, "$1");
-    const port = match[3] === undefined ? undefined : Number(match[3]);
-    if (port !== undefined && !isPort(port))
-      throw invalid("host", `${port} is no port: 1 to 65535 are`, jump);
-    const alias = await resolveName(name, named, depth + 1, { user: match[1], port });
+    const parts = partsOf(jump);
+    if (parts === undefined) throw invalid("host", `"${jump}" is not a host to jump through`, jump);
+    requirePort(parts.given, jump);
+    const alias = await resolveName(parts.name, named, depth + 1, parts.given);
     resolved = { ...alias, jumps: first ? alias.jumps : [] };
   }
   return [...resolved.jumps, { ...resolved, jumps: [] }];
+}
+
+function requirePort({ port }: Given, text: string): void {
+  if (port !== undefined && !isPort(port)) throw invalid("host", `${port} is no port: 1 to 65535 are`, text);
 }
 
 interface SshConfig {
@@ -546,9 +591,7 @@ async function readPublicKey(path: string): Promise<string | undefined> {
 /** The values of a host's declaration that are never shown: private keys, passphrases, passwords, also of its jumps. */
 export function secretsOf(args: HostArgs): string[] {
   if (typeof args === "string") return [];
-  const jumps = args.proxyJump;
-  const through = jumps === undefined ? [] : [jumps].flat();
-  return [args.privateKey, args.passphrase, args.password, ...through.flatMap(secretsOf)].filter(
+  return [args.privateKey, args.passphrase, args.password, ...jumpsOf(args).flatMap(secretsOf)].filter(
     (value) => value !== undefined,
   );
 }

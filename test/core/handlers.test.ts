@@ -138,6 +138,24 @@ describe("a host by a configured name", () => {
     expect(back.changes).toEqual([{ property: "host", effect }]);
   });
 
+  it.each([
+    ["the same server", "gate1", "connection"],
+    ["the same server, as another user", "ann@gate1:22", "connection"],
+    ["another server", "gate2", "replace"],
+    ["none", undefined, "replace"],
+  ])("and of another of one address, behind %s, is seen as such", async (_what, proxyJump, effect) => {
+    const hosts = {
+      server1: { address, proxyJump: "gate1" },
+      server2: { address, ...(proxyJump === undefined ? {} : { proxyJump }) },
+      gate1: { address: "192.0.2.11" },
+      gate2: { address: "192.0.2.12" },
+    };
+    const { changes } = await on(hosts).diff(byName, { ...wanted, host: "server2" }, none);
+    expect(changes).toEqual([{ property: "host", effect }]);
+    const back = await on(hosts).diff({ ...state, host: "server2" }, { ...wanted, host: "server1" }, none);
+    expect(back.changes).toEqual([{ property: "host", effect }]);
+  });
+
   it("is the place of an id, and keeps that", async () => {
     expect(on({ server1: host }).id(byName)).toBe("server1/VgVm/vm1-snap");
   });

@@ -9,6 +9,7 @@ import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
 import {
   hostAddress,
   hostName,
+  hostRoute,
   resolveHost,
   secretsOf,
   validateHostArgs,
@@ -80,6 +81,26 @@ describe("a name of the provider's configuration", () => {
     expect(await resolveHost("web")).toMatchObject({ name: "web", address: "10.1.2.3" });
     expect(await hostAddress("web", named)).toBe("10.9.0.1:2222");
     expect(await hostAddress("web")).toBe("10.1.2.3:22");
+  });
+
+  test("may have a user and a port, as a jump may", async () => {
+    sshConfig("");
+    const host = await resolveHost("eve@web:2300", named);
+    expect(host).toMatchObject({ name: "web", address: "10.9.0.1", user: "eve", port: 2300, password: "w" });
+    expect(host.jumps.map(({ name }) => name)).toEqual(["outer", "gate", "inner"]);
+    expect(await hostAddress("eve@web:2300", named)).toBe("10.9.0.1:2300");
+    expect(await hostAddress("eve@web", named)).toBe("10.9.0.1:2222");
+    await expect(resolveHost("web:70000", named)).rejects.toThrow(/INVALID_INPUT.*70000 is no port/);
+  });
+
+  test("is told apart by what it is reached through", async () => {
+    sshConfig("Host aliased\n HostName 10.1.2.9\n");
+    const through = (proxyJump: string[]) => hostRoute({ address: "10.9.0.9", proxyJump }, named);
+    expect(await through(["gate", "inner:2200"])).toEqual([
+      ...["10.9.0.4:22", "10.9.0.2:22", "10.9.0.3:2200", "10.9.0.9:22"],
+    ]);
+    expect(await through(["ann@aliased:22"])).toEqual(await through(["aliased"]));
+    await expect(hostRoute("again", named)).rejects.toThrow(/circle/);
   });
 
   test("leaves every other name what it was", async () => {
