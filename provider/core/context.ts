@@ -20,6 +20,7 @@ export async function contextOn(
   const host = await open(args);
   return {
     host,
+    namedHosts: environment.namedHosts?.(),
     resource,
     signal: environment.signal,
     // A message may hold what a host wrote, e.g. the owner named in a tag.

@@ -163,10 +163,12 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       if (!parsed.success)
         return { inputs: wanted, predicted: {}, problems: problemsOf(parsed.error.issues, wanted) };
       const inputs = defined(parsed.data);
-      const problems = [...type.validate(inputs, old, unknown)];
-      if (!unknown.has("host"))
-        problems.push(...(await hostProblems((inputs as unknown as CommonInputs).host, environment)));
-      return { inputs, predicted: type.predict(inputs, unknown), problems };
+      const { host } = inputs as unknown as CommonInputs;
+      const ofHost = unknown.has("host") ? [] : await hostProblems(host, environment);
+      // A wrong configuration is a problem of the host, and told as one.
+      const named = unknown.has("host") || ofHost.length > 0 ? undefined : environment.namedHosts?.();
+      const problems = [...type.validate(inputs, old, unknown, named), ...ofHost];
+      return { inputs, predicted: type.predict(inputs, unknown, named), problems };
     },
 
     async diff(oldValues, wanted, unknown) {
@@ -185,7 +187,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     },
 
     async preview(oldValues, wanted, unknown) {
-      const predicted = type.predict(wanted, unknown);
+      const predicted = type.predict(wanted, unknown, environment.namedHosts?.());
       const known = { ...(await staying(oldValues, wanted, unknown)), ...wanted, ...predicted };
       const outputs = Object.keys(outputsShape).filter((key) => !(key in known) && !unknown.has(key));
       if (oldValues === undefined && unknown.size === 0) {

@@ -3,7 +3,7 @@
  * how to bring it to its declared form; when that is done, and what is refused, is the reconciler's.
  */
 import type { z } from "zod";
-import type { Host, HostArgs } from "../ssh/types.js";
+import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
 import type { LvmNbdError } from "./errors.js";
 import type { Example } from "./example.js";
 
@@ -38,6 +38,8 @@ export interface CommonObservation {
 /** Where an operation runs and how it reports. */
 export interface Context {
   readonly host: Host;
+  /** The hosts that are configured. Default: none. */
+  readonly namedHosts?: NamedHosts | undefined;
   /** Type and name, e.g. `LvSnapshot vm1`, for messages. */
   readonly resource: string;
   readonly signal: AbortSignal;
@@ -120,14 +122,19 @@ export interface ResourceType<
   /** The input that takes the resource's name when it is not given, if there is one. */
   readonly nameInput?: keyof Inputs & string;
 
-  /** Checks across properties. Properties that are not known yet (preview) are missing from `inputs`. */
+  /** Checks across properties. Properties that are not known yet (preview) are missing from `inputs`. `named`: the configured hosts. */
   validate(
     inputs: Partial<Inputs>,
     old: Partial<Inputs> | undefined,
     unknown: ReadonlySet<string>,
+    named?: NamedHosts,
   ): Problem[];
   /** Outputs that follow from the inputs alone, so that a preview knows them; `{}` while those are not known. */
-  predict(inputs: Partial<Inputs>, unknown: ReadonlySet<string>): Readonly<Record<string, unknown>>;
+  predict(
+    inputs: Partial<Inputs>,
+    unknown: ReadonlySet<string>,
+    named?: NamedHosts,
+  ): Readonly<Record<string, unknown>>;
   /** Enough to find the thing again: `HOST/...`. */
   id(inputs: Inputs, hostName: string): string;
   /** Looks, changes nothing. `undefined` means positively absent; what cannot be told is an error. */

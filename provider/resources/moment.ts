@@ -16,6 +16,7 @@ import { livingCopiesScript, unfinishedCopiesScript } from "../linux/copyScripts
 import { clockCommand, connectionsCommand } from "../linux/looks.js";
 import type { LogicalVolume } from "../linux/lvm.js";
 import type { nbdServers } from "../linux/nbd.js";
+import { serverOf } from "../ssh/config.js";
 import type { HostArgs } from "../ssh/types.js";
 import type { CopySource } from "./copySource.js";
 import { type LvSnapshotOutputs, lvSnapshot, lvSnapshotInputs, takeTogether } from "./lvSnapshot.js";
@@ -448,7 +449,8 @@ export async function partAsServed(
   { exported }: MomentPart,
 ): Promise<Pick<CopySource, "uri" | "tls">> {
   const seen = await nbdExport.observe(context, exported);
-  if (seen?.plan === undefined || seen.mark !== ownerMark(exported.owner)) return { uri: uriOf(exported) };
+  if (seen?.plan === undefined || seen.mark !== ownerMark(exported.owner))
+    return { uri: uriOf(exported, serverOf(exported.host, context.namedHosts)) };
   const { uri, clientTls: tls } = nbdExport.toState(exported, seen);
   return { uri, tls };
 }

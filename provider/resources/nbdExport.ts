@@ -63,7 +63,8 @@ import {
 } from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
 import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
-import type { RemoteCommand } from "../ssh/types.js";
+import { serverOf } from "../ssh/config.js";
+import type { NamedHosts, RemoteCommand } from "../ssh/types.js";
 import {
   clientsFailure,
   clientsFunctions,
@@ -234,6 +235,8 @@ interface Observed {
   readonly proven: boolean;
   /** It was seen that the kernel which runs enforces the clients of units, and nothing lets in more than the unit says. */
   readonly clientsProven: boolean;
+  /** `serverOf` its host. */
+  readonly reachedBy: string;
 }
 
 const observeScript = hostScript(
@@ -303,10 +306,11 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
   const result = await lookAtUnit(context, command, unit, ({ exitCode }) =>
     exitCode === 127 ? "PROGRAM_MISSING" : undefined,
   );
-  return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
+  const reachedBy = serverOf(wanted.host, context.namedHosts);
+  return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout), reachedBy));
 }
 
-function readObservation(fields: ReadonlyMap<string, string>): Observed | undefined {
+function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string): Observed | undefined {
   const show = parseShow(required(fields, "show"));
   const text = fields.get("unit");
   const running = !["inactive", "failed"].includes(show.ActiveState ?? "");
@@ -326,6 +330,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
           certificates: undefined,
           proven: false,
           clientsProven: false,
+          reachedBy,
         }
       : undefined;
   }
@@ -355,6 +360,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
     certificates: seenCertificates(fields),
     proven: fields.has("proven"),
     clientsProven: fields.has("clientsProven"),
+    reachedBy,
   };
 }
 
@@ -431,37 +437,41 @@ function planOf(wanted: Inputs, tls: TlsRecord | undefined): ExportPlan {
   };
 }
 
-/** What certificates that are made here are made for. */
-function madeFor(wanted: Inputs): string {
-  return digest(JSON.stringify([serverNames(wanted), wanted.triggers]), 16);
+/** What certificates that are made here are made for: `names` of the server. */
+function madeFor(names: readonly string[], wanted: Inputs): string {
+  return digest(JSON.stringify([names, wanted.triggers]), 16);
 }
 
 /** By which it is reached. */
-function serverNames(wanted: Pick<Inputs, "host" | "listenAddress">): string[] {
-  return [...new Set([serverName(wanted), probeAddress(wanted.listenAddress)])];
+function serverNames(
+  { host, listenAddress }: Pick<Inputs, "host" | "listenAddress">,
+  named?: NamedHosts,
+): string[] {
+  return [...new Set([serverName(listenAddress, serverOf(host, named)), probeAddress(listenAddress)])];
 }
 
 /** The record of certificates that are there and go on being right; `undefined`: none is. */
-function keptRecord(wanted: Inputs, seen: Observed | undefined): TlsRecord | undefined {
+function keptRecord(context: Context, wanted: Inputs, seen: Observed | undefined): TlsRecord | undefined {
   const record = seen?.plan?.tls;
   if (record === undefined || seen?.certificates === undefined || !wanted.tls) return undefined;
   if (wanted.tls !== true)
     return record.digest === certificatesDigest(serverFiles(wanted.tls)) ? record : undefined;
-  return record.made === madeFor(wanted) && !isExpired(seen.certificates) ? record : undefined;
+  const made = madeFor(serverNames(wanted, context.namedHosts), wanted);
+  return record.made === made && !isExpired(seen.certificates) ? record : undefined;
 }
 
 /** Certificates that are to be put on the host, given or made now. */
 async function newCertificates(
+  context: Context,
   wanted: Inputs,
   tls: true | ServerTls,
   now: number,
 ): Promise<{ readonly record: TlsRecord; readonly files: CertificateFiles }> {
   const made = tls === true;
-  const all = made
-    ? await makeCertificates(wanted.exportName, serverNames(wanted), new Date(now * 1000))
-    : tls;
+  const names = serverNames(wanted, context.namedHosts);
+  const all = made ? await makeCertificates(wanted.exportName, names, new Date(now * 1000)) : tls;
   const files = serverFiles(all);
-  const record = { digest: certificatesDigest(files), ...(made ? { made: madeFor(wanted) } : {}) };
+  const record = { digest: certificatesDigest(files), ...(made ? { made: madeFor(names, wanted) } : {}) };
   return { record, files };
 }
 
@@ -610,7 +620,7 @@ function requireListening(plan: ExportPlan, fields: ReadonlyMap<string, string>,
 
 /** Finds out before anything is changed what would make the export fail. Returns the plan for this host. */
 async function preflight(context: Context, wanted: Inputs, seen: Observed | undefined): Promise<Prepared> {
-  const kept = keptRecord(wanted, seen);
+  const kept = keptRecord(context, wanted, seen);
   const plan = planOf(wanted, kept);
   const { fields, refuse } = await look(context, wanted, plan);
   const found = "file" in plan ? requireImage(plan, fields, refuse) : requireDevice(plan, fields, refuse);
@@ -630,7 +640,7 @@ async function preflight(context: Context, wanted: Inputs, seen: Observed | unde
   const now = Number(required(fields, "now"));
   if (wanted.tls !== true) requireValid(wanted.tls, now, refuse);
   if (kept !== undefined) return { plan: { ...plan, ...onHost }, files: undefined };
-  const { record, files } = await newCertificates(wanted, wanted.tls, now);
+  const { record, files } = await newCertificates(context, wanted, wanted.tls, now);
   return { plan: { ...planOf(wanted, record), ...onHost }, files };
 }
 
@@ -865,7 +875,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 }
 
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
-  const kept = keptRecord(wanted, seen);
+  const kept = keptRecord(context, wanted, seen);
   const declared = { ...planOf(wanted, kept), ...(seen.plan && foundOf(seen.plan)) };
   const asDeclared =
     seen.plan !== undefined &&
@@ -931,16 +941,17 @@ async function takeDown(
   throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
 }
 
-/** The URI of what is declared. */
-export function uriOf(plan: Pick<Inputs, "listenAddress" | "port" | "exportName" | "host" | "tls">): string {
-  const { port, exportName, tls } = plan;
-  return nbdUri({ server: serverName(plan), port, exportName, tls: Boolean(tls) });
+/** The URI of what is declared. `reachedBy`: `serverOf` its host. */
+export function uriOf(
+  { listenAddress, port, exportName, tls }: Pick<Inputs, "listenAddress" | "port" | "exportName" | "tls">,
+  reachedBy: string,
+): string {
+  return nbdUri({ server: serverName(listenAddress, reachedBy), port, exportName, tls: Boolean(tls) });
 }
 
 /** On all interfaces the host is reached by the name under which SSH reaches it. */
-function serverName({ host, listenAddress }: Pick<Inputs, "listenAddress" | "host">): string {
-  if (!isAnyAddress(listenAddress)) return listenAddress;
-  return typeof host === "string" ? host : host.address;
+function serverName(listenAddress: string, reachedBy: string): string {
+  return isAnyAddress(listenAddress) ? reachedBy : listenAddress;
 }
 
 function foundOf({ ownAddress, realPath, mountPoint, fileId }: ExportPlan): FoundOnHost {
@@ -952,7 +963,7 @@ function toState(declared: Inputs | State, seen: Observed): State {
   const { certificates } = seen;
   return {
     ...merged,
-    uri: uriOf(merged),
+    uri: uriOf(merged, seen.reachedBy),
     clientTls: certificates?.client,
     certificatesExpireAt: certificates && expiryTime(certificates),
     sizeBytes:
@@ -1050,16 +1061,18 @@ function validate(
   wanted: Partial<Inputs>,
   _old: Partial<Inputs> | undefined,
   unknown: ReadonlySet<string>,
+  named?: NamedHosts,
 ): Problem[] {
-  return [...servedProblems(wanted, unknown), ...listenProblems(wanted), ...tlsProblems(wanted)];
+  return [...servedProblems(wanted, unknown), ...listenProblems(wanted), ...tlsProblems(wanted, named)];
 }
 
-function tlsProblems({ host, listenAddress, tls }: Partial<Inputs>): Problem[] {
+function tlsProblems({ host, listenAddress, tls }: Partial<Inputs>, named?: NamedHosts): Problem[] {
   if (!tls || listenAddress === undefined || host === undefined) return [];
-  const unfit = serverNames({ host, listenAddress }).flatMap((name) => nameProblem(name) ?? []);
+  const names = serverNames({ host, listenAddress }, named);
+  const unfit = names.flatMap((name) => nameProblem(name) ?? []);
   if (unfit.length > 0) return unfit.map((reason) => ({ property: "tls", reason }));
   if (tls === true) return [];
-  return serverNames({ host, listenAddress })
+  return names
     .filter((name) => nameProblem(name) === undefined && !isCertificateFor(tls.certificate, name))
     .map((name) => ({
       property: "tls.certificate",
@@ -1130,12 +1143,12 @@ export const nbdExport: ResourceType<Inputs, State, Observed> = {
   outputs,
   nameInput: "exportName",
   validate,
-  predict({ host, listenAddress, port, exportName, tls }, unknown) {
+  predict({ host, listenAddress, port, exportName, tls }, unknown, named) {
     if (host === undefined || listenAddress === undefined || port === undefined || exportName === undefined)
       return {};
     // Certificates of one's own are often made by the same program.
     const isSecured = unknown.has("tls") || Boolean(tls);
-    return { uri: uriOf({ host, listenAddress, port, exportName, tls: isSecured }) };
+    return { uri: uriOf({ listenAddress, port, exportName, tls: isSecured }, serverOf(host, named)) };
   },
   id: (wanted, hostName) => `${hostName}/${wanted.exportName}`,
   observe,

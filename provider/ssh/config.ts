@@ -102,6 +102,14 @@ export function isConfigured(args: HostArgs, named: NamedHosts): boolean {
   return typeof args === "string" && connectionOf(args, named) !== undefined;
 }
 
+/** The name or address under which a host is reached that is declared in detail or configured; else what it is declared by. */
+export function serverOf(args: HostArgs, named: NamedHosts = noNames): string {
+  const known = connectionOf(args, named);
+  if (known !== undefined) return known.address;
+  const text = hostName(args);
+  return partsOf(text)?.name ?? text;
+}
+
 function connectionOf(args: HostArgs, named: NamedHosts): HostConnection | undefined {
   if (typeof args !== "string") return args;
   const parts = partsOf(args);

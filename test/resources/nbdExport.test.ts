@@ -1,3 +1,4 @@
+import { X509Certificate } from "node:crypto";
 import { describe, expect, it } from "vitest";
 import { makeCertificates } from "../../provider/core/certificateAuthority.js";
 import { type ExportPlan, exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
@@ -494,6 +495,54 @@ it("an export on all interfaces is reached by the name of its host", async () =>
   const wanted = { ...declared, listenAddress: "0.0.0.0" };
   const { predicted } = await handlersOn("NbdExport", untouchedHost()).check(undefined, wanted, none);
   expect(predicted).toEqual({ uri: "nbd://192.0.2.1:10809/vm1" });
+});
+
+describe("an export on all interfaces of a host by a configured name", () => {
+  const named = new Map([["server1", { address: host.address, user: "backup" }]]);
+  const everywhere = { ...complete, listenAddress: "0.0.0.0" };
+  const uri = "nbd://192.0.2.1:10809/vm1";
+
+  it.each(["server1", "ann@server1:2222"])(
+    "%s is reached by its address, which clients can know",
+    async (name) => {
+      const wanted = { ...everywhere, host: name };
+      const handlers = handlersOn("NbdExport", world({}), named);
+      expect((await handlers.check(undefined, wanted, none)).predicted).toEqual({ uri });
+      expect((await handlers.preview(undefined, wanted, none)).state).toMatchObject({ uri });
+      const { state: made } = await handlers.create(wanted);
+      expect(made.uri).toBe(uri);
+      expect(await handlers.read(made)).toMatchObject({ uri });
+    },
+  );
+
+  it("has certificates for that address", async () => {
+    const at: World = {};
+    const handlers = handlersOn("NbdExport", world(at), named);
+    await handlers.create({ ...everywhere, host: "server1", tls: true });
+    const certificate = new X509Certificate(at.certificates?.["server-cert.pem"] ?? "");
+    expect(certificate.checkIP("192.0.2.1")).toBe("192.0.2.1");
+    expect(certificate.checkHost("server1")).toBeUndefined();
+    const own = await makeCertificates("vm1", ["192.0.2.1", "127.0.0.1", "localhost"], new Date());
+    const { problems } = await handlers.check(undefined, { ...everywhere, host: "server1", tls: own }, none);
+    expect(problems).toEqual([]);
+  });
+
+  it("is the one that was declared in detail: with its uri and its certificates", async () => {
+    const asked = world({});
+    const handlers = handlersOn("NbdExport", asked, named);
+    const { state: made } = await handlers.create({ ...everywhere, tls: true });
+    const wanted = { ...everywhere, tls: true, host: "server1" };
+    expect((await handlers.diff(made, wanted, none)).changes).toEqual([
+      { property: "host", effect: "connection" },
+    ]);
+    const ran = asked.changes.length;
+    const moved = await handlers.update(made, wanted);
+    expect(moved).toEqual({ ...made, host: "server1" });
+    expect(await handlers.read(moved)).toEqual(moved);
+    expect(asked.changes.length).toBe(ran);
+    const writable = await handlers.update(moved, { ...wanted, readOnly: false });
+    expect(writable).toMatchObject({ uri: made.uri, clientTls: made.clientTls });
+  });
 });
 
 describe("refresh", () => {

@@ -1,7 +1,7 @@
 /** A host whose answers a test decides, and that remembers what was run on it. */
 import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
-import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
+import type { CommandResult, Host, NamedHosts, RemoteCommand } from "../../provider/ssh/types.js";
 import { machineId } from "./machineId.js";
 
 /** An answer: stdout, or a whole result, or an error to throw. */
@@ -36,11 +36,13 @@ export function fakeHost(answer: (command: RemoteCommand, index: number) => Answ
 export function handlersOn(
   type: string,
   host: Host,
+  namedHosts: NamedHosts = new Map(),
 ): Handlers & { readonly warnings: string[]; readonly lines: string[] } {
   const warnings: string[] = [];
   const lines: string[] = [];
   const handlers = createHandlers(resourceType(type), {
     openHost: async () => host,
+    namedHosts: () => namedHosts,
     progress: (message) => lines.push(message),
     warn: (message) => warnings.push(message),
     signal: new AbortController().signal,
