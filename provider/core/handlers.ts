@@ -10,6 +10,7 @@ import {
   hostOfName,
   hostRoute,
   isConfigured,
+  isKnownElsewhere,
   validateHostArgs,
 } from "../ssh/config.js";
 import type { Host, HostArgs, NamedHosts } from "../ssh/types.js";
@@ -123,7 +124,10 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
     const changes = [...type.diff(state, wanted, unknown)];
     if (unknown.has("host")) changes.push({ property: "host", effect: "replace" });
     else if (!isDeepStrictEqual(wanted.host, oldValues.host)) {
-      const sameHost = await isSameHost(state.host, wanted.host as HostArgs, environment.namedHosts?.());
+      const host = wanted.host as HostArgs;
+      const configured = environment.namedHosts?.();
+      const sameHost = await isSameHost(state.host, host, configured);
+      if (!sameHost) await refuseRenamed(state.host, host, configured);
       if (!sameHost) type.refuseMove?.(state, wanted);
       changes.push({ property: "host", effect: sameHost ? "connection" : "replace" });
     }
@@ -317,6 +321,19 @@ async function isSameHost(old: HostArgs, wanted: HostArgs, named: NamedHosts = n
   if (configured.length === 2)
     return isDeepStrictEqual(await hostRoute(old, named), await hostRoute(wanted, named));
   return (await hostAddress(old, named)) === (await hostAddress(wanted, named));
+}
+
+/** Refuses what may be the same machine under a new name: its things would be removed there, to be made anew. */
+async function refuseRenamed(old: HostArgs, wanted: HostArgs, named: NamedHosts = new Map()): Promise<void> {
+  if (typeof old !== "string" || isConfigured(old, named) || !isConfigured(wanted, named)) return;
+  if (await isKnownElsewhere(old)) return;
+  throw new LvmNbdError("INVALID_INPUT", {
+    message: `host: ${JSON.stringify(old)} of the state is configured no more, so that it may be ${JSON.stringify(wanted)} by now: keep both names for one \`pulumi up\``,
+    property: "host",
+    advice:
+      "Nothing was touched. Set both in `lvm-nbd:hosts` (or the old one as an alias of the SSH configuration), each as its machine is reached, " +
+      "and run `pulumi up`: of one machine nothing is made anew. Then the old one can go.",
+  });
 }
 
 function label(type: AnyResourceType, values: CommonInputs): string {

@@ -110,6 +110,17 @@ export function serverOf(args: HostArgs, named: NamedHosts = noNames): string {
   return partsOf(text)?.name ?? text;
 }
 
+/**
+ * True where a text is the SSH configuration's own word for an address, or is one. Any other may once have been a configured name, and
+ * what a name server says of such a one is not what it stood for.
+ */
+export async function isKnownElsewhere(text: string): Promise<boolean> {
+  const name = partsOf(text)?.name ?? text;
+  if (isIP(name) !== 0) return true;
+  const { hostname: address = name } = await sshConfig(name);
+  return address.toLowerCase() !== name.toLowerCase();
+}
+
 function connectionOf(args: HostArgs, named: NamedHosts): HostConnection | undefined {
   if (typeof args !== "string") return args;
   const parts = partsOf(args);

@@ -1,4 +1,7 @@
-import { describe, expect, it } from "vitest";
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, afterEach, describe, expect, it, vi } from "vitest";
 import { z } from "zod";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers } from "../../provider/core/handlers.js";
@@ -104,6 +107,13 @@ describe("a host by a configured name", () => {
     return { ...handlers, opened };
   };
   const byName = { ...state, host: "server1" };
+  const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-aliases-"));
+  const aliases = join(folder, "config");
+  writeFileSync(aliases, "Host aliased\n HostName 192.0.2.1\nHost elsewhere\n HostName 192.0.2.9\n");
+  afterEach(() => {
+    vi.unstubAllEnvs();
+  });
+  afterAll(() => rmSync(folder, { recursive: true }));
   const { address } = host;
 
   it("is known to a check, and what is wrong with it is told", async () => {
@@ -154,6 +164,40 @@ describe("a host by a configured name", () => {
     expect(changes).toEqual([{ property: "host", effect }]);
     const back = await on(hosts).diff({ ...state, host: "server2" }, { ...wanted, host: "server1" }, none);
     expect(back.changes).toEqual([{ property: "host", effect }]);
+  });
+
+  it.each([
+    ["a name", "server1"],
+    ["a name with a user", "ann@server1"],
+    ["a name that resolves", "localhost"],
+  ])("is refused in the place of %s that is configured no more, until both are", async (_what, old) => {
+    const hosts = { vmhost1: { address } };
+    const next = { ...wanted, host: "vmhost1" };
+    for (const ask of ["diff", "preview"] as const) {
+      const refused = on(hosts)[ask]({ ...state, host: old }, next, none);
+      await expect(refused).rejects.toThrow(
+        new RegExp(
+          `INVALID_INPUT.*"${old}" of the state is configured no more.*keep both names for one \`pulumi up\``,
+        ),
+      );
+    }
+    const both = { ...hosts, [old.replace("ann@", "")]: { address } };
+    const { changes } = await on(both).diff({ ...state, host: old }, next, none);
+    expect(changes).toEqual([{ property: "host", effect: "connection" }]);
+  });
+
+  it.each([
+    ["an alias of that address", "aliased", "connection"],
+    ["an alias of another machine", "elsewhere", "replace"],
+    ["another address", "192.0.2.9", "replace"],
+  ])("takes the place of %s", async (_what, old, effect) => {
+    vi.stubEnv("LVM_NBD_SSH_CONFIG", aliases);
+    const { changes } = await on({ server1: { address } }).diff(
+      { ...state, host: old },
+      { ...wanted, host: "server1" },
+      none,
+    );
+    expect(changes).toEqual([{ property: "host", effect }]);
   });
 
   it("is the place of an id, and keeps that", async () => {
