@@ -1,6 +1,6 @@
 /** What is configured of the provider: for all resources of a stack, or for those that are given one provider of it. */
 import { z } from "zod";
-import { connectionProblem } from "../ssh/config.js";
+import { connectionProblem, missed, nearMiss } from "../ssh/config.js";
 import type { HostConnection, NamedHosts } from "../ssh/types.js";
 import { LvmNbdError } from "./errors.js";
 import { hostConnection, secret } from "./inputs.js";
@@ -46,13 +46,33 @@ export function configurationProblems(values: Values): Problem[] {
 export function namedHosts(value: unknown): NamedHosts {
   const { hosts, problems } = readHosts(value);
   if (problems.length === 0) return hosts;
+  throw wrong(problems);
+}
+
+function wrong(problems: readonly Problem[]): LvmNbdError {
   const reasons = problems.map(({ property, reason }) => `lvm-nbd:${property}: ${reason}`);
   // Without the program, Pulumi gives the configuration as it was at the last one's run.
   const advice =
     "Correct it by `pulumi config set --path` or `pulumi config rm --path`. What is correct by now reaches `pulumi refresh` and " +
     "`destroy` by a `pulumi up`, or with `--run-program`.";
-  throw new LvmNbdError("INVALID_INPUT", { message: reasons.join("; "), advice });
+  return new LvmNbdError("INVALID_INPUT", { message: reasons.join("; "), advice });
 }
+
+/**
+ * Refuses, with INVALID_INPUT, what is configured and means nothing, as a misspelt name does. `names`: of all that the stack has. The
+ * plugin's engine gives the plugin's own to it; to a program all are there.
+ */
+export function refuseUnknown(names: readonly string[]): void {
+  const own = names
+    .filter((name) => name.startsWith("lvm-nbd:"))
+    .map((name) => name.slice("lvm-nbd:".length));
+  const unknown = own.filter((name) => !(name in configuration.shape) && !ofPlugins.has(name));
+  const problems = problemsIn(configuration, Object.fromEntries(unknown.map((name) => [name, ""])));
+  if (problems.length > 0) throw wrong(problems);
+}
+
+/** What the engine itself reads of a plugin's. */
+const ofPlugins = new Set(["version", "pluginDownloadURL"]);
 
 /** A value of the configuration: what is no text reaches a provider as one, in JSON. There null is nothing. */
 export function plainValue(value: unknown): unknown {
@@ -71,7 +91,7 @@ function readHosts(value: unknown): { hosts: NamedHosts; problems: Problem[] } {
   if (error !== undefined) return { hosts: new Map(), problems: problemsIn(configuration, values) };
   const hosts = new Map<string, HostConnection>(Object.entries(data.hosts ?? {}));
   const problems = [...hosts].flatMap(([name, connection]) => {
-    const problem = connectionProblem(connection) ?? circle(name, hosts);
+    const problem = connectionProblem(connection) ?? circle(name, hosts) ?? missedJump(connection, hosts);
     return problem === undefined ? [] : [{ ...problem, property: `hosts.${name}.${problem.property}` }];
   });
   return { hosts, problems };
@@ -80,6 +100,11 @@ function readHosts(value: unknown): { hosts: NamedHosts; problems: Problem[] } {
 function problemsIn(shape: z.ZodObject, values: Values): Problem[] {
   const { error } = shape.safeParse(values);
   return error === undefined ? [] : problemsOf(error.issues, values, "lvm-nbd's configuration");
+}
+
+function missedJump(connection: HostConnection, hosts: NamedHosts): Problem | undefined {
+  const miss = nearMiss(connection, hosts);
+  return miss && { property: "proxyJump", reason: missed(miss.name) };
 }
 
 /** Hosts that are reached through one another. Of a later jump its own jumps do not count. */

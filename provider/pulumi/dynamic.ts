@@ -23,6 +23,7 @@ import {
 import { type NbdExportDeclaration, type NbdExportOutputs, nbdExport } from "../resources/nbdExport.js";
 import { type VolumeCopyDeclaration, type VolumeCopyOutputs, volumeCopy } from "../resources/volumeCopy.js";
 import type { HostArgs } from "../ssh/types.js";
+import { requireKnownNames } from "./stackConfiguration.js";
 import { thinProvider } from "./thinProvider.js";
 import { packageName, pluginToken } from "./urn.js";
 
@@ -72,6 +73,7 @@ abstract class LvmNbdResource extends pulumi.dynamic.Resource {
     args: Readonly<Record<string, unknown>>,
     options: pulumi.CustomResourceOptions | undefined,
   ) {
+    requireKnownNames();
     const outputs = Object.fromEntries(Object.keys(outputsOf(type).shape).map((key) => [key, undefined]));
     const inputs = {
       ...outputs,

@@ -1,7 +1,6 @@
 /** What a program asks of hosts in its own process, before it declares anything. Each question closes its connections: the program ends. */
 import * as pulumi from "@pulumi/pulumi";
 import { type Image, listImages as listImagesOf } from "../backup/listImages.js";
-import { namedHosts } from "../core/configuration.js";
 import { LvmNbdError } from "../core/errors.js";
 import { type AnyFunctionType, askFunction } from "../core/functions.js";
 import { type GetHostArgs, type GetHostResult, getHost as getHostType } from "../functions/getHost.js";
@@ -11,13 +10,8 @@ import {
   getVolumes as getVolumesType,
 } from "../functions/getVolumes.js";
 import { createHostPool } from "../ssh/pool.js";
-import type { HostArgs, NamedHosts } from "../ssh/types.js";
-
-/** The hosts of the stack's configuration. Raises INVALID_INPUT. */
-function configuredHosts(): NamedHosts {
-  // Not `pulumi.Config`, which warns of each secret that is read: none is given to the program.
-  return namedHosts(pulumi.runtime.getConfig("lvm-nbd:hosts"));
-}
+import type { HostArgs } from "../ssh/types.js";
+import { configuredHosts } from "./stackConfiguration.js";
 
 /**
  * What images are in a folder of a host, the newest first: for a program to loop over, and for `generations` to

@@ -97,6 +97,27 @@ export async function hostRoute(args: HostArgs, named: NamedHosts, depth = 0): P
   ];
 }
 
+/** The first text of a declaration, jumps included, that is a configured name but for its case. */
+export function nearMiss(
+  args: HostArgs,
+  named: NamedHosts,
+): { readonly text: string; readonly name: string } | undefined {
+  if (typeof args !== "string") {
+    const misses = jumpsOf(args).map((jump) => nearMiss(jump, named));
+    return misses.find((miss) => miss !== undefined);
+  }
+  const text = partsOf(args)?.name ?? args;
+  const name = named.has(text)
+    ? undefined
+    : [...named.keys()].find((one) => one.toLowerCase() === text.toLowerCase());
+  return name === undefined ? undefined : { text: args, name };
+}
+
+/** Why a near miss is wrong, in words that can follow what it is in. */
+export function missed(name: string): string {
+  return `differs from the configured name ${name} in nothing but case: write it so`;
+}
+
 /** True for a name of the provider's configuration, also with a user or port as a jump may have. */
 export function isConfigured(args: HostArgs, named: NamedHosts): boolean {
   return typeof args === "string" && connectionOf(args, named) !== undefined;
@@ -171,6 +192,8 @@ export async function validateHostArgs(args: HostArgs, named: NamedHosts = noNam
 
 /** Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
 export async function resolveHost(args: HostArgs, named: NamedHosts = noNames): Promise<ResolvedHost> {
+  const miss = nearMiss(args, named);
+  if (miss !== undefined) throw invalid("host", `"${miss.text}" ${missed(miss.name)}`, hostName(args));
   if (typeof args !== "string") return resolveConnection(args, named, 0);
   const parts = partsOf(args);
   if (parts === undefined || !named.has(parts.name)) return resolveAlias(args, 0);

@@ -1,6 +1,6 @@
 import { utils } from "ssh2";
 import { describe, expect, it } from "vitest";
-import { configurationProblems, namedHosts } from "../../provider/core/configuration.js";
+import { configurationProblems, namedHosts, refuseUnknown } from "../../provider/core/configuration.js";
 
 const address = "192.0.2.1";
 const { private: key } = utils.generateKeyPairSync("ed25519");
@@ -38,6 +38,11 @@ describe("the configuration", () => {
     ["a pin that is none", { hosts: { s: { address, hostKey: "x" } } }, ["hosts.s.hostKey"]],
     ["jumps in a circle", { hosts: chain({ a: "b", b: ["a"] }) }, ["hosts.a.proxyJump", "hosts.b.proxyJump"]],
     [
+      "a jump through another of them in another case",
+      { hosts: chain({ a: "me@Gate:22", b: ["x", { address }, "GATE"], gate: undefined }) },
+      ["hosts.a.proxyJump", "hosts.b.proxyJump"],
+    ],
+    [
       "several that are wrong",
       { hosts: { s: { address, port: 0 }, t: {} }, x: 1 },
       ["x", "hosts.s.port", "hosts.t.address"],
@@ -62,6 +67,19 @@ describe("the configuration", () => {
       expect(JSON.stringify(problems)).not.toContain("planted");
       expect(() => namedHosts(hosts)).toThrow(/^INVALID_INPUT: lvm-nbd:hosts(?![\s\S]*planted)/);
     }
+  });
+
+  it.each(["host", "Hosts", "organisation"])(
+    "that a program finds is refused where it means nothing: %s",
+    (name) => {
+      const words = `INVALID_INPUT: lvm-nbd:${name}: is no property of lvm-nbd's configuration`;
+      expect(() => refuseUnknown(["aws:region", `lvm-nbd:${name}`])).toThrow(words);
+    },
+  );
+
+  it("that a program finds may be what the plugin's is, and another's", () => {
+    const own = ["hosts", "organization", "version", "pluginDownloadURL"].map((name) => `lvm-nbd:${name}`);
+    expect(() => refuseUnknown([...own, "aws:region", "project:host"])).not.toThrow();
   });
 
   it("names its hosts, and none that every object has", () => {

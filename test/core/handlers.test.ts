@@ -128,6 +128,18 @@ describe("a host by a configured name", () => {
     ]);
   });
 
+  it.each([
+    ["the host", "Server1", '"Server1"'],
+    ["the host with a user", "ann@SERVER1", '"ann@SERVER1"'],
+    ["a jump", { address, proxyJump: ["server1", { address }, "serveR1:22"] }, '"serveR1:22"'],
+  ])("is not taken for an alias where %s has it in another case", async (_what, given, shown) => {
+    const { problems } = await on({ server1: host }).check(undefined, { ...wanted, host: given }, none);
+    const reason = `${shown} differs from the configured name server1 in nothing but case`;
+    expect(problems).toEqual([{ property: "host", reason: expect.stringContaining(reason) }]);
+    const both = { server1: host, Server1: host, SERVER1: host, serveR1: host };
+    expect((await on(both).check(undefined, { ...wanted, host: given }, none)).problems).toEqual([]);
+  });
+
   it("has no diff whatever becomes of the configuration, and opens no host for it", async () => {
     for (const hosts of [{}, { server1: host }, { server1: { address: "192.0.2.77", port: 2222 } }]) {
       const { diff, opened } = on(hosts);

@@ -1,5 +1,5 @@
 import * as pulumi from "@pulumi/pulumi";
-import { beforeAll, describe, expect, it } from "vitest";
+import { beforeAll, describe, expect, it, vi } from "vitest";
 
 interface Registered {
   readonly type: string;
@@ -65,6 +65,21 @@ describe("a declared resource", () => {
         ),
     );
     expect(aliases).toEqual([{ type: "before" }, { type: "lvm-nbd:index:NbdExport" }]);
+  });
+
+  it("is refused while the stack has a name in `lvm-nbd:` that means nothing, unless the project is called so", async () => {
+    const { NbdAttachment } = await import("../../provider/index.js");
+    const make = () => new NbdAttachment("c", { host: "server2", uri: "nbd://a/b" });
+    const project = vi.spyOn(pulumi, "getProject");
+    try {
+      pulumi.runtime.setConfig("lvm-nbd:Hosts", "{}");
+      expect(make).toThrow(/INVALID_INPUT: lvm-nbd:Hosts: is no property/);
+      project.mockReturnValue("lvm-nbd");
+      expect(make).not.toThrow();
+    } finally {
+      pulumi.runtime.setAllConfig({});
+      project.mockRestore();
+    }
   });
 
   it("takes the resource's name for its own only where none is given", async () => {

@@ -93,6 +93,15 @@ describe("a name of the provider's configuration", () => {
     await expect(resolveHost("web:70000", named)).rejects.toThrow(/INVALID_INPUT.*70000 is no port/);
   });
 
+  test("is not taken for an alias in another case, by whoever opens a host", async () => {
+    sshConfig("Host WEB\n HostName 10.1.2.3\n");
+    for (const host of ["WEB", { address: "10.1.2.3", proxyJump: "ann@WEB" }])
+      await expect(resolveHost(host, named)).rejects.toThrow(
+        /INVALID_INPUT.*WEB" differs from .* web in nothing but/,
+      );
+    expect(await hostAddress("WEB", named)).toBe("10.1.2.3:22");
+  });
+
   test("is told apart by what it is reached through", async () => {
     sshConfig("Host aliased\n HostName 10.1.2.9\n");
     const through = (proxyJump: string[]) => hostRoute({ address: "10.9.0.9", proxyJump }, named);
