@@ -182,12 +182,20 @@ export async function validateHostArgs(args: HostArgs, named: NamedHosts = noNam
     throw new LvmNbdError("HOST_UNKNOWN", {
       host: resolved.name,
       property: "host",
-      message:
-        typeof args === "string" && first.address === args && !named.has(args)
-          ? `"${args}" is neither in \`lvm-nbd:hosts\`, nor an alias in the SSH configuration, nor a name that resolves`
-          : `the name ${first.address} does not resolve`,
+      message: unresolved(args, first, named),
     });
   }
+}
+
+/** `first`: what is connected to first, whose address does not resolve. Of what is configured the place is named, and not the value. */
+function unresolved(args: HostArgs, first: ResolvedHost, named: NamedHosts): string {
+  if (named.get(first.name)?.address === first.address)
+    return `lvm-nbd:hosts.${first.name}.address: does not resolve`;
+  const own = isConfigured(args, named) ? partsOf(hostName(args))?.name : undefined;
+  if (own !== undefined) return `lvm-nbd:hosts.${own}.proxyJump: the first of them does not resolve`;
+  return first.address === args
+    ? `"${args}" is neither in \`lvm-nbd:hosts\`, nor an alias in the SSH configuration, nor a name that resolves`
+    : `the name ${first.address} does not resolve`;
 }
 
 /** Raises HOST_UNKNOWN, KEY_UNREADABLE, INVALID_INPUT. */
@@ -231,7 +239,7 @@ function ofConfiguration(error: LvmNbdError, name: string): LvmNbdError {
   });
 }
 
-/** Why a connection is wrong by itself, whatever machine it is used on; by the property without `host.` before it. */
+/** Why a connection is wrong by itself, whatever machine it is used on; by the property without `host.` before it, and never by its value. */
 export function connectionProblem(args: HostConnection): Problem | undefined {
   try {
     declaredKeys(args);
@@ -243,21 +251,35 @@ export function connectionProblem(args: HostConnection): Problem | undefined {
   }
 }
 
-/** The keys that are declared by their texts. Raises INVALID_INPUT, KEY_UNREADABLE for what is wrong by itself. */
+/** The keys that are declared by their texts. Raises INVALID_INPUT, KEY_UNREADABLE for what is wrong by itself, without quoting it. */
 function declaredKeys(args: HostConnection): IdentityKey[] {
   const name = hostName(args);
   const { port = 22 } = args;
-  if (!isPort(port)) throw invalid("host.port", `${port} is no port: 1 to 65535 are`, name);
+  if (!isPort(port)) throw invalid("host.port", "is no port: 1 to 65535 are", name);
   if (!/^[^\s@/[\]-][^\s@/[\]]*$/.test(args.address)) {
-    throw invalid("host.address", `"${args.address}" is no name or address of a server`, name);
+    throw invalid("host.address", "is no name or address of a server", name);
   }
   for (const pin of listOf(args.hostKey)) {
     const problem = pinProblem(pin);
     if (problem !== undefined) throw invalid("host.hostKey", problem, name);
   }
+  for (const jump of jumpsOf(args)) {
+    const problem = typeof jump === "string" ? jumpProblem(jump) : undefined;
+    if (problem !== undefined) throw invalid("host.proxyJump", problem, name);
+  }
+  if (args.privateKeyPath?.includes("\n")) {
+    throw invalid("host.privateKeyPath", "is no path: a key's text is for `privateKey`", name);
+  }
   return args.privateKey === undefined
     ? []
     : [parsedKey("privateKey", args.privateKey, args.passphrase, name)];
+}
+
+function jumpProblem(text: string): string | undefined {
+  const parts = partsOf(text);
+  if (parts === undefined || !aliasForm.test(parts.name)) return "is not a host to jump through";
+  const { port } = parts.given;
+  return port === undefined || isPort(port) ? undefined : "has a port that is none: 1 to 65535 are";
 }
 
 async function resolveConnection(
@@ -447,11 +469,13 @@ interface SshConfig {
   readonly globalknownhostsfile: readonly string[];
 }
 
+const aliasForm = /^[A-Za-z0-9_.:%@+][A-Za-z0-9_.:%@+-]*$/;
+
 const configs = new Map<string, Promise<SshConfig>>();
 
 /** What OpenSSH makes of an alias. Asked once per process. */
 function sshConfig(alias: string, given: Given = {}): Promise<SshConfig> {
-  if (!/^[A-Za-z0-9_.:%@+][A-Za-z0-9_.:%@+-]*$/.test(alias)) {
+  if (!aliasForm.test(alias)) {
     throw invalid("host", `"${alias}" is not a host alias: letters, digits and _ . : - are right`, alias);
   }
   const file = process.env.LVM_NBD_SSH_CONFIG;

@@ -90,16 +90,15 @@ export function keyType(key: Buffer): string {
   return key.subarray(4, 4 + length).toString("latin1");
 }
 
-/** Why this is no pin; `undefined` when it is one. */
+/** Why this is no pin, without quoting it; `undefined` when it is one. */
 export function pinProblem(pin: string): string | undefined {
   const right =
     "write `ssh-ed25519 AAAA...` (of a line of `ssh-keyscan` that you have compared, without the name before it) or `SHA256:...`";
   if (/^SHA256:[A-Za-z0-9+/]{43}=?$/.test(pin)) return undefined;
   const [type, blob] = pin.trim().split(/\s+/);
-  if (type === undefined || blob === undefined) return `"${pin.slice(0, 60)}" is not a host key: ${right}`;
-  return keyType(Buffer.from(blob, "base64")) === type
+  return type !== undefined && blob !== undefined && keyType(Buffer.from(blob, "base64")) === type
     ? undefined
-    : `"${pin.slice(0, 60)}" is not a host key: ${right}`;
+    : `is not a host key: ${right}`;
 }
 
 /** Judges a host's key. `names` are the host's name or address, with `[...]:port` where the port is not 22. */

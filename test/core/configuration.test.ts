@@ -60,6 +60,13 @@ describe("the configuration", () => {
       { s: { address, privateKey: "planted", password: "planted" } },
       { s: { address, password: ["planted"], passphrase: { planted: "planted" } } },
       { s: "planted" },
+      { s: { address: "planted@x" } },
+      { s: { address, hostKey: "planted" } },
+      { s: { address, hostKey: ["SHA256:planted", "ssh-ed25519 planted"] } },
+      { s: { address, proxyJump: "planted@" } },
+      { s: { address, proxyJump: ["planted planted"] } },
+      { s: { address, proxyJump: "ssh://planted:70000" } },
+      { s: { address, privateKeyPath: "-----BEGIN\nplanted" } },
     ];
     for (const hosts of wrong) {
       const problems = configurationProblems({ hosts });

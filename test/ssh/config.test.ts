@@ -152,6 +152,30 @@ describe("a name of the provider's configuration", () => {
   });
 });
 
+describe("what is configured and does not resolve", () => {
+  const nowhere = "no-such-host.invalid";
+  const named = new Map(
+    Object.entries({
+      lost: { address: nowhere },
+      behind: { address: "10.9.0.1", proxyJump: "lost" },
+      through: { address: "10.9.0.2", proxyJump: [{ address: nowhere }] },
+    }),
+  );
+
+  test.each([
+    ["lost", "lost.address"],
+    ["ann@behind", "lost.address"],
+    ["through", "through.proxyJump"],
+    [{ address: "10.9.0.3", proxyJump: "behind" }, "lost.address"],
+  ])("is told by its path: %j", async (args, path) => {
+    sshConfig("");
+    const error = await failure(validateHostArgs(args, named));
+    expect(error.code).toBe("HOST_UNKNOWN");
+    expect(error.message).toContain(`lvm-nbd:hosts.${path}: `);
+    expect(JSON.stringify([error.message, error.details])).not.toContain(nowhere);
+  });
+});
+
 describe("an alias", () => {
   test("is what ssh makes of it", async () => {
     const known = join(folder, "known");
@@ -454,6 +478,8 @@ describe("an object", () => {
     ["address", { address: "root@10.0.0.1" }],
     ["address", { address: "-oProxyCommand=id" }],
     ["address", { address: "10.0.0.1/24" }],
+    ["proxyJump", { proxyJump: ["outer", "-oProxyCommand=id"] }],
+    ["proxyJump", { proxyJump: "outer:0" }],
   ])("with a %s of %j is INVALID_INPUT, which names it", async (property, extra) => {
     const error = await failure(validateHostArgs({ address: "10.0.0.1", ...extra }));
     expect(error.code).toBe("INVALID_INPUT");
