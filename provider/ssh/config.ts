@@ -14,6 +14,7 @@ import { promisify } from "node:util";
 import { utils } from "ssh2";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Problem } from "../core/resource.js";
+import { childEnvironment } from "./environment.js";
 import { type HostKeyLimits, hostKeyAlgorithms, pinProblem, type Trust } from "./hostKeys.js";
 import type { HostArgs, HostConnection, NamedHosts } from "./types.js";
 
@@ -503,7 +504,10 @@ async function askOpenSsh(
   ];
   let stdout: string;
   try {
-    ({ stdout } = await run("ssh", [...options, "-G", "--", alias], { timeout: 20_000 }));
+    ({ stdout } = await run("ssh", [...options, "-G", "--", alias], {
+      timeout: 20_000,
+      env: childEnvironment(),
+    }));
   } catch (error) {
     const missing = error instanceof Error && "code" in error && error.code === "ENOENT";
     throw invalid(

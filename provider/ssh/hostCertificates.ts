@@ -6,6 +6,7 @@
 import { execFile } from "node:child_process";
 import { createPublicKey, type JsonWebKey, verify } from "node:crypto";
 import { type Certificate, parseCertificate, Reader } from "./certificates.js";
+import { childEnvironment } from "./environment.js";
 import { fingerprint, type HostKeyLimits, keyType, matchesWildcard, mayBeCertified } from "./hostKeys.js";
 
 /** Hashes of the signatures that an authority of each type may make; SHA-1 is none of them. */
@@ -146,7 +147,7 @@ export function scanCertificates(
   const args = ["-v", "-c", "-t", [...kinds].join(","), "-T", seconds, "-p", String(port), "--", address];
   return new Promise((resolve, reject) => {
     const limits = { timeout: timeoutMs + 2000, killSignal: "SIGKILL", maxBuffer: 1024 ** 2 } as const;
-    execFile("ssh-keyscan", args, limits, (error, stdout, stderr) => {
+    execFile("ssh-keyscan", args, { ...limits, env: childEnvironment() }, (error, stdout, stderr) => {
       if (error !== null && "code" in error && error.code === "ENOENT")
         return resolve({
           certificates: [],

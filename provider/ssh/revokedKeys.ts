@@ -4,6 +4,7 @@ import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseCertificate } from "./certificates.js";
+import { childEnvironment } from "./environment.js";
 import { keyType } from "./hostKeys.js";
 
 /**
@@ -41,7 +42,8 @@ function publicKeys(text: string): Buffer[] {
 
 function query(list: string, key: string): Promise<boolean> {
   return new Promise((resolve, reject) => {
-    execFile("ssh-keygen", ["-Q", "-f", list, key], { timeout: 20_000 }, (error, stdout, stderr) => {
+    const options = { timeout: 20_000, env: childEnvironment() };
+    execFile("ssh-keygen", ["-Q", "-f", list, key], options, (error, stdout, stderr) => {
       if (/: REVOKED$/m.test(stdout)) resolve(true);
       else if (error === null && /: ok$/m.test(stdout)) resolve(false);
       else reject(new Error(stderr.trim() || error?.message || "ssh-keygen gave no answer"));

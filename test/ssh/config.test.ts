@@ -373,6 +373,22 @@ Host inner\n ProxyJump outer`);
     expect((await resolveHost("web")).jumps[0]).toMatchObject({ user, name, port });
   });
 
+  test("is resolved without the stack's configuration, whose secrets are in the environment of a program", async () => {
+    const told = join(folder, "environment");
+    vi.stubEnv("PULUMI_CONFIG", '{"lvm-nbd:hosts":"planted"}');
+    vi.stubEnv("PULUMI_CONFIG_SECRET_KEYS", '["lvm-nbd:hosts"]');
+    vi.stubEnv("LVM_NBD_TEST_STAYS", "yes");
+    try {
+      sshConfig(`Match host web exec "env >'${told}'"\n HostName 10.1.2.3\n`);
+      expect((await resolveHost("web")).address).toBe("10.1.2.3");
+    } finally {
+      vi.unstubAllEnvs();
+    }
+    const environment = readFileSync(told, "utf8");
+    expect(environment).toContain("LVM_NBD_TEST_STAYS=yes");
+    expect(environment).not.toMatch(/PULUMI_CONFIG|planted/);
+  });
+
   test("that jumps in a circle is refused", async () => {
     sshConfig(`Host a\n ProxyJump b\nHost b\n ProxyJump a\n`);
     const error = await failure(resolveHost("a"));
