@@ -21,7 +21,8 @@ let hosts: NamedHosts | undefined;
 /**
  * Takes the configuration of the stack, which Pulumi gives to each provider that it has made out of the state, before it asks that
  * for anything. It never fails, and nothing of it is later than its call: what is asked at the same time does not wait for it, nor
- * for its failure. A closure that an earlier version wrote does not call it, and knows no configured host.
+ * for its failure. A closure that an earlier version wrote does not call it, and stays in the state until its resource is updated or
+ * made anew: until then a configured host is known to it only where a closure of now has called this before, in the same process.
  */
 export async function configure({ config }: pulumi.dynamic.ConfigureRequest): Promise<void> {
   const text = config.get("lvm-nbd:hosts");

@@ -149,7 +149,7 @@ describe("a state of a version that knew no configuration", () => {
     expect(properties).toMatchObject({ usedPercent: expect.any(Number), __provider: earlier });
   });
 
-  it("differs in nothing from the one of now", async () => {
+  it("differs in nothing from the one of now, and so stays as it is until something is updated", async () => {
     await configure({ server1: { address: "192.0.2.77" } });
     const { inputs } = await provider.check(urn, { __provider: closure, host: "server1", ...declared });
     const old = { ...inputs, ...state(earlier), tags: [] };
