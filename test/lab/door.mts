@@ -4,7 +4,7 @@ import { decode } from "../../provider/pulumi/codec.js";
 import { toDynamicProvider } from "../../provider/pulumi/dynamicProvider.js";
 import { providerProto, structOf } from "../../provider/pulumi/proto.js";
 import type { Parts } from "../../provider/pulumi/service.js";
-import { ask, startService, urnOf } from "../support/pluginClient.js";
+import { ask, startService, unused, urnOf } from "../support/pluginClient.js";
 
 const doors = ["dynamic", "plugin"] as const;
 export type Door = (typeof doors)[number];
@@ -86,10 +86,8 @@ export function dynamicDoor(handlers: Handlers, warn: (message: string) => void)
 
 /** Through the plugin's service, over a link. `close` when done. */
 export async function pluginDoor(handlers: Parts["handlers"]) {
-  const plugin = await startService({
-    ...{ version: "0.0.0", schema: async () => "{}", handlers },
-    ask: (name) => Promise.reject(new Error(`a stack does not ask ${name}`)),
-  });
+  const answers = { ask: unused, compose: unused };
+  const plugin = await startService({ version: "0.0.0", schema: async () => "{}", handlers, ...answers });
   const open = (values: Values = {}): Values => decode(structOf(values)).values;
   const served = (type: string, name: string): Served => {
     const urn = urnOf(type, name);
