@@ -6,9 +6,10 @@ import type { Composed, Part } from "../core/component.js";
 import { LvmNbdError } from "../core/errors.js";
 import { ownerOf } from "../core/owner.js";
 import { type Decoded, decode, encode } from "./codec.js";
-import { connectMonitor, resourceProto } from "./monitor.js";
+import { aliasProto, connectMonitor, resourceProto } from "./monitor.js";
 import { providerProto, type Struct, structOf } from "./proto.js";
 import { unknownProperties, unknownValue, withoutProperties } from "./unknowns.js";
+import { dynamicToken, pluginToken } from "./urn.js";
 
 type Bag = Readonly<Record<string, unknown>>;
 type Request = providerProto.ConstructRequest;
@@ -138,8 +139,12 @@ function partRequest(
   { type, name }: Part,
   { values, dependencies }: Sent,
 ): resourceProto.RegisterResourceRequest {
-  const part = registration(request, `lvm-nbd:index:${type}`, name, parent);
+  const part = registration(request, pluginToken(type), name, parent);
   part.setCustom(true);
+  // What a program's own component made as a dynamic resource is this one.
+  const before = new aliasProto.Alias();
+  before.setSpec(new aliasProto.Alias.Spec().setType(dynamicToken(type)));
+  part.setAliasesList([before]);
   part.setProvider(request.getProvidersMap().get("lvm-nbd") ?? "");
   part.setObject(values);
   part.setDependenciesList([...new Set([...dependencies.values()].flat())]);

@@ -3,6 +3,7 @@ import * as grpc from "@grpc/grpc-js";
 import { LvmNbdError } from "../core/errors.js";
 import type { Struct } from "./proto.js";
 
+import aliasProto = require("@pulumi/pulumi/proto/alias_pb.js");
 import resourceGrpc = require("@pulumi/pulumi/proto/resource_grpc_pb.js");
 import resourceProto = require("@pulumi/pulumi/proto/resource_pb.js");
 
@@ -56,4 +57,4 @@ export function connectMonitor(address: string, signal: AbortSignal): Monitor {
   };
 }
 
-export { resourceGrpc, resourceProto };
+export { aliasProto, resourceGrpc, resourceProto };

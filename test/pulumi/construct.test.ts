@@ -118,6 +118,7 @@ describe("a VmBackup", () => {
       expect(part.toObject()).toMatchObject({
         ...{ type: "lvm-nbd:index:BackupImage", custom: true, parent: urn, provider },
         ...{ acceptsecrets: true, acceptresources: true },
+        aliasesList: [{ spec: { type: "pulumi-nodejs:dynamic/lvm-nbd:BackupImage" } }],
       });
     const { host, source } = declared;
     const volume = { volumeGroup: "VgVm", origin: "disk" };
@@ -246,7 +247,7 @@ describe("a VmBackup", () => {
     expect(monitor.of("vm1").getProvidersMap().get("lvm-nbd")).toBe(provider);
     expect(monitor.of("vm1-2026-11-30").toObject()).toMatchObject({
       ...{ protect: true, retainondelete: false, deletedwith: urnOf("HostSetup") },
-      ...{ ignorechangesList: [], aliasesList: [], deletebeforereplacedefined: false },
+      ...{ ignorechangesList: [], deletebeforereplacedefined: false },
     });
     monitor.registered.length = 0;
     await constructed();
