@@ -11,6 +11,7 @@ export const { configuration } =
   require("../dist/core/configuration.js") as typeof import("../provider/core/configuration.ts");
 export const { functionTypes } =
   require("../dist/functions/registry.js") as typeof import("../provider/functions/registry.ts");
+export const { ofTwo } = require("../dist/core/owner.js") as typeof import("../provider/core/owner.ts");
 export const { errorCodes } =
   require("../dist/core/errors.js") as typeof import("../provider/core/errors.ts");
 export const { OutputOf } =

@@ -11,6 +11,7 @@ import {
   configuration,
   dynamicToken,
   functionTypes,
+  ofTwo,
   outputsOf,
   resourceTypes,
 } from "./provider.mts";
@@ -48,11 +49,11 @@ function resource(type: AnyResourceType) {
 }
 
 /** As Pulumi's registry has it. */
-function importSection({ type, byId }: AnyResourceType): string {
+function importSection({ type, byId, isSuperseded }: AnyResourceType): string {
   const text =
     "reason" in byId
       ? `It cannot be imported: ${byId.reason}. ${byId.advice}`
-      : `\`pulumi import ${name}:index:${type} RESOURCE ID\`, where RESOURCE is the name of the resource that made it, and ID is \`HOST/${byId.form}\`.`;
+      : `\`pulumi import ${name}:index:${type} RESOURCE ID\`, where RESOURCE is the name of the resource that made it, and ID is \`HOST/${byId.form}\`. ${ofTwo(isSuperseded !== undefined)}`;
   return `## Import\n\n${text}\n`;
 }
 

@@ -231,15 +231,20 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const owner = ownerOf(organization, project, stack, name);
       const host = finder.host ?? hostOfName(id.slice(0, at));
       const looked = placed({ host, owner, ...place });
-      const found = await attempt(looked, (opened) =>
-        find(type, byId, opened, looked, finder.readsOnly ? undefined : finder),
-      );
-      if (found === undefined) return undefined;
-      const wanted = parse(defined({ host, ...found.declared }), type.inputs);
-      const { machineId } = found;
-      const state = harmless(defined({ ...type.toState(wanted, found.seen), machineId }), wanted);
-      const inputs = defined(declaredBeside(placeShape.parse({}), wanted));
-      return { id: type.id(wanted, hostName(wanted.host)), inputs, state };
+      return attempt(looked, async (opened) => {
+        const found = await find(type, byId, opened, looked, finder.readsOnly ? undefined : finder);
+        if (found === undefined) return undefined;
+        const wanted = parse(defined({ host, ...found.declared }), type.inputs);
+        const { machineId } = found;
+        const state = type.toState(wanted, found.seen);
+        for (const line of type.drift(state, found.seen)) opened.warn(line);
+        const inputs = defined(declaredBeside(placeShape.parse({}), wanted));
+        return {
+          id: type.id(wanted, hostName(wanted.host)),
+          inputs,
+          state: harmless(defined({ ...state, machineId }), wanted),
+        };
+      });
     },
 
     async update(oldValues, values) {

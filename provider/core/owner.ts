@@ -40,6 +40,16 @@ export const organizationMissing =
 export const declareInstead =
   "Declare it with all its properties and run `pulumi up`: what carries its mark is found and kept.";
 
+/** What to mind of a thing that an id alone brings into the state. `isClaimed`: whether a create over it makes it that resource's alone. */
+export function ofTwo(isClaimed: boolean): string {
+  const taken =
+    "If another resource of this stack has it already, take that one out with `pulumi state delete`: removed by the program, it " +
+    "removes this too.";
+  const instead =
+    "Declared with all its properties, instead of imported, it is kept as it is and is the new resource's alone.";
+  return isClaimed ? `${taken} ${instead}` : taken;
+}
+
 /** The organisation of an owner; `undefined` for a mark as it was seen, which may be shortened. */
 export function organizationOf(owner: string): string | undefined {
   return owner.startsWith(ownerTag) ? undefined : owner.split("/")[0];

@@ -8,7 +8,7 @@
 import { refusal } from "./command.js";
 import { briefly, firstLine, isLvmNbdError, LvmNbdError } from "./errors.js";
 import { Machine } from "./machine.js";
-import { type Claimant, organizationMissing, ownerByMark, ownerMark, ownerOfMark } from "./owner.js";
+import { type Claimant, ofTwo, organizationMissing, ownerByMark, ownerMark, ownerOfMark } from "./owner.js";
 import {
   type AnyResourceType,
   type ById,
@@ -207,6 +207,7 @@ export async function find(
   if (mark === undefined && claimant !== undefined && claimant.organization === undefined)
     throw refusal(context, "INVALID_INPUT", organizationMissing);
   const declared = { ...(await byId.declared(context, seen, place)), owner: owner ?? place.owner };
+  if (claimant !== undefined) context.warn(`is imported. ${ofTwo(type.isSuperseded !== undefined)}`);
   const now = byId.ofOwner
     ? await machine.look(context, () => type.observe(context, { ...place, ...declared }))
     : seen;
