@@ -206,7 +206,7 @@ interface Observed extends CommonObservation {
 }
 
 /** Of the declaration only this makes another moment of images there are. */
-function generationOf(wanted: Inputs): string {
+function generationOf(wanted: Pick<Inputs, "triggers">): string {
   return generationMark(["backup", wanted.triggers]);
 }
 
@@ -512,7 +512,10 @@ async function converge(
   if (isKept(wanted, images, there, old)) {
     for (const { file } of wanted.volumes) {
       const image = images.get(file);
-      if (image !== undefined) await keepImage(context, { ...wanted, file }, image, copyId);
+      if (image === undefined) continue;
+      if (old === undefined && !isAsMade(image) && !isDecided(image))
+        context.warn(`${file} was changed since it was made; it is kept as it is`);
+      await keepImage(context, { ...wanted, file }, image, copyId);
     }
     left = { leftOnSource: await takeDownLeft(context, wanted, here) };
   } else {
@@ -569,8 +572,9 @@ function isKept(
   if (wanted.existing) return true;
   return wanted.volumes.every(({ file }) => {
     const image = images.get(file) ?? noImage;
-    // A create over an image that somebody has changed is no history.
-    return image.manifest?.generation === generationOf(wanted) && (isAsMade(image) || isDecided(image));
+    if (image.manifest?.generation !== generationOf(wanted)) return false;
+    // What is ours is history also where no state tells of it any more, whatever has become of it.
+    return old === undefined || isAsMade(image) || isDecided(image);
   });
 }
 
@@ -712,6 +716,10 @@ async function inspect(context: Context, state: State, seen: Observed): Promise<
   return { ...seen, images };
 }
 
+function twice(values: readonly string[]): string | undefined {
+  return values.find((value, index) => values.indexOf(value) < index);
+}
+
 type Volumes = Partial<Inputs>["volumes"];
 
 function filesOf(volumes: Volumes): string[] {
@@ -745,7 +753,6 @@ function validate(
 ): Problem[] {
   const problems = compressProblems(wanted, unknown);
   const { volumes = [] } = wanted;
-  const twice = (values: readonly string[]) => values.find((value, index) => values.indexOf(value) < index);
   for (const [index, { volumeGroup, file }] of volumes.entries()) {
     problems.push(...mountPointProblems({ ...wanted, file }, `volumes.${index}.file`));
     const reason = deviceMapperNameProblem(volumeGroup, snapshotNameSample);
@@ -798,13 +805,28 @@ const sourceShape = z.object({
 async function declared(context: Context, seen: Observed, place: Inputs): Promise<Partial<Inputs>> {
   const files = place.volumes.map(({ file }) => file);
   const told = files.map((file) => {
-    const manifest = seen.images.get(file)?.manifest;
+    const image = seen.images.get(file);
+    const manifest = image?.manifest;
     const source = sourceShape.safeParse(manifest?.source).data;
     const format = backupImageInputs.shape.format.safeParse(manifest?.image.format).data;
     if (manifest === undefined || source === undefined || format === undefined || !isOfMoment(source))
       throw refusal(context, "INVALID_INPUT", `${file} has no manifest of a backup`, declareInstead);
     if (manifest.mark !== seen.mark)
       throw refusal(context, "FOREIGN_RESOURCE", `${file} belongs to ${ownerOfMark(manifest.mark)}`);
+    if (image?.file === undefined)
+      throw refusal(
+        context,
+        "INVALID_INPUT",
+        `${file} is not there, though its manifest is`,
+        "Bring it back, or import the others of its moment without it.",
+      );
+    if (manifest.generation !== generationOf({ triggers: [] }))
+      throw refusal(
+        context,
+        "INVALID_INPUT",
+        `triggers: ${file} was made for some, and which is not kept`,
+        declareInstead,
+      );
     return { file, manifest, ...source, format };
   });
   const [first] = told;
@@ -884,11 +906,13 @@ export const backupImage: ResourceType<Inputs, State, Observed> = {
   byId: {
     form: "PATH/OF/IMAGE[,/PATH/OF/NEXT...]",
     // Where the volumes are no look at the files asks for.
-    place: (path) => ({
-      volumes: `/${path}`
-        .split(/,(?=\/)/)
-        .map((file) => ({ volumeGroup: "unknown", origin: "unknown", file })),
-    }),
+    place(path) {
+      const files = `/${path}`.split(/,(?=\/)/);
+      const again = twice(files);
+      if (again !== undefined)
+        throw new LvmNbdError("INVALID_INPUT", { message: `it names ${again} twice`, property: "id" });
+      return { volumes: files.map((file) => ({ volumeGroup: "unknown", origin: "unknown", file })) };
+    },
     declared,
   },
   refuseMove(state, wanted) {

@@ -10,6 +10,8 @@ import {
   openSync,
   readFileSync,
   rmSync,
+  truncateSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -1520,19 +1522,59 @@ describe("read by its id alone", () => {
   it("of several volumes is the moment of all of them; of one of them, says which others there were", async () => {
     const state = await made(both());
     expect((await found("vm.raw", "data.raw")).state.images).toEqual(state.images);
-    expect(warnings).toEqual([]);
-    const own = handlers();
-    await own.find(`192.0.2.2${image()}`, { ...monday, host: backupHost });
-    expect(warnings).toEqual([expect.stringContaining(`there was also ${image("data.raw")}`)]);
+    const others = expect.stringContaining(`there was also ${image("data.raw")}`);
+    expect(warnings).not.toContainEqual(others);
+    await find(`192.0.2.2${image()}`);
+    expect(warnings).toContainEqual(others);
   });
 
-  it("whatever its triggers were; those that it was made for make nothing when they are declared again", async () => {
+  it("that was made for triggers is refused, and declared with them is kept, also where its time is another", async () => {
     await made({ triggers: ["2026-11-30"] });
-    const { state } = await found("vm.raw");
+    await expect(find(`192.0.2.2${image()}`)).rejects.toThrow(
+      /INVALID_INPUT.*triggers: .*Declare it with all its properties/s,
+    );
     write(later);
-    const wanted = await checked({ triggers: ["2026-11-30"] }, { ...state, existing: false });
-    expect(await handlers().update(state, wanted)).toMatchObject({ images: state.images });
+    utimesSync(image(), 1e9, 1e9);
+    expect(await made({ triggers: ["2026-11-30"] })).toMatchObject({ state: "changed" });
     expect(content()).toBe(before);
+    expect(warnings).toEqual([expect.stringMatching(/vm\.raw.* is kept as it is/)]);
+    expect(await made({ triggers: ["2026-12-01"] })).toMatchObject({ state: "complete" });
+    expect(content()).toBe(later);
+  });
+
+  it("says that another resource which has it removes it; one that is declared instead has it alone", async () => {
+    const first = await made();
+    const own = handlers();
+    const second = await own.find(`192.0.2.2${image()}`, { ...monday, host: backupHost });
+    expect(warnings).toEqual([
+      expect.stringMatching(/another resource of this stack.*`pulumi state delete`.*Declared .* instead/s),
+    ]);
+    await find(`192.0.2.2${image()}`, { readsOnly: true });
+    expect(warnings).toEqual([]);
+    const declaredInstead = await made({ existing: true });
+    await handlers().remove(first);
+    expect(await handlers().read(declaredInstead)).toMatchObject({ state: "complete" });
+    await handlers().remove(second?.state ?? {});
+    expect(content()).toBe(before);
+  });
+
+  it("of a set of which an image is gone is refused; of one that was changed says so", async () => {
+    await made(both());
+    const id = `192.0.2.2${image()},${image("data.raw")}`;
+    truncateSync(image("data.raw"), 100);
+    expect(await find(id)).toMatchObject({ state: { state: "changed" } });
+    expect(warnings).toContainEqual(expect.stringMatching(/data\.raw was changed: its size/));
+    rmSync(image());
+    await expect(find(id)).rejects.toThrow(/INVALID_INPUT.*vm\.raw is not there/s);
+  });
+
+  it("of an image that is named twice is refused before the host is asked", async () => {
+    await made();
+    sent = [];
+    await expect(find(`192.0.2.2${image()},${image()}`)).rejects.toThrow(
+      /INVALID_INPUT.*names .*vm\.raw twice/s,
+    );
+    expect(sent).toEqual([]);
   });
 
   it("of another stack's is refused, also where only one of the images is", async () => {
