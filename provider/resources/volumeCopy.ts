@@ -278,6 +278,15 @@ async function declared(context: Context, seen: Observed, place: Inputs): Promis
   );
   if (compress === undefined)
     throw refuse("triggers: it was copied for some, or by a resource of another type, and which is not kept");
+  if (!isAsMade(seen)) {
+    const [, time = ""] = manifest.image.facts.split(" ");
+    throw refusal(
+      context,
+      "INVALID_INPUT",
+      `size or time of ${fileOf(place)} are not those of its manifest: declared, it would be copied anew`,
+      `Where only the time is another, as after a restore, \`touch -d @${time}\` on it puts that back; or leave it out of the program.`,
+    );
+  }
   return {
     ...{ file: fileOf(place), uri, format, compress, verify: manifest.image.verified },
     snapshot: snapshot && inputs.shape.snapshot.parse({ ...snapshot, host: hostOfName(snapshot.host) }),

@@ -6,6 +6,7 @@ import {
   readFileSync,
   rmSync,
   symlinkSync,
+  utimesSync,
   writeFileSync,
 } from "node:fs";
 import { join } from "node:path";
@@ -991,10 +992,23 @@ describe("read by its id alone", () => {
     expect(await handlers().find(id(), importer)).toBeUndefined();
   });
 
-  it("of an image that was changed finds that, as a refresh does", async () => {
+  it("of an image that was changed is refused: it would be copied anew, over what may be the only one", async () => {
     await made();
-    appendFileSync(image(), "x");
-    expect(await handlers().find(id(), importer)).toMatchObject({ state: { state: "changed" } });
+    utimesSync(image(), 1e9, 1e9);
+    await expect(handlers().find(id(), importer)).rejects.toThrow(
+      /INVALID_INPUT.*size or time.*copied anew.*touch -d @[0-9.]+`/s,
+    );
+  });
+
+  it("says that another resource which has it removes it; one that is declared instead has it alone", async () => {
+    const first = await made();
+    await handlers().find(id(), importer);
+    expect(warnings).toEqual([
+      expect.stringMatching(/another resource of this stack.*`pulumi state delete`.*Declared .* instead/s),
+    ]);
+    const second = await made();
+    await handlers().remove(first);
+    expect(await handlers().read(second)).toMatchObject({ state: "complete" });
   });
 
   it("of a path that no image has is refused", async () => {
