@@ -192,7 +192,11 @@ export async function find(
 > {
   const machine = new Machine(undefined);
   const seen = await machine.look(context, () => type.observe(context, place));
-  if (seen === undefined || seen.halfMade) return undefined;
+  if (seen === undefined || seen.halfMade) {
+    const marks = (await byId.marksOfOthers?.(context)) ?? [];
+    if (marks.length === 0) return undefined;
+    throw ofOthers(context, marks.map(ownerOfMark).join(", "), claimant === undefined);
+  }
   const { mark } = seen;
   const owner =
     claimant === undefined ? mark : mark === undefined ? place.owner : ownerByMark(mark, claimant);
@@ -212,6 +216,19 @@ export async function find(
     ? await machine.look(context, () => type.observe(context, { ...place, ...declared }))
     : seen;
   return now === undefined ? undefined : { declared, seen: now, machineId: machine.id };
+}
+
+/** What lies under its owner's name is there, but not under that of who asks. */
+function ofOthers(context: Context, owners: string, readsOnly: boolean): LvmNbdError {
+  const what = `what is there is of ${owners}`;
+  return readsOnly
+    ? refusal(context, "INVALID_INPUT", what, "Read it under the name of the resource that made it.")
+    : refusal(
+        context,
+        "FOREIGN_RESOURCE",
+        what,
+        "Import it under that name into that stack; nothing of another's is taken over.",
+      );
 }
 
 /** Observes for a refresh. `undefined`: positively gone, or something that is not ours has taken its place. */

@@ -86,6 +86,8 @@ export interface ById<Inputs, Observed> {
   declared(context: Context, seen: Observed, place: Inputs): Promise<Partial<Inputs>>;
   /** True if it is the owner's name that it lies under, and what is seen of it depends on the declaration. */
   readonly ofOwner?: boolean;
+  /** Where it lies under its owner's name and is not there: the owner marks of those that are. Looks only. */
+  marksOfOthers?(context: Context): Promise<readonly string[]>;
 }
 
 /** Why a thing is not found by its id. */

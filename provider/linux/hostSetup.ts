@@ -142,6 +142,21 @@ emit end ""
   ["record", "words", "words", "words"],
 );
 
+/** Prints the records of all HostSetups of the host, base64, one a line, and at its end "end". */
+export const setupRecordsScript = hostScript(
+  "list-setups",
+  "observe",
+  `
+for record in /etc/lvm-nbd/host-*.json; do
+  [ -f "$record" ] && [ ! -L "$record" ] || continue
+  text=$(base64 -w0 <"$record") || exit 1
+  printf '%s\\n' "$text"
+done
+echo end
+`,
+  [],
+);
+
 /** Shell functions: `put FILE TEXT` writes a file whole, on the disk, through no link; `refuse_link PATH...`. */
 const putFunctions = `
 refuse_link() {

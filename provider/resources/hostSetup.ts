@@ -26,6 +26,7 @@ import {
   moduleRefused,
   removeSetupScript,
   setupRecord,
+  setupRecordsScript,
   versionCommands,
 } from "../linux/hostSetup.js";
 import {
@@ -640,6 +641,17 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
   return changes;
 }
 
+/** The owner marks of all HostSetups of the host. */
+async function marksOnHost(context: Context): Promise<string[]> {
+  const command: RemoteCommand = { argv: script(setupRecordsScript), kind: "read", deadlineSeconds: 60 };
+  const result = await succeed(context, command, "the records of the host could not be read");
+  return parseOutput(context, command, result, (stdout) => {
+    const lines = stdout.trim().split("\n");
+    if (lines.pop() !== "end") throw new Error("the output was cut short");
+    return lines.flatMap((line) => readRecord(Buffer.from(line, "base64").toString("utf8"))?.mark ?? []);
+  });
+}
+
 /** What was declared, as the record has it. */
 async function declared(context: Context, { facts }: Observed): Promise<Partial<Inputs>> {
   if (facts.record?.declared !== undefined) return facts.record.declared;
@@ -670,6 +682,7 @@ export const hostSetup: ResourceType<Inputs, State, Observed> = {
     place: (path) => (path === "host-setup" ? { roles: [...hostRoles] } : undefined),
     declared,
     ofOwner: true,
+    marksOfOthers: marksOnHost,
   },
   // Of one machine under two names the record is the same.
   collides: () => true,

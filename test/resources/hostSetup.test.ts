@@ -544,7 +544,23 @@ describe("read by its id alone", () => {
     await expect(handlers().find(id, { ...setup, organization: undefined })).rejects.toThrow(
       /INVALID_INPUT.*lvm-nbd:organization/s,
     );
-    expect(await handlers().find(id, { ...setup, stack: "other" })).toBeUndefined();
+  });
+
+  it("of one that another resource made is refused, naming that; without any there is none", async () => {
+    expect(await handlers().find(id, setup)).toBeUndefined();
+    await create();
+    const changes = host.changes.length;
+    const other = { ...setup, stack: "other" };
+    await expect(handlers().find(id, other)).rejects.toThrow(
+      /FOREIGN_RESOURCE.*of o\/p\/s\/setup.*Import it under that name/s,
+    );
+    await expect(handlers().find(id, { ...other, readsOnly: true })).rejects.toThrow(
+      /INVALID_INPUT.*of o\/p\/s\/setup.*under the name of the resource that made it/s,
+    );
+    expect(await warningsOf((own) => own.find(id, setup))).toMatch(
+      /another resource of this stack.*`pulumi state delete`.*removes this too\.$/,
+    );
+    expect(host.changes).toHaveLength(changes);
   });
 
   it("of a record of an earlier version is refused: it does not tell the roles, and is as good as ever", async () => {
