@@ -61,11 +61,15 @@ export const vmBackupInputs = z.strictObject({
     )
     .meta(plain),
   format: format.meta(plain),
-  now: z
-    .string()
+  now: z.iso
+    .datetime({
+      local: true,
+      offset: true,
+      error: 'must be a day and a time (ISO 8601), e.g. "2026-11-30T03:00:00"',
+    })
     .optional()
     .describe(
-      "A time (ISO 8601) on the day that is today's, by the local time of the machine that runs the provider. Default: now.",
+      "A day and a time (ISO 8601), e.g. `2026-11-30T03:00:00`, on the day that is today's, by the local time of the machine that runs the provider. Default: now.",
     )
     .meta(plain),
   ...{ compress, connections, bandwidthLimit, mountPoint, verify, deepCheck },

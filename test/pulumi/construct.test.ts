@@ -255,6 +255,16 @@ describe("a VmBackup", () => {
   });
 });
 
+it.each([
+  ["2026-11-30T03:00", "2026-11-30"],
+  ["2026-11-30T23:59:59.5", "2026-11-30"],
+  // Which day that is here depends on where here is.
+  ["2026-11-30T12:00:00Z", expect.stringMatching(/^2026-1/)],
+  ["2026-11-30T12:00:00+01:00", expect.stringMatching(/^2026-1/)],
+])("%s is a time", async (now, day) => {
+  expect((await constructed({ ...declared, now })).state).toEqual({ keys: [day] });
+});
+
 it("two components at once are each told to their own monitor, of their own stack", async () => {
   let open: () => void = () => undefined;
   const gate = new Promise<void>((resolve) => {
@@ -297,7 +307,32 @@ describe("a component that cannot be made is a failure, and nothing of it is reg
     ["of a name that is none of a file", component, "a/b", declared, INVALID_ARGUMENT, /part of file names/],
     ["without inputs", component, "vm1", {}, INVALID_ARGUMENT, /volumes: is required/],
     ["that keeps nothing", component, "vm1", { ...declared, keep: {} }, INVALID_ARGUMENT, /keeps nothing/],
-    ["of no time", component, "vm1", { ...declared, now: "noon" }, INVALID_ARGUMENT, /no valid time/],
+    [
+      "of no time",
+      component,
+      "vm1",
+      { ...declared, now: "noon" },
+      INVALID_ARGUMENT,
+      /now: must be a day and/,
+    ],
+    // JavaScript reads that as midnight of Greenwich, which is the day before in half of the world.
+    [
+      "of a day",
+      component,
+      "vm1",
+      { ...declared, now: "2026-11-30" },
+      INVALID_ARGUMENT,
+      /now: must be a day and/,
+    ],
+    ["of a year", component, "vm1", { ...declared, now: "2026" }, INVALID_ARGUMENT, /now: must be a day and/],
+    [
+      "of slashes",
+      component,
+      "vm1",
+      { ...declared, now: "11/12/2026" },
+      INVALID_ARGUMENT,
+      /now: must be a day and/,
+    ],
     ["of a wrong input", component, "vm1", { ...declared, format: 7 }, INVALID_ARGUMENT, /format/],
     ["of an input too many", component, "vm1", { ...declared, frmt: 1 }, INVALID_ARGUMENT, /frmt: is no/],
     [
