@@ -1,13 +1,13 @@
 /** The images that are in a folder of a host, by their manifests. */
 import { parseOutput, succeed } from "../core/command.js";
-import type { ErrorCode } from "../core/errors.js";
+import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { folderGuardFunctions, imageFunctions } from "../linux/copyJob.js";
 import { exposedWords, inOtherHands } from "../linux/copyScripts.js";
 import { contentFacts, readManifest, snapshotOf } from "../resources/image.js";
 import { createHostPool } from "../ssh/pool.js";
-import type { HostArgs, NamedHosts, RemoteCommand } from "../ssh/types.js";
+import type { Host, HostArgs, NamedHosts, RemoteCommand } from "../ssh/types.js";
 
 /** An image of a VolumeCopy or BackupImage. Times are ISO 8601. */
 export interface Image {
@@ -93,6 +93,26 @@ export async function imagesIn(context: Context, folder: string): Promise<Image[
     explanations.get(failed.exitCode),
   );
   return parseOutput(context, command, result, parseImages);
+}
+
+/** Lists that are being made, by host and folder. */
+const underWay = new WeakMap<Host, Map<string, Promise<Image[]>>>();
+
+/** As `imagesIn`. Who asks while the folder is being listed for another gets that list: for many VMs at once it is read once. */
+export async function imagesAtOnce(context: Context, folder: string): Promise<Image[]> {
+  const folders = underWay.get(context.host) ?? new Map<string, Promise<Image[]>>();
+  underWay.set(context.host, folders);
+  const path = withoutSlash(folder);
+  const listing = folders.get(path) ?? imagesIn(context, folder).finally(() => folders.delete(path));
+  folders.set(path, listing);
+  try {
+    return await listing;
+  } catch (error) {
+    if (!isLvmNbdError(error)) throw error;
+    if (error.code === "CANCELLED" && !context.signal.aborted) return imagesIn(context, folder);
+    // It may name the one for whom it was begun.
+    throw new LvmNbdError(error.code, { ...error.details, resource: context.resource });
+  }
 }
 
 /** A folder as it stands before the name of a file in it. */

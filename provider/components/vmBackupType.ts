@@ -1,6 +1,6 @@
 /** VmBackup as programs in any language see it. */
 import { z } from "zod";
-import { imagesIn } from "../backup/listImages.js";
+import { imagesAtOnce } from "../backup/listImages.js";
 import {
   type NamedVolume,
   type VmGeneration,
@@ -129,7 +129,7 @@ export const vmBackup: ComponentType<Inputs> = {
   outputs,
   handsOn: [...common, "compress"],
   async compose(name, { now, ...inputs }, host) {
-    const made = host === undefined ? [] : await imagesIn(host, inputs.folder);
+    const made = host === undefined ? [] : await imagesAtOnce(host, inputs.folder);
     const composed = readable(() =>
       vmBackupParts({ ...inputs, name, made, now: now === undefined ? new Date() : new Date(now) }),
     );

@@ -13,9 +13,12 @@ import {
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { listImages } from "../../provider/backup/listImages.js";
-import type { HostArgs } from "../../provider/ssh/types.js";
+import { imagesAtOnce, listImages } from "../../provider/backup/listImages.js";
+import { LvmNbdError } from "../../provider/core/errors.js";
+import type { Context } from "../../provider/core/resource.js";
+import type { Host, HostArgs } from "../../provider/ssh/types.js";
 import { connection, type FakeServer, startFakeServer } from "../ssh/fakeServer.js";
+import { fakeHost } from "../support/fakeHost.js";
 
 let server: FakeServer;
 let host: HostArgs;
@@ -134,4 +137,37 @@ describe("the images in a folder", () => {
       listImages({ ...connection({ port: 1 }), hostKey: server.publicKey }, folder),
     ).rejects.toThrow(/HOST_UNREACHABLE/);
   }, 60_000);
+});
+
+describe("one list for all who ask while it is made", () => {
+  const folder = "/backup";
+  /** Somebody who asks the host. */
+  function asker(host: Host, resource: string, signal = new AbortController().signal): Context {
+    return {
+      ...{ host, resource, signal, open: async () => host },
+      ...{ progress: () => undefined, warn: () => undefined },
+    };
+  }
+
+  it("fails for each of them as its own", async () => {
+    const host = fakeHost(() => ({ exitCode: 70 }));
+    const failures = await Promise.allSettled(
+      ["VmBackup vm1", "VmBackup vm2"].map((name) => imagesAtOnce(asker(host, name), folder)),
+    );
+    expect(failures).toMatchObject([
+      { reason: { message: expect.stringMatching(/DIRECTORY_NOT_FOUND: VmBackup vm1/) } },
+      { reason: { message: expect.stringMatching(/DIRECTORY_NOT_FOUND: VmBackup vm2/) } },
+    ]);
+    expect(host.commands).toHaveLength(1);
+  });
+
+  it("does not end with the one that asked first", async () => {
+    const host = fakeHost((_command, index) =>
+      index === 0 ? new LvmNbdError("CANCELLED", { message: "cancelled" }) : "end\n",
+    );
+    const cancelled = imagesAtOnce(asker(host, "VmBackup vm1", AbortSignal.abort()), folder);
+    const other = imagesAtOnce(asker(host, "VmBackup vm2"), folder);
+    await expect(cancelled).rejects.toThrow(/CANCELLED/);
+    expect(await other).toEqual([]);
+  });
 });

@@ -29,6 +29,7 @@ let answer: () => Answer;
 let asked: FakeHost;
 /** Hosts as a component finds them configured. */
 let named: NamedHosts | undefined;
+let opened: () => void;
 let engine: Awaited<ReturnType<typeof startEngine>>;
 let monitor: Awaited<ReturnType<typeof startMonitor>>;
 let plugin: Awaited<ReturnType<typeof startService>>;
@@ -36,7 +37,11 @@ let plugin: Awaited<ReturnType<typeof startService>>;
 beforeEach(async () => {
   answer = () => "end\n";
   asked = fakeHost(() => answer());
-  const openHost = async () => asked;
+  opened = () => undefined;
+  const openHost = async () => {
+    opened();
+    return asked;
+  };
   const parts: Parts = {
     version: "1.0.0",
     schema: async () => "{}",
@@ -263,6 +268,26 @@ it.each([
   ["2026-11-30T12:00:00+01:00", expect.stringMatching(/^2026-1/)],
 ])("%s is a time", async (now, day) => {
   expect((await constructed({ ...declared, now })).state).toEqual({ keys: [day] });
+});
+
+it("components that look at one folder at once have it listed once; the next one looks anew", async () => {
+  let open: () => void = () => undefined;
+  const gate = new Promise<void>((resolve) => {
+    open = resolve;
+  });
+  const { run } = asked;
+  let asking = 0;
+  asked = { ...asked, run: (command) => gate.then(() => run(command)) };
+  opened = () => {
+    asking += 1;
+  };
+  const all = ["vm1", "vm2"].map((name) => plugin.construct(component, name, declared, said));
+  await vi.waitFor(() => expect(asking).toBe(2));
+  open();
+  for (const { state } of await Promise.all(all)) expect(state).toEqual({ keys: ["2026-11-30"] });
+  expect(asked.commands).toHaveLength(1);
+  answer = () => `${listed("2026-11-29")}end\n`;
+  expect((await constructed()).state).toEqual({ keys: ["2026-11-30", "2026-11-29"] });
 });
 
 it("two components at once are each told to their own monitor, of their own stack", async () => {
