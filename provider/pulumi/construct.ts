@@ -19,6 +19,8 @@ export interface Door {
   compose(name: string, wanted: Bag, unknown: ReadonlySet<string>): Promise<Composed>;
   /** Part of the owners of what is made, where it is known. */
   readonly organization: string | undefined;
+  /** Of this plugin: another one is not to make or remove what it has composed. */
+  readonly version: string;
   readonly signal: AbortSignal;
   /** Shows what a person should know, on the row of that resource. */
   warn(urn: string, message: string): Promise<void>;
@@ -43,7 +45,9 @@ export async function construct(request: Request, door: Door): Promise<providerP
     if (composed.unsure !== undefined) await door.warn(urn, composed.unsure);
     await Promise.all(
       composed.parts.map((part) =>
-        monitor.register(partRequest(request, urn, part, sent(inputsOf(request, door, part), part.handedOn))),
+        monitor.register(
+          partRequest(request, door, urn, part, sent(inputsOf(request, door, part), part.handedOn)),
+        ),
       ),
     );
     const later = Object.fromEntries(composed.unknown.map((key) => [key, unknownValue]));
@@ -135,12 +139,14 @@ function componentRequest(request: Request): resourceProto.RegisterResourceReque
 
 function partRequest(
   request: Request,
+  { version }: Door,
   parent: string,
   { type, name }: Part,
   { values, dependencies }: Sent,
 ): resourceProto.RegisterResourceRequest {
   const part = registration(request, pluginToken(type), name, parent);
   part.setCustom(true);
+  part.setVersion(version);
   // What a program's own component made as a dynamic resource is this one.
   const before = new aliasProto.Alias();
   before.setSpec(new aliasProto.Alias.Spec().setType(dynamicToken(type)));

@@ -333,6 +333,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
         return construct(request, {
           compose: (...declared) => parts.compose(type, environment, ...declared),
           organization: owners.organization,
+          version: parts.version,
           signal: environment.signal,
           async warn(urn, message) {
             const row = engine.on(urn);

@@ -122,7 +122,7 @@ describe("a VmBackup", () => {
     for (const part of parts)
       expect(part.toObject()).toMatchObject({
         ...{ type: "lvm-nbd:index:BackupImage", custom: true, parent: urn, provider },
-        ...{ acceptsecrets: true, acceptresources: true },
+        ...{ acceptsecrets: true, acceptresources: true, version: "1.0.0" },
         aliasesList: [{ spec: { type: "pulumi-nodejs:dynamic/lvm-nbd:BackupImage" } }],
       });
     const { host, source } = declared;
