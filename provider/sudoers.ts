@@ -5,6 +5,7 @@
 // Each names its commands when it is loaded.
 import "./backup/listImages.js";
 import "./core/registry.js";
+import "./ssh/machineId.js";
 import { type CommandClass, type HostCommand, hostCommands } from "./core/hostCommands.js";
 import { commandPath, installation, tidyCommands } from "./ssh/keptCommands.js";
 import { quote } from "./ssh/quoting.js";

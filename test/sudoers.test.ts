@@ -24,6 +24,7 @@ import { clockCommand, groupCommand } from "../provider/linux/looks.js";
 import { lvsCommand, removeCommand } from "../provider/linux/lvm.js";
 import { killCommand, takePid, wireCommand } from "../provider/ssh/command.js";
 import { commandFile, commandFolder, commandPath, stopArgv } from "../provider/ssh/keptCommands.js";
+import { machineIdCommand } from "../provider/ssh/machineId.js";
 import { commandsOf, sudoers, sudoersInstallation, userProblem } from "../provider/sudoers.js";
 
 let folder: string;
@@ -87,6 +88,13 @@ describe("commands that a host keeps", () => {
     ["more arguments than it has", ["lvm-nbd-1", "5", "30", "-s", "2020-01-01"]],
   ])("refuse %s before anything is run", (_what, args) => {
     expect(kept(clockCommand(), ...args)).toMatchObject({ status: 64, stdout: "" });
+  });
+
+  it("tell which machine it is, and no other file's content", () => {
+    expect(kept(machineIdCommand.argv, "lvm-nbd-1", "5", "30", "/etc/passwd")).toMatchObject({
+      status: 64,
+      stdout: "",
+    });
   });
 
   it("take no option in an operand's place", () => {
@@ -278,7 +286,8 @@ describe("lvm-nbd sudoers", () => {
     expect(commandsOf("operate").map(({ name }) => name)).toContain("lvremove");
     expect(commandsOf("operate").map(({ name }) => name)).not.toContain("apply-setup");
     expect(commandsOf("setup")).toHaveLength(hostCommands().length);
-    expect(commandsOf("observe").map(({ argv }) => argv)).toContainEqual(lvsCommand());
+    const looks = commandsOf("observe").map(({ argv }) => argv);
+    expect(looks).toEqual(expect.arrayContaining([lvsCommand(), machineIdCommand.argv]));
   });
 
   it.each([

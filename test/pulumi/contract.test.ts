@@ -19,6 +19,7 @@ import { providerProto, structOf } from "../../provider/pulumi/proto.js";
 import { unknownValue } from "../../provider/pulumi/unknowns.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { type Answer, type FakeHost, fakeHost } from "../support/fakeHost.js";
+import { machineId } from "../support/machineId.js";
 import {
   callPlain,
   connectPlugin,
@@ -247,6 +248,7 @@ describe("a snapshot, as the engine has it made", () => {
       ...{ host: "192.0.2.1", owner: "o/p/s/vm1", volumeGroup: "VgVm", origin: "vm1", name: "vm1-snap" },
       ...{ size: 16777216, tags: ["mine"] },
     });
+    expect(found.properties).toMatchObject({ machineId });
     const { owner: _, ...program } = found.inputs ?? {};
     const { inputs, failures } = await plugin.check(urn, program, found.inputs);
     expect(failures).toEqual([]);
