@@ -46,7 +46,7 @@ export function ofTwo(isClaimed: boolean): string {
     "If another resource of this stack has it already, take that one out with `pulumi state delete`: removed by the program, it " +
     "removes this too.";
   const instead =
-    "Declared with all its properties, instead of imported, it is kept as it is and is the new resource's alone.";
+    "Declared with all its properties, instead of imported, what is as it was made is kept, and is the new resource's alone.";
   return isClaimed ? `${taken} ${instead}` : taken;
 }
 

@@ -4,6 +4,7 @@ import { makeCertificates } from "../../provider/core/certificateAuthority.js";
 import { type ExportPlan, exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
+import { machineId } from "../support/machineId.js";
 import { recordedQcow2Header } from "../support/recorded.js";
 
 const host = {
@@ -23,7 +24,13 @@ const plan = {
 };
 const declared = { host, ...plan };
 const complete = { adopt: false, triggers: [], clientsEnforcedElsewhere: false, ...declared };
-const state = { ...complete, uri: "nbd://10.0.0.1:10809/vm1", sizeBytes: 1048576, state: "serving" };
+const state = {
+  ...complete,
+  uri: "nbd://10.0.0.1:10809/vm1",
+  sizeBytes: 1048576,
+  state: "serving",
+  machineId,
+};
 const none: ReadonlySet<string> = new Set();
 
 async function problems(change: object): Promise<string[]> {
@@ -779,7 +786,8 @@ describe("of an image", () => {
   const imagePlan: ExportPlan = { ...withoutId, fileId };
   const { device: _, ...common } = complete;
   const wanted = { ...common, file: "/b/vm1.raw" };
-  const kept = { ...wanted, format: "raw", uri: state.uri, sizeBytes: 1048576, state: "serving" };
+  const { device: _state, ...ofState } = state;
+  const kept = { ...ofState, ...wanted, format: "raw" };
   const qcow2 = { ...wanted, format: "qcow2", server: "qemu-nbd" };
   const header = (name: Parameters<typeof recordedQcow2Header>[0]) => ({
     ...{ header: recordedQcow2Header(name), fileSize: "196616" },
@@ -1215,7 +1223,7 @@ describe("a preview", () => {
       ),
     ]);
     expect(seen).toEqual({ ...complete, uri: "nbd://10.0.0.1:10809/vm1" });
-    expect(unknown).toEqual(["clientTls", "certificatesExpireAt", "sizeBytes", "state"]);
+    expect(unknown).toEqual(["clientTls", "certificatesExpireAt", "sizeBytes", "state", "machineId"]);
     expect(asked.changes).toEqual([]);
   });
 

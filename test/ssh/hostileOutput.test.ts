@@ -4,6 +4,7 @@ import { createHandlers } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { Connection } from "../../provider/ssh/connection.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
+import { machineId } from "../support/machineId.js";
 import { type Arrived, type FakeServer, startFakeServer, timing } from "./fakeServer.js";
 
 const MiB = 1024 ** 2;
@@ -101,13 +102,22 @@ it.each<[what: string, code: string, run: (command: Arrived) => void]>([
       command.exit(5);
     },
   ],
-])("a host that prints %s: %s", async (_what, code, run) => {
+  ["machine-ids without end", "OUTPUT_TOO_LARGE", answers("0123456789abcdef".repeat(MiB))],
+  ["machine-ids that are none", "OUTPUT_UNREADABLE", answers(escapes)],
+])("a host that prints %s: %s", async (what, code, run) => {
   stopped = false;
   const kill = (command: Arrived) => {
     stopped = true;
     command.exit();
   };
-  server = await startFakeServer({ run, kill });
+  const sane = (command: Arrived) => {
+    command.started();
+    command.exit(0, `${machineId}\n`);
+  };
+  // Which machine it is, it tells: else nothing more would be asked of it.
+  const tells = (command: Arrived) =>
+    command.line.includes("/etc/machine-id") ? sane(command) : run(command);
+  server = await startFakeServer({ run: what.startsWith("machine") ? run : tells, kill });
   const handlers = createHandlers(resourceType("LvSnapshot"), {
     openHost: (host) => pool.get(host),
     progress: () => undefined,
