@@ -60,6 +60,10 @@ export const builtins: Readonly<Record<string, Builtin>> = {
     return 0;
   },
   set: (shell, [option, ...args]) => {
+    if (option === "-f" && args.length === 0) {
+      shell.globs = false;
+      return 0;
+    }
     if (option !== "--") throw new Unsupported(`set ${option}`);
     shell.positional = args;
     return 0;

@@ -26,6 +26,8 @@ export interface Volume {
   usedPercent: number;
   /** `waits`: for its origin to be activated while nobody has it open. */
   merging: "no" | "waits" | "runs";
+  /** The kernel has given its merge up: it goes on at the next activation. */
+  mergeFailed: boolean;
   /** Of a thin volume in its pool. */
   thinId: number;
   /** Of its device: `/dev/dm-MINOR`. */
@@ -98,6 +100,8 @@ export class FakeLvm {
   readonly groups = new Map<string, Group>();
   /** How many merges were begun or put off. */
   merges = 0;
+  /** `told`: LVM was told to merge it; `begun`: a reader of the origin sees its content; `ended`: all of it is merged. */
+  onMerge: ((what: "told" | "begun" | "ended", snapshot: Volume) => void) | undefined;
   private archived = 0;
   private made = 0;
 
@@ -173,9 +177,48 @@ export class FakeLvm {
       for (const volume of group.volumes) {
         volume.active = true;
         this.link(group, volume);
+        volume.mergeFailed = false;
         if (volume.merging === "waits") this.beginMerge(group, volume);
       }
     }
+  }
+
+  /**
+   * Removes a snapshot, as `lvremove -y` by hand, or with `-An` as well. False: LVM refuses that.
+   * One that is being merged goes only if it ran full, its merge failed, or it is not active.
+   */
+  removeByHand(groupName: string, volume: Volume, archives: boolean): boolean {
+    const isDead = isInvalid(volume) || volume.mergeFailed || !volume.active;
+    if (this.isOpen(volume) || (volume.merging !== "no" && !isDead)) return false;
+    if (archives) this.archive(this.group(groupName), `lvremove -y ${groupName}/${volume.name}`);
+    this.delete(volume);
+    return true;
+  }
+
+  /** Activates an origin with its snapshots, as `lvchange -ay` by hand. */
+  activate(groupName: string, origin: Volume): void {
+    const group = this.group(groupName);
+    for (const volume of group.volumes) {
+      if (volume !== origin && (volume.kind !== "cow" || volume.origin !== origin)) continue;
+      volume.active = true;
+      volume.mergeFailed = false;
+      this.link(group, volume);
+    }
+    this.beginMerges(group, origin);
+  }
+
+  /** The metadata as LVM keeps it before it changes it. */
+  private archive(group: Group, command: string): void {
+    const { files } = this.machine;
+    this.archived += 1;
+    files.mkdirs("/etc/lvm/archive");
+    const volumes = [...group.volumes].map(
+      ({ name, uuid }) => `\t\t${name} {\n\t\t\tid = "${uuid}"\n\t\t}\n`,
+    );
+    files.write(
+      `/etc/lvm/archive/${group.name}_${String(this.archived).padStart(5, "0")}-1.vg`,
+      `description = "Created *before* executing '${command}'"\n${group.name} {\n\tlogical_volumes {\n${volumes.join("")}\t}\n}\n`,
+    );
   }
 
   tools(): [string, Tool][] {
@@ -300,6 +343,7 @@ export class FakeLvm {
       if (origin.kind !== "thin")
         throw new LvmFailure("Please specify either size or extents with snapshots.");
       const { sizeBytes, data, pool } = origin;
+      this.archive(group, process.argv.join(" "));
       this.insert(group, { ...common, kind: "thin", sizeBytes, data, pool, origin });
     } else {
       const sizeBytes = Math.min(roundUp(size), largestStore(origin));
@@ -309,6 +353,7 @@ export class FakeLvm {
           `Volume group "${groupName}" has insufficient free space (${free} extents): ${needed} required.`,
         );
       }
+      this.archive(group, process.argv.join(" "));
       // The store is made and written as a plain volume first; only then it becomes a snapshot.
       const plain = this.insert(group, { ...common, kind: "plain", sizeBytes, data: "" });
       yield process.wait({});
@@ -333,6 +378,7 @@ export class FakeLvm {
       throw new Error(`the origin ${volume.name} was about to be removed`);
     const { name } = volume;
     yield process.wait({});
+    this.archive(group, process.argv.join(" "));
     this.delete(volume);
     yield process.wait({});
     process.out(`  Logical volume "${name}" successfully removed.\n`);
@@ -359,6 +405,7 @@ export class FakeLvm {
       );
     }
     yield process.wait({});
+    this.archive(group, process.argv.join(" "));
     volume.sizeBytes = size;
     yield process.wait({});
     process.out(`  Logical volume ${group.name}/${volume.name} successfully resized.\n`);
@@ -375,6 +422,7 @@ export class FakeLvm {
     if (volume === undefined)
       throw new LvmFailure(`Existing logical volume "${from}" not found in volume group "${groupName}"`);
     yield process.wait({});
+    this.archive(group, process.argv.join(" "));
     this.rename(groupName, volume, to);
     yield process.wait({});
     process.out(`  Renamed "${from}" to "${to}" in volume group "${groupName}"\n`);
@@ -394,16 +442,11 @@ export class FakeLvm {
       if (isInvalid(volume))
         throw new LvmFailure(`Unable to merge invalidated snapshot LV ${name}/${volume.name}.`);
       yield process.wait({});
-      this.archived += 1;
-      this.machine.files.mkdirs("/etc/lvm/archive");
-      const archive = `/etc/lvm/archive/${name}_${String(this.archived).padStart(5, "0")}.vg`;
-      this.machine.files.write(
-        archive,
-        `description = "Created *before* executing '${process.argv.join(" ")}'"\n`,
-      );
+      this.archive(group, process.argv.join(" "));
       yield process.wait({});
       this.merges += 1;
       volume.merging = "waits";
+      this.onMerge?.("told", volume);
       if (!this.isOpen(volume) && !this.isOpen(volume.origin)) this.beginMerge(group, volume);
       yield process.wait({});
       process.out(`  Merging of volume ${name}/${volume.name} started.\n`);
@@ -415,24 +458,40 @@ export class FakeLvm {
   private beginMerge(group: Group, volume: Volume): void {
     const { origin } = volume;
     if (origin === undefined) throw new Error(`${volume.name} has no origin`);
+    // The kernel refuses that.
+    if (isInvalid(volume)) return;
     origin.data = volume.data;
+    this.onMerge?.("begun", volume);
     if (volume.kind === "cow") {
       volume.merging = "runs";
       return;
     }
     origin.thinId = volume.thinId;
-    this.unlink(group, volume);
-    group.volumes.delete(volume);
+    this.endMerge(group, volume);
     for (const other of group.volumes)
       if (other.kind === "thin" && other.origin === origin) other.origin = undefined;
   }
 
   /** What the kernel has copied until somebody looks again. */
   private goOnMerging(group: Group, volume: Volume): void {
+    if (volume.mergeFailed || !volume.active) return;
     volume.usedPercent = Math.max(0, volume.usedPercent - 20);
-    if (volume.usedPercent > 0) return;
+    if (volume.usedPercent === 0) this.endMerge(group, volume);
+  }
+
+  /** Which LVM does not archive. */
+  private endMerge(group: Group, volume: Volume): void {
     this.unlink(group, volume);
     group.volumes.delete(volume);
+    this.onMerge?.("ended", volume);
+  }
+
+  /** Those that waited, if neither volume is open. */
+  private beginMerges(group: Group, origin: Volume): void {
+    if (this.isOpen(origin)) return;
+    for (const other of group.volumes)
+      if (other.origin === origin && other.merging === "waits" && !this.isOpen(other))
+        this.beginMerge(group, other);
   }
 
   private *lvchange(process: Process, parsed: Parsed): Running<number> {
@@ -440,11 +499,7 @@ export class FakeLvm {
     if (chosen === undefined) return 0;
     const { group, volume } = chosen;
     const { options } = parsed;
-    if (options.has("--refresh") && !this.isOpen(volume)) {
-      for (const other of group.volumes)
-        if (other.origin === volume && other.merging === "waits" && !this.isOpen(other))
-          this.beginMerge(group, other);
-    }
+    if (options.has("--refresh")) this.beginMerges(group, volume);
     const permission = options.get("-p")?.[0];
     const readOnly = permission === "r";
     if (permission !== undefined && readOnly === volume.readOnly) {
@@ -453,6 +508,8 @@ export class FakeLvm {
       );
     }
     yield process.wait({});
+    if (options.has("--addtag") || options.has("--deltag") || permission !== undefined)
+      this.archive(group, process.argv.join(" "));
     const drop = options.get("--deltag") ?? [];
     volume.tags = [
       ...new Set([...volume.tags.filter((tag) => !drop.includes(tag)), ...(options.get("--addtag") ?? [])]),
@@ -482,6 +539,7 @@ export class FakeLvm {
       createdAt: Math.floor(this.machine.now() / 1000),
       usedPercent: 0,
       merging: "no",
+      mergeFailed: false,
       ...made,
       thinId: this.made,
       uuid: made.uuid ?? uuid(this.made),
@@ -547,7 +605,7 @@ export class FakeLvm {
       lv_active: active ? "active" : "",
       lv_device_open: active ? (open ? "1" : "0") : "-1",
       lv_snapshot_invalid: known ? (isInvalid(volume) ? "1" : "0") : "-1",
-      lv_merge_failed: known || (active && merged?.merging === "runs") ? "0" : "-1",
+      lv_merge_failed: known || (active && merged?.merging === "runs") ? mergeFailed(merged ?? volume) : "-1",
       lv_merging: merging || (merged !== undefined && kind !== "thin") ? "1" : "0",
       snap_percent: percent,
       data_percent: percent,
@@ -562,6 +620,10 @@ export class FakeLvm {
       vg_free: String(this.freeBytes(group)),
     };
   }
+}
+
+function mergeFailed(volume: Volume): string {
+  return volume.mergeFailed ? "1" : "0";
 }
 
 /** A full store: what is in it is lost. */

@@ -44,6 +44,8 @@ export class Shell implements Scope {
   positional: readonly string[] = [];
   /** How many loops one is in. */
   loops = 0;
+  /** Whether patterns become names of files. */
+  globs = true;
   readonly traps = new Map<Signal | "EXIT", string>();
   readonly functions: Map<string, FunctionBody>;
   private readonly variables: Map<string, string>;
@@ -64,6 +66,7 @@ export class Shell implements Scope {
     if (parent === undefined) return;
     this.positional = parent.positional;
     this.status = parent.status;
+    this.globs = parent.globs;
     this.source = parent.source;
   }
 
@@ -98,6 +101,7 @@ export class Shell implements Scope {
   }
 
   *glob(pattern: string): Running<string[]> {
+    if (!this.globs) return [];
     yield new Step(["glob", pattern]);
     return this.process.machine.files.glob(pattern, this.process.cwd);
   }

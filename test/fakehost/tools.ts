@@ -74,6 +74,13 @@ const tools: Readonly<Record<string, Tool>> = {
     if (operands.length === 0) throw unsupported(process);
     return attempt(process, operands, (path) => process.machine.files.sync(path), "error opening ");
   },
+  /** `tail -n 1` */
+  tail: (process) => {
+    const { values, operands } = options(process, "", "n");
+    if (operands.length > 0 || values.get("n") !== "1") throw unsupported(process);
+    printLines(process, linesOf(process.read()).slice(-1));
+    return 0;
+  },
   timeout,
   tr: (process) => {
     const [, from, to, ...rest] = process.argv;
@@ -292,6 +299,7 @@ function* flock(process: Process): Running<number> {
 }
 
 function grep(process: Process): number {
+  if (process.argv[1] === "-FB1") return grepWithLineBefore(process, process.argv.slice(2));
   const { flags, operands } = options(process, "Fqsxlv");
   const [pattern, ...paths] = operands;
   if (flags.has("v")) return grepOthers(process, [...flags].sort().join(""), operands);
@@ -313,6 +321,18 @@ function grep(process: Process): number {
   if (!flags.has("q")) printLines(process, found);
   if (failed && !(flags.has("q") && found.length > 0)) return 2;
   return found.length > 0 ? 0 : 1;
+}
+
+/** `grep -FB1 TEXT FILE`, of a file in which one line has it. */
+function grepWithLineBefore(process: Process, [text, path, ...rest]: readonly string[]): number {
+  if (text === undefined || path === undefined || rest.length > 0) throw unsupported(process);
+  const lines = linesOf(process.machine.files.read(process.path(path)));
+  const found = lines.flatMap((line, at) => (line.includes(text) ? [at] : []));
+  if (found.length > 1) throw unsupported(process);
+  const [at] = found;
+  if (at === undefined) return 1;
+  printLines(process, lines.slice(Math.max(0, at - 1), at + 1));
+  return 0;
 }
 
 /** `grep -vFx LINE`: all lines of stdin but those. */
@@ -392,14 +412,28 @@ function* rm(process: Process): Running<number> {
   return code;
 }
 
-/** `sed 's/ *$//'` and `sed -n '/^\[SECTION\]/,$s/^NAME=//p' FILE` */
+/** What `s` of a script does to each line; `undefined`: it is not printed. */
+const edits: Readonly<Record<string, (line: string) => string | undefined>> = {
+  "s/-/--/g": (line) => line.replaceAll("-", "--"),
+  "s/^description = .*before. executing '//p": (line) =>
+    /^description = .*before. executing '(.*)$/.exec(line)?.[1],
+  "s/^[[:space:]]*\\([^ ]*\\) {$/\\1/p": (line) => /^\s*([^ ]*) \{$/.exec(line)?.[1],
+};
+
+/** `sed 's/ *$//'`, `sed -n '/^\[SECTION\]/,$s/^NAME=//p' FILE`, and those edits */
 function sed(process: Process): number {
   const { flags, operands } = options(process, "n");
   const [program = "", ...files] = operands;
   const [, , section, name] = /^(\/\^\\\[([\w-]+)\\\]\/,\$)?s\/\^(\w+)=\/\/p$/.exec(program) ?? [];
   const { text, failed } = contents(process, files);
   const lines = linesOf(text);
-  if (!flags.has("n") && program === "s/ *$//") {
+  const edit = edits[program];
+  if (edit !== undefined && flags.has("n") === program.endsWith("p")) {
+    printLines(
+      process,
+      lines.flatMap((line) => edit(line) ?? []),
+    );
+  } else if (!flags.has("n") && program === "s/ *$//") {
     const ended = text.endsWith("\n");
     const trimmed = lines.map((line) => line.replace(/ *$/, "")).join("\n");
     process.out(ended ? `${trimmed}\n` : trimmed);
@@ -415,10 +449,11 @@ function sed(process: Process): number {
 }
 
 function sort(process: Process): number {
-  const { flags, operands } = options(process, "nu");
-  if (operands.length > 0) throw unsupported(process);
+  const { flags, operands } = options(process, "nuV");
+  if (operands.length > 0 || (flags.has("V") && flags.size > 1)) throw unsupported(process);
   const value = (line: string) => Number(/^[ \t]*(-?\d+(?:\.\d+)?)/.exec(line)?.[1] ?? 0);
-  const compare = (a: string, b: string) => (flags.has("n") ? value(a) - value(b) : byBytes(a, b));
+  const compare = (a: string, b: string) =>
+    flags.has("V") ? byVersion(process, a, b) : flags.has("n") ? value(a) - value(b) : byBytes(a, b);
   const lines = linesOf(process.read());
   if (flags.has("u")) {
     // Of those that compare equal the first stays.
@@ -433,6 +468,16 @@ function sort(process: Process): number {
       lines.sort((a, b) => compare(a, b) || byBytes(a, b)),
     );
   return 0;
+}
+
+/** Names that are alike but for their numbers. */
+function byVersion(process: Process, a: string, b: string): number {
+  const alike = (name: string) => name.replace(/\d+/g, "0");
+  if (alike(a) !== alike(b)) throw unsupported(process);
+  const numbers = (name: string) => (name.match(/\d+/g) ?? []).map(Number);
+  const others = numbers(b);
+  const differences = numbers(a).map((number, at) => number - (others[at] ?? 0));
+  return differences.find((difference) => difference !== 0) ?? 0;
 }
 
 /** `timeout [-k SECONDS] SECONDS COMMAND...`: leads a process group, to which it hands on TERM, HUP and INT too. */
