@@ -507,7 +507,8 @@ async function phaseOfLost(
   const phase = phaseOf(told);
   if (phase === "restored") return "unmarked";
   if (told.restore.stage !== "merging") return phase;
-  if (phase === "withdrawn") return (await isMerged()) ? "unmarked" : phase;
+  // Another one of this resource that has ended may have come after it, where the host's clock had gone back.
+  if (phase === "withdrawn") return told.ended.length === 0 && (await isMerged()) ? "unmarked" : phase;
   return phase === "pending" ? "withdrawn" : phase;
 }
 
@@ -1120,8 +1121,7 @@ async function converge(
     refuseRestored(context, wanted, seen);
     await markHalfWritten(context, wanted, seen);
   }
-  const isOver = phase === "withdrawn" || (phase === "unmarked" && seen.restore.stage === "merging");
-  if (isOver && !isMarked(seen) && isStale(seen, wanted) && !isKnown(seen, wanted, old))
+  if (phase === "withdrawn" && !isMarked(seen) && isStale(seen, wanted))
     refuseRestored(context, wanted, seen);
   if (isKnown(seen, wanted, old)) {
     context.warn(
@@ -1237,11 +1237,17 @@ async function hasMerged(
 }
 
 /** How it came that nobody knows whether a snapshot was merged. */
-function wasLost({ phase, origin, snapshot }: Observed): string {
+function wasLost(seen: Observed): string {
+  const { phase, origin, snapshot, ended } = seen;
+  const [other] = isMarked(seen) ? [] : ended;
+  const beside =
+    other === undefined
+      ? ""
+      : `; its mark was removed as well, and by another one the volume was restored at ${time(other.startedAt)}: which of both came last cannot be told`;
   if (snapshot !== undefined)
     return `the mark of the restore of ${pathOf(origin)} was removed, and ${pathOf(snapshot)} is not being merged any more: how much of it was merged before cannot be told`;
   return phase === "withdrawn"
-    ? `the snapshot of the restore of ${pathOf(origin)} was removed, or may have been, before its merge was seen to have ended: how much of it was merged cannot be told`
+    ? `the snapshot of the restore of ${pathOf(origin)} was removed, or may have been, before its merge was seen to have ended: how much of it was merged cannot be told${beside}`
     : `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`;
 }
 

@@ -1448,15 +1448,14 @@ describe("one whose mark was removed before it was seen to have ended", () => {
     expect(asked.changes.slice(1).map(ends)).toEqual([true]);
   });
 
-  it("was for triggers that were taken back, and has ended: the volume is not told to hold what was restored before it", async () => {
-    const before = markOf("restored", { startedAt: 500 });
+  it("was for triggers that were taken back, and has ended: the volume is told to hold what those restored", async () => {
     const { life, generation } = others;
     const [merging, done] = [
       markOf("merging", { life, generation }),
       markOf("restored", { life, generation }),
     ];
     const asked: FakeHost = fakeHost((command) => {
-      const tags = [before, merging, done][asked.changes.length];
+      const tags = ["", merging, done][asked.changes.length];
       return command.argv[0] === "lvs" ? there(tags) : answering("ended\n")(command);
     });
     const handlers = handlersOn("LvRestore", asked);
@@ -1464,9 +1463,28 @@ describe("one whose mark was removed before it was seen to have ended", () => {
       ...{ state: "restored", restoreId: life, generation },
     });
     expect(handlers.warnings).toEqual([expect.stringMatching(/for other `triggers` than these/)]);
-    expect(asked.changes[0]?.argv.slice(2, 6)).toEqual(["--addtag", merging, "--deltag", before]);
+    expect(asked.changes[0]?.argv.slice(2, 4)).toEqual(["--addtag", merging]);
     expect(asked.changes.slice(1).map(ends)).toEqual([true]);
   });
+
+  it.each([
+    ["those that were taken back", others.generation, []],
+    ["those that are declared", restoreGeneration([]), []],
+    ["others than are declared now", restoreGeneration([]), [2]],
+  ])(
+    "was for %s, beside another one's mark that may be of after it, the host's clock having gone back: it is not told to have ended, nor after a refresh",
+    async (_what, generation, triggers) => {
+      const asked = showing(there(earlier), answering("ended\n"));
+      const old = { ...kept, restoreId: others.life, generation };
+      const seen = await handlersOn("LvRestore", asked).read(old);
+      expect(seen).toEqual({ ...old, state: "failed", snapshotRemoved: true });
+      for (const told of [old, seen ?? {}])
+        await expect(handlersOn("LvRestore", asked).update(told, { ...wanted, triggers })).rejects.toThrow(
+          /RESTORE_UNCERTAIN.*Look at the content of VgVm\/vm1.*lvchange .*--addtag '[^']*:r1000\+0:.*change `triggers`/s,
+        );
+      expect(asked.changes).toEqual([]);
+    },
+  );
 
   it.each([
     ["merging", running],
