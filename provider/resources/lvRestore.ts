@@ -1116,7 +1116,7 @@ async function converge(
   const seen = inForce(found, wanted);
   const { origin, snapshot, phase } = seen;
   if (phase === "overflowed" && snapshot !== undefined) throw overflowed(context, { origin, snapshot });
-  refuseUnasked(context, wanted, seen, old);
+  await refuseUnasked(context, wanted, seen, old);
   if (seen.restore.stage === "writing" && !isMarked(seen) && seen.healed === undefined) {
     refuseRestored(context, wanted, seen);
     await markHalfWritten(context, wanted, seen);
@@ -1291,13 +1291,19 @@ const leaving = "To leave the volume as it is, take this resource out of the pro
 /**
  * Raises RESTORE_UNCERTAIN where the state tells of a restore for the wanted triggers, whether or not it has ended, and the origin of
  * another one: which of both came last the host's clock does not tell for sure, and nobody has asked for one more. Also where another
- * one was cut off as it began; without a state only where it may have been merged.
+ * one was cut off as it began; without a state only where nobody knows whether it was merged.
  */
-function refuseUnasked(context: Context, wanted: Inputs, seen: Observed, old: State | undefined): void {
+async function refuseUnasked(
+  context: Context,
+  wanted: Inputs,
+  seen: Observed,
+  old: State | undefined,
+): Promise<void> {
   const { restore, origin, phase } = seen;
   const stale = isStale(seen, wanted);
   const isLost = phase === "uncertain" || phase === "withdrawn";
-  if (old === undefined && stale && isLost) throw uncertain(context, seen, true);
+  if (old === undefined && stale && isLost && !(phase === "uncertain" && (await wasMerged(context, seen))))
+    throw uncertain(context, seen, true);
   if (!isDeclaredStill(old, wanted) || isKnown(seen, wanted, old)) return;
   if (seen.healed !== undefined) {
     throw refusal(

@@ -1165,6 +1165,17 @@ describe("a restore for other triggers that was cut off as it began, after one t
     expect(asked.changes).toEqual([]);
   });
 
+  it("is none for a new resource where LVM knows that it was merged: other triggers restore once more", async () => {
+    const other = snapshot({ lv_uuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" });
+    const asked = showing(report(origin({ lv_tags: begun }), other), (command) => {
+      if (begins(command)) return new LvmNbdError("LVM_LOCKED", { message: "begun anew" });
+      return command.argv[2]?.includes("echo merged") ? "merged\n" : "";
+    });
+    const wanted = { ...complete, snapshot: { name: "vm1-snap", uuid: other.lv_uuid } };
+    await expect(handlersOn("LvRestore", asked).create(wanted)).rejects.toThrow("begun anew");
+    expect(asked.changes.filter(begins).map(({ argv }) => argv.at(-1))).toEqual([begun]);
+  });
+
   it("is not kept where it is the state's own, or of another volume: it goes on by itself", async () => {
     const own = report(origin({ lv_tags: markOf("begun") }), snapshot());
     const another = { ...state, originUuid: "AAAAAA-1111-1111-1111-1111-1111-AAAAAA" };
