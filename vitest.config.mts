@@ -29,6 +29,7 @@ const longest = [
   "lab/reboot",
   "resources/copiedVolume",
   "fakehost/restore",
+  "fakehost/restoreModel",
   "resources/volumeCopy",
   "resources/hostSetup",
   "resources/imageRestore",

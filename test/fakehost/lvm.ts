@@ -195,6 +195,24 @@ export class FakeLvm {
     return true;
   }
 
+  /** Changes tags, as `lvchange`. */
+  retag(groupName: string, volume: Volume, drop: readonly string[], add: readonly string[]): void {
+    if (drop.length === 0 && add.length === 0) return;
+    const words = [...drop.map((tag) => `--deltag ${tag}`), ...add.map((tag) => `--addtag ${tag}`)];
+    this.archive(this.group(groupName), `lvchange -y ${words.join(" ")} ${groupName}/${volume.name}`);
+    volume.tags = [...new Set([...volume.tags.filter((tag) => !drop.includes(tag)), ...add])];
+  }
+
+  /** Whether one of its snapshots is being merged into it, or is to be. */
+  isMergedInto(origin: Volume): boolean {
+    return this.all().some(({ volume }) => volume.origin === origin && volume.merging !== "no");
+  }
+
+  /** All of it is merged while nobody looks. */
+  finishMerge(groupName: string, volume: Volume): void {
+    this.endMerge(this.group(groupName), volume);
+  }
+
   /** Activates an origin with its snapshots, as `lvchange -ay` by hand. */
   activate(groupName: string, origin: Volume): void {
     const group = this.group(groupName);

@@ -5,6 +5,7 @@ import { FakeLvm, type Volume } from "./lvm.js";
 import { type Clock, Machine, type Process, type Running, type Tool } from "./machine.js";
 import { FakeNbd } from "./nbd.js";
 import type { Network } from "./network.js";
+import { sh } from "./shell.js";
 import { FakeSystemd } from "./systemd.js";
 import { plainTools } from "./tools.js";
 
@@ -14,6 +15,8 @@ export class FakeServer {
   readonly lvm: FakeLvm;
   readonly nbd: FakeNbd;
   readonly systemd: FakeSystemd;
+  /** What is done in place of scripts, by their text. */
+  readonly scripts = new Map<string, Tool>();
 
   constructor(
     readonly name: string,
@@ -22,6 +25,7 @@ export class FakeServer {
     clock: Clock,
   ) {
     const tools = plainTools();
+    tools.set("sh", (process) => (this.scripts.get(process.argv[2] ?? "") ?? sh)(process));
     this.machine = new Machine(this.files, tools, clock);
     this.lvm = new FakeLvm(this.machine, (volume) => this.isOpen(volume));
     this.nbd = new FakeNbd(this.machine, network, address, (pid) => {
