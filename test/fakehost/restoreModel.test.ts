@@ -9,7 +9,7 @@
  */
 import fc from "fast-check";
 import { afterEach, expect, it, vi } from "vitest";
-import { restoreGeneration } from "../../provider/core/restoreMark.js";
+import { restoreGeneration, restoreMarksAmong } from "../../provider/core/restoreMark.js";
 import { type Moment, strikeAt, strikes } from "./faults.js";
 import { ImageJobs } from "./imageJobs.js";
 import type { Volume } from "./lvm.js";
@@ -174,6 +174,11 @@ class Model {
   }
 }
 
+/** UUID or checksum. */
+function sourceOf(state: Values): string {
+  return String(state.restoredSnapshot || state.restoredImage);
+}
+
 function triggersOf(trigger: Trigger): string[] {
   return trigger === "first" ? [] : [trigger];
 }
@@ -193,12 +198,15 @@ function expectTrue(model: Model, report: Report, commands: number): void {
   const hasLooked = report.errors.length === 0 && model.stack.commands.length > commands;
   if (state === undefined || !hasLooked) return;
   if (state.state !== "restored" && state.state !== "unmarked") return;
-  const uuid = String(state.restoredSnapshot || state.restoredImage);
+  const uuid = sourceOf(state);
   counted.restored += 1;
   if (model.untold.has(uuid)) return;
   expect(model.hasEnded(uuid), `${uuid} was merged`).toBe(true);
   // A later one is forgotten where neither a mark nor a state tells of it.
   if (model.marksRemoved && model.stateLost) return;
+  // `unmarked` is also what was restored before another one that was cut off as it began.
+  const isCut = restoreMarksAmong(model.origin.tags).some(({ stage }) => stage === "begun");
+  if (state.state === "unmarked" && isCut) return;
   // By marks of before: that is said.
   if (/is not restored again/.test(model.stack.warnings.at(-1) ?? "")) return;
   expect(model.told.at(-1), "the last that was merged").toBe(uuid);
@@ -372,12 +380,10 @@ const hands: Readonly<Record<string, (model: Model) => void>> = {
     for (const { volume } of lvm.all()) if (volume.merging === "runs") volume.mergeFailed = true;
   },
   "all marks are removed": (model) => {
-    model.origin.tags = [];
-    model.marksRemoved = true;
+    retag(model, []);
   },
   "LVM's metadata of before is brought back": (model) => {
-    model.origin.tags = [...model.before.tags];
-    model.marksRemoved = true;
+    retag(model, model.before.tags);
     for (const { volume } of model.lvm.all())
       if (volume.merging === "waits" && !model.before.merging.includes(volume.uuid)) volume.merging = "no";
   },
@@ -390,6 +396,13 @@ const hands: Readonly<Record<string, (model: Model) => void>> = {
     for (const [name, kept] of model.before.kept) model.stack.kept.set(name, kept);
   },
 };
+
+function retag(model: Model, tags: readonly string[]): void {
+  model.origin.tags = [...tags];
+  model.marksRemoved = true;
+  // A run that was killed has saved nothing.
+  if (model.state === undefined || sourceOf(model.state) !== model.told.at(-1)) model.stateLost = true;
+}
 
 function remove(model: Model, moment: Moments, archives: boolean): void {
   const snapshot = model.snapshot(moment);
