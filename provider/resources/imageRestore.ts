@@ -49,6 +49,7 @@ import {
   named,
   pathOf,
   refuseOpen,
+  refuseRanFull,
   refuseSuspended,
   requireOrigin,
   volumeOf,
@@ -287,6 +288,7 @@ async function prepared(context: Context, wanted: ImageWanted, life: string): Pr
     `Create it, as large as the image: \`lvcreate -n ${name} -L SIZE ${group}\`. Or let a VolumeCopy make it of the image: \`volume: { volumeGroup: "${group}", name: "${name}" }\`.`,
   );
   requireOverwrite(context, wanted, origin);
+  refuseRanFull(context, all, origin);
   refuseUnsuitable(context, origin);
   refuseSuspended(context, [origin]);
   const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);

@@ -87,6 +87,7 @@ import {
   refuseHalfWritten,
   refuseOpen,
   refuseOtherGroup,
+  refuseRanFull,
   refuseSuspended,
   requireGroup,
   requireOrigin,
@@ -525,6 +526,7 @@ async function suitable(context: Context, wanted: FromSnapshot, life: string | u
   const group = all.filter((lv) => lv.volumeGroup === wanted.volumeGroup && lv.kind !== "internal");
   const snapshot = requireSnapshot(context, wanted, group, origin);
   refuseSuspended(context, [origin, snapshot]);
+  refuseRanFull(context, group, origin);
   refuseMerging(context, wanted, { origin, snapshot });
   const isOurs = (mark: RestoreMark) => mark.life === life || isRestoreOf(mark, wanted.owner);
   refuseDone(context, wanted, all, { origin, isOurs });

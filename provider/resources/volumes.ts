@@ -8,6 +8,7 @@ import { serially } from "../core/serial.js";
 import { holdersScript, parseHolders, serversScript } from "../linux/holders.js";
 import { groupCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
+import { mergePhase, ranFullAdvice, ranFullPhrase } from "../linux/merge.js";
 import type { HostArgs, RemoteCommand } from "../ssh/types.js";
 
 export const observeSeconds = 60;
@@ -154,6 +155,24 @@ export function refuseHalfWritten(context: Context, lv: LogicalVolume, mark: Res
   if (mark === undefined) return;
   const [what, advice] = writtenBy(lv, mark);
   throw refusal(context, "ORIGIN_UNSUITABLE", `origin: ${what}`, `Nothing was touched. ${advice}`);
+}
+
+/** Raises SNAPSHOT_OVERFLOWED where one of the volume's snapshots ran full while its merge waited: nothing else ends that. */
+export function refuseRanFull(context: Context, all: readonly LogicalVolume[], origin: LogicalVolume): void {
+  const full = all.find(
+    (lv) =>
+      lv.volumeGroup === origin.volumeGroup &&
+      lv.originUuid === origin.uuid &&
+      lv.merging &&
+      mergePhase(lv, origin) === "overflowed",
+  );
+  if (full === undefined) return;
+  throw refusal(
+    context,
+    "SNAPSHOT_OVERFLOWED",
+    ranFullPhrase(full, origin),
+    `Nothing was touched. ${ranFullAdvice(full)}, and run again, with another snapshot or an image.`,
+  );
 }
 
 /** How a volume with that mark of a restore is, and what to do, in words. */

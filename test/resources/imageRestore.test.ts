@@ -153,6 +153,15 @@ describe("is refused, and nothing is touched, where", () => {
       /ORIGIN_UNSUITABLE.*is being merged/,
     ],
     [
+      "a snapshot of it ran full while a merge of that waited",
+      report(
+        origin({ lv_attr: "Owi-a-s---" }),
+        store({ lv_attr: "Sri-I-s---", lv_merging: "1", lv_snapshot_invalid: "1" }),
+      ),
+      {},
+      /SNAPSHOT_OVERFLOWED.*VgVm\/vm1-snap ran full before its merge into VgVm\/vm1 began.*lvremove VgVm\/vm1-snap/s,
+    ],
+    [
       "it is read-only",
       report(origin({ lv_attr: "-ri-a-----" })),
       {},

@@ -188,6 +188,22 @@ describe("is refused, and nothing is touched, where", () => {
       /SNAPSHOT_MERGING.*by o\/p\/other\/r/,
     ],
     [
+      "the snapshot ran full while a merge of it waited that somebody began",
+      waiting("").replaceAll("Sri-a", "Sri-I"),
+      { adopt: true },
+      /SNAPSHOT_OVERFLOWED.*VgVm\/vm1-snap ran full before its merge into VgVm\/vm1 began.*lvremove VgVm\/vm1-snap/s,
+    ],
+    [
+      "another snapshot ran full while a merge of it waited",
+      report(
+        origin({ lv_attr: "Owi-aos---", lv_merging: "1" }),
+        sibling({ lv_attr: "Sri-I-s---", lv_merging: "1", lv_snapshot_invalid: "1" }),
+        snapshot(),
+      ),
+      {},
+      /SNAPSHOT_OVERFLOWED.*VgVm\/young ran full before its merge into VgVm\/vm1 began.*lvremove VgVm\/young/s,
+    ],
+    [
       "another snapshot is merged into the origin",
       report(origin({ lv_attr: "Owi-a-s---" }), snapshot()),
       {},
