@@ -4,8 +4,8 @@
  * The sequences are the same each time; `MODEL_SEED=... MODEL_RUNS=...` plays others, and `MODEL_PATH=...`, which a failure prints,
  * that one again.
  *
- * Not in it: renamed resources, several resources of one volume, removals, and a thin pool that is full. What writes an image is a
- * stand-in; see imageJobs.ts.
+ * Not in it: renamed resources, several resources of one volume, removals, and a thin pool that is full. What `lvremove -An` removes
+ * while it is merged looks to LVM like the end of its merge, and may be called so. What writes an image is a stand-in; see imageJobs.ts.
  */
 import fc from "fast-check";
 import { afterEach, expect, it, vi } from "vitest";
