@@ -809,9 +809,23 @@ async function markHalfWritten(context: Context, wanted: Inputs, seen: Observed)
 }
 
 /** What to do where a volume whose mark is lost is half-written no more. */
-function rightAdvice({ restore, origin }: Observed): string {
-  const done = restoreTagOf({ ...restore, stage: "restored" });
-  return `If its content was put right since, \`lvchange --addtag '${done}' ${pathOf(origin)}\` says so.`;
+function rightAdvice(seen: Observed): string {
+  return `If its content was put right since, ${cameLast(seen, seen.restore)} says so.`;
+}
+
+/** The command that says which of several restores came last: by its mark alone. */
+function cameLast(
+  { restore, origin, written, ended }: Pick<Observed, "restore" | "origin" | "written" | "ended">,
+  last: RestoreMark,
+): string {
+  // With a time before that of the one which the state tells of it would be of before.
+  const startedAt = last === restore ? last.startedAt : Math.max(last.startedAt, restore.startedAt + 1);
+  const done = restoreTagOf({ ...last, stage: "restored", startedAt });
+  const others = [restore.tag, ...written, ...ended.map(({ tag }) => tag)].filter((tag) =>
+    origin.tags.includes(tag),
+  );
+  const drop = [...new Set(others)].map((tag) => `--deltag '${tag}' `).join("");
+  return `\`lvchange ${drop}--addtag '${done}' ${pathOf(origin)}\``;
 }
 
 /**
@@ -828,7 +842,7 @@ function refuseRestored(context: Context, { triggers }: Inputs, seen: Observed):
     context,
     "RESTORE_UNCERTAIN",
     `by Pulumi's state ${what} by a restore that was begun at ${time(lost.startedAt)}, by its mark it was restored for these \`triggers\` at ${time(done.startedAt)}: which of both came last the host's clock does not tell for sure`,
-    `Nothing was touched. Look at the content of ${pathOf(origin)}. ${rightAdvice(seen)} Else change \`triggers\`: that restores it. ${leaving}`,
+    `Nothing was touched. Look at the content of ${pathOf(origin)}. ${rightAdvice(seen)} If it is that of ${time(done.startedAt)}: ${cameLast(seen, done)}, then run again. Else change \`triggers\`: that restores it. ${leaving}`,
   );
 }
 
@@ -1074,11 +1088,13 @@ function isStale({ restore }: Observed, { triggers }: Inputs): boolean {
  * What is in force for the wanted triggers: a restore for them that has ended, also where the host's clock, which had gone back,
  * has it begin before the one that the state tells of.
  */
-function inForce(seen: Observed, { triggers }: Inputs): Observed {
+function inForce(seen: Observed, wanted: Inputs, old: State | undefined): Observed {
   const { phase, restore } = seen;
   // A merge that ended while nobody looked, and whose mark is lost, has that put back.
   if (phase !== "restored" && (phase !== "unmarked" || restore.stage !== "restored")) return seen;
-  const done = seen.ended.find(({ generation }) => generation === restoreGeneration(triggers));
+  // Nobody asks for another, and somebody may have said that it came last.
+  if (isDeclaredStill(old, wanted) && isOfState(restore, old)) return seen;
+  const done = seen.ended.find(({ generation }) => generation === restoreGeneration(wanted.triggers));
   if (done === undefined || restore.generation === done.generation) return seen;
   return { ...seen, restore: done, snapshot: undefined, phase: "restored" };
 }
@@ -1115,7 +1131,7 @@ async function converge(
   found: Observed,
   old: State | undefined,
 ): Promise<void> {
-  const seen = inForce(found, wanted);
+  const seen = inForce(found, wanted, old);
   const { origin, snapshot, phase } = seen;
   if (phase === "overflowed" && snapshot !== undefined) throw overflowed(context, { origin, snapshot });
   await refuseUnasked(context, wanted, seen, old);
@@ -1240,16 +1256,14 @@ async function hasMerged(
 
 /** How it came that nobody knows whether a snapshot was merged. */
 function wasLost(seen: Observed): string {
-  const { phase, origin, snapshot, ended } = seen;
+  const { phase, restore, origin, snapshot, ended } = seen;
   const [other] = isMarked(seen) ? [] : ended;
-  const beside =
-    other === undefined
-      ? ""
-      : `; its mark was removed as well, and by another one the volume was restored at ${time(other.startedAt)}: which of both came last cannot be told`;
   if (snapshot !== undefined)
     return `the mark of the restore of ${pathOf(origin)} was removed, and ${pathOf(snapshot)} is not being merged any more: how much of it was merged before cannot be told`;
+  if (other !== undefined)
+    return `the merge of the restore of ${pathOf(origin)} that was begun at ${time(restore.startedAt)} was not seen to have ended, and its mark was removed; by another one the volume was restored at ${time(other.startedAt)}: which of both came last cannot be told`;
   return phase === "withdrawn"
-    ? `the snapshot of the restore of ${pathOf(origin)} was removed, or may have been, before its merge was seen to have ended: how much of it was merged cannot be told${beside}`
+    ? `the snapshot of the restore of ${pathOf(origin)} was removed, or may have been, before its merge was seen to have ended: how much of it was merged cannot be told`
     : `a restore of ${pathOf(origin)} was cut off in the moment in which it began, and its snapshot is gone since: whether it was merged or removed cannot be told`;
 }
 
@@ -1271,8 +1285,9 @@ function uncertain(context: Context, seen: Observed, isNew = false): LvmNbdError
   const { restore, origin, snapshot, phase } = seen;
   const { tag } = restore;
   const path = pathOf(origin);
-  const done = restoreTagOf({ ...restore, stage: "restored" });
-  const drop = [tag, ...seen.written].map((one) => `--deltag '${one}'`).join(" ");
+  const others = isMarked(seen) ? [] : seen.ended;
+  const which = others.length === 0 ? "the restored one" : `that of ${time(restore.startedAt)}`;
+  const ofOthers = others.map((one) => ` If it is that of ${time(one.startedAt)}: ${cameLast(seen, one)}.`);
   const again = isNew ? ": since other `triggers` are declared now, that restores it once more" : "";
   // Without its mark one that the state tells of as failed is not made again.
   const anew =
@@ -1283,7 +1298,7 @@ function uncertain(context: Context, seen: Observed, isNew = false): LvmNbdError
     context,
     "RESTORE_UNCERTAIN",
     `${wasLost(seen)}${isHalf(seen) ? `; ${halfPhrase(seen)}` : ""}`,
-    `Look at the content of ${path}. If it is the restored one: \`lvchange ${drop} --addtag '${done}' ${path}\`. If not, ${anew} Then run again${again}.`,
+    `Look at the content of ${path}. If it is ${which}: ${cameLast(seen, restore)}.${ofOthers.join("")} If not, ${anew} Then run again${again}.`,
   );
 }
 

@@ -965,7 +965,7 @@ describe("an image for other triggers has left the origin half-written, and LVM'
       );
       const declaredNow = { ...complete, triggers };
       await expect(handlersOn("LvRestore", asked).update(half, declaredNow)).rejects.toThrow(
-        /RESTORE_UNCERTAIN.*begun at 1970-01-01T00:33:20.*restored for these `triggers` at 1970-01-01T00:08:20.*lvchange --addtag '[^']*:r2000\+0:.*change `triggers`/s,
+        /RESTORE_UNCERTAIN.*begun at 1970-01-01T00:33:20.*restored for these `triggers` at 1970-01-01T00:08:20.*lvchange .*--addtag '[^']*:r2000\+0:.*--addtag '[^']*:r2001\+60:.*change `triggers`/s,
       );
       expect(asked.changes).toEqual([]);
       await expect(
@@ -1456,7 +1456,9 @@ describe("one whose mark was removed before it was seen to have ended", () => {
         expect(seen).toEqual({ ...old, state: "failed", snapshotRemoved: true });
         for (const told of [old, seen ?? {}])
           await expect(handlers.update(told, wanted)).rejects.toThrow(
-            /RESTORE_UNCERTAIN.*was removed, or may have been, before its merge was seen to have ended/,
+            tags === ""
+              ? /RESTORE_UNCERTAIN.*was removed, or may have been, before its merge was seen to have ended/
+              : /RESTORE_UNCERTAIN.*was not seen to have ended.*which of both came last cannot be told/,
           );
         expect(asked.changes).toEqual([]);
       }
@@ -1512,6 +1514,49 @@ describe("one whose mark was removed before it was seen to have ended", () => {
       expect(asked.changes).toEqual([]);
     },
   );
+
+  describe("beside another one's mark, of the declared triggers,", () => {
+    const before = markOf("restored", { startedAt: 500, life: "88888888" });
+    const mine = markOf("restored", { ...others, startedAt: 1000, seconds: 0 });
+    const old = { ...kept, restoreId: others.life, generation: others.generation };
+
+    it.each([
+      ["its own", others.life],
+      ["the other's", "88888888"],
+    ])("and the content is %s: the command that the error prints says so", async (_whose, restoreId) => {
+      const asked = showing(there(before), answering("ended\n"));
+      const error: unknown = await handlersOn("LvRestore", asked)
+        .update(old, wanted)
+        .catch((why) => why);
+      expect(String(error)).toMatch(/RESTORE_UNCERTAIN.*which of both came last/);
+      expect(String(error)).not.toMatch(/how much of it was merged/);
+      const printed = [
+        ...String(error).matchAll(/`lvchange --deltag '([^']*)' --addtag '([^']*)' VgVm\/vm1`/g),
+      ];
+      expect(printed.map(([, drop]) => drop)).toEqual([before, before]);
+      const add = printed.map(([, , tag]) => tag ?? "").find((tag) => tag.includes(`:${restoreId}:`));
+      const said = showing(there(add));
+      const handlers = handlersOn("LvRestore", said);
+      expect(await handlers.update(old, wanted)).toMatchObject({ state: "restored", restoreId });
+      expect(said.changes).toEqual([]);
+    });
+
+    it("and somebody has said that it came last, beside that: the other's goes", async () => {
+      const asked: FakeHost = fakeHost(({ argv }) =>
+        argv[0] === "lvs" ? there(asked.changes.length === 0 ? `${before},${mine}` : mine) : "",
+      );
+      const handlers = handlersOn("LvRestore", asked);
+      expect(await handlers.update(old, wanted)).toMatchObject({
+        ...{ state: "restored", restoreId: others.life, restoredSnapshot: uuid },
+      });
+      expect(asked.changes.map(({ argv }) => argv.join(" "))).toEqual([
+        expect.stringMatching(
+          /--addtag \S*:99999999:r1000.*--deltag \S*:88888888:r500|--deltag \S*:88888888:r500.*--addtag \S*:99999999:r1000/,
+        ),
+      ]);
+      expect(handlers.warnings).toEqual([expect.stringMatching(/for other `triggers` than these/)]);
+    });
+  });
 
   it.each([
     ["merging", running],
