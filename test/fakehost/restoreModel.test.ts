@@ -288,8 +288,16 @@ interface Fault {
   readonly what: string;
 }
 
+const blows: typeof strikes = {
+  ...strikes,
+  "the power of both machines fails": (world, stack, { server }) => {
+    stack.kill();
+    world.reboot(server);
+  },
+};
+
 function strike({ world, stack, events }: Model, { at, moment, what }: Fault): { struck: boolean } {
-  const hit = strikes[what] ?? (() => undefined);
+  const hit = blows[what] ?? (() => undefined);
   if (typeof at === "number") return strikeAt(world, stack, at, moment, hit);
   const told = { struck: false };
   const first = { ...events };
@@ -571,7 +579,7 @@ class Happens extends Action {
 const fault = fc.record({
   at: fc.oneof(fc.integer({ min: 0, max: 9 }), fc.constantFrom("told" as const, "begun" as const)),
   moment: fc.oneof(fc.constantFrom<Moment>("before", "after"), fc.integer({ min: 1, max: 40 })),
-  what: fc.constantFrom(...Object.keys(strikes)),
+  what: fc.constantFrom(...Object.keys(blows)),
 });
 const up = fc
   .tuple(
@@ -603,7 +611,7 @@ const up1 = (source: Source, trigger: Trigger, fault?: Fault) =>
 const ends = new Happens("the merge ends", false);
 const by = (hand: string) => new Happens(hand, true);
 const cancelled = when("begun", "Ctrl-C is pressed");
-const powerFails = when("told", "the server's power fails");
+const powerFails = when("told", "the power of both machines fails");
 /** What courses at random seldom come to. */
 const rare: Readonly<Record<string, Course>> = {
   "an up is taken back, its merge ends, and the mark of the one before is brought back": [
