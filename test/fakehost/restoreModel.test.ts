@@ -379,7 +379,8 @@ class Up extends Action {
   /** Somebody looks at the content, and says by the command that the error prints which restore's it is. */
   private async heed(model: Model, old: Values | undefined, text: string): Promise<void> {
     const { content, stack } = model;
-    if (content === undefined || old === undefined || !isTriggers(old.triggers, this.trigger)) return;
+    const isAsked = old !== undefined && !isTriggers(old.triggers, this.trigger);
+    if (content === undefined || isAsked || text.includes("restores it once more")) return;
     const argv = [...text.matchAll(/`(lvchange [^`]*)`/g)]
       .map(([, line = ""]) => line.replaceAll("'", "").split(" "))
       .find((words) =>
