@@ -607,7 +607,7 @@ const actions = fc.array(
 
 type Course = readonly [Kind, boolean, readonly Action[]];
 const when = (at: "told" | "begun", what: string): Fault => ({ at, moment: "after", what });
-const up1 = (source: Source, trigger: Trigger, fault?: Fault) =>
+const upOf = (source: Source, trigger: Trigger, fault?: Fault) =>
   new Up(source, trigger, "refuse", true, fault, true);
 const ends = new Happens("the merge ends", false);
 const by = (hand: string) => new Happens(hand, true);
@@ -616,32 +616,40 @@ const powerFails = when("told", "the power of both machines fails");
 /** What courses at random seldom come to. */
 const rare: Readonly<Record<string, Course>> = {
   "an up is taken back, its merge ends, and the mark of the one before is brought back": [
-    ...(["COW", false] as const),
+    "COW",
+    false,
     [
-      ...[up1("A", "first"), up1("B", "again", cancelled), ends],
-      ...[by("LVM's metadata of before is brought back"), up1("A", "first")],
+      ...[upOf("A", "first"), upOf("B", "again", cancelled), ends],
+      ...[by("LVM's metadata of before is brought back"), upOf("A", "first")],
     ],
   ],
   "a merge ends unseen and without its mark": [
-    ...(["COW", false] as const),
-    [...[up1("A", "first", cancelled), ends, by("all marks are removed"), new Refresh(), up1("A", "first")]],
+    "COW",
+    false,
+    [
+      ...[upOf("A", "first", cancelled), ends, by("all marks are removed")],
+      ...[new Refresh(), upOf("A", "first")],
+    ],
   ],
   "a merge ends unseen, and the state of then comes back after another one, of an earlier time": [
-    ...(["COW", false] as const),
+    "COW",
+    false,
     [
-      ...[up1("B", "first", cancelled), ends, by("the clock goes back"), up1("A", "again")],
-      ...[by("the state is lost"), up1("B", "first")],
+      ...[upOf("B", "first", cancelled), ends, by("the clock goes back"), upOf("A", "again")],
+      ...[by("the state is lost"), upOf("B", "first")],
     ],
   ],
   "a merge is cut off as it begins, and others are declared": [
-    ...(["COW", false] as const),
-    [up1("A", "first", powerFails), ends, up1("B", "again")],
+    "COW",
+    false,
+    [upOf("A", "first", powerFails), ends, upOf("B", "again")],
   ],
   "a second image is half-written": [
-    ...(["COW", false] as const),
+    "COW",
+    false,
     [
-      ...[up1("image", "first"), up1("image", "again", powerFails), new Refresh(), up1("image", "again")],
-      ...[up1("image", "first", powerFails), new Refresh()],
+      ...[upOf("image", "first"), upOf("image", "again", powerFails), new Refresh(), upOf("image", "again")],
+      ...[upOf("image", "first", powerFails), new Refresh()],
     ],
   ],
 };
