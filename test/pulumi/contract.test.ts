@@ -98,7 +98,7 @@ let plugin: Awaited<ReturnType<typeof startService>>;
 
 beforeEach(async () => {
   answer = () => new LvmNbdError("HOST_UNREACHABLE", { message: "no route" });
-  asked = fakeHost((command) => answer(command));
+  asked = fakeHost((command) => answer(command), machineId);
   opened = asked;
   const parts = {
     version: "1.0.0",

@@ -5,6 +5,7 @@ import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { restoreTagOf } from "../../provider/core/restoreMark.js";
 import type { RemoteCommand } from "../../provider/ssh/types.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
+import { machineId } from "../support/machineId.js";
 import { recordedLvs, suitableOrigins } from "../support/recorded.js";
 
 const MiB = 1024 ** 2;
@@ -1215,7 +1216,7 @@ describe("a preview", () => {
 
   it("of an update keeps what identifies the snapshot, unless that is taken anew", async () => {
     const handlers = handlersOn("LvSnapshot", untouchedHost());
-    const { kept } = await stateOf("valid");
+    const kept = { ...(await stateOf("valid")).kept, machineId };
     const grown = await handlers.preview(kept, { ...complete, size: "32M" }, none);
     expect(grown.state).toMatchObject({ uuid: kept.uuid, size: "32M", path: "/dev/VgVm/vm1-snap" });
     expect(grown.unknown).toEqual(["sizeBytes", "usedPercent", "state"]);

@@ -3,6 +3,7 @@ import { makeCertificates } from "../../provider/core/certificateAuthority.js";
 import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
+import { machineId } from "../support/machineId.js";
 
 const host = {
   address: "192.0.2.2",
@@ -628,6 +629,6 @@ it("a preview of an update knows the device, unless another is declared", async 
   const handlers = handlersOn("NbdAttachment", untouchedHost());
   const kept = await handlers.preview(state, { ...complete, connections: 2 }, none);
   expect(kept.state).toMatchObject({ device: "/dev/nbd0", sizeBytes: 1048576, path: "/dev/lvm-nbd/vm1" });
-  const moved = await handlers.preview({ ...state, state: "detached" }, complete, none);
+  const moved = await handlers.preview({ ...state, machineId, state: "detached" }, complete, none);
   expect(moved.unknown).toEqual(["device", "sizeBytes", "certificatesExpireAt", "state"]);
 });

@@ -29,7 +29,6 @@ const state = {
   uri: "nbd://10.0.0.1:10809/vm1",
   sizeBytes: 1048576,
   state: "serving",
-  machineId,
 };
 const none: ReadonlySet<string> = new Set();
 
@@ -1230,7 +1229,7 @@ describe("a preview", () => {
   it("of an update knows the size, and the certificates while those stay", async () => {
     const handlers = handlersOn("NbdExport", untouchedHost());
     const clientTls = { caCertificate: "a", certificate: "c", privateKey: "k" };
-    const old = { ...state, tls: true, clientTls };
+    const old = { ...state, machineId, tls: true, clientTls };
     const kept = await handlers.preview(old, { ...complete, tls: true, readOnly: false }, none);
     expect(kept.state).toMatchObject({ sizeBytes: 1048576, clientTls, readOnly: false });
     expect(kept.unknown).toEqual(["certificatesExpireAt", "state"]);

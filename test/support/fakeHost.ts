@@ -2,7 +2,6 @@
 import { createHandlers, type Handlers } from "../../provider/core/handlers.js";
 import { resourceType } from "../../provider/core/registry.js";
 import type { CommandResult, Host, NamedHosts, RemoteCommand } from "../../provider/ssh/types.js";
-import { machineId } from "./machineId.js";
 
 /** An answer: stdout, or a whole result, or an error to throw. */
 export type Answer = string | Partial<CommandResult> | Error;
@@ -13,7 +12,11 @@ export interface FakeHost extends Host {
   readonly changes: RemoteCommand[];
 }
 
-export function fakeHost(answer: (command: RemoteCommand, index: number) => Answer): FakeHost {
+/** `machineId`: which machine it tells to be, if it tells that. */
+export function fakeHost(
+  answer: (command: RemoteCommand, index: number) => Answer,
+  machineId?: string,
+): FakeHost {
   const commands: RemoteCommand[] = [];
   return {
     name: "server1",
