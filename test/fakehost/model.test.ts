@@ -115,9 +115,13 @@ const hands: Readonly<Record<string, (model: Model, n: number) => void>> = {
     const volume = snapshots(world)[n];
     if (volume?.kind === "cow") volume.usedPercent = 100;
   },
-  "renames a snapshot": ({ world }, n) => {
+  // Only of one that is in a state: its mark is looked for under the name that was declared.
+  "renames a snapshot": ({ world, stacks }, n) => {
     const volume = snapshots(world)[n];
-    if (volume !== undefined) world.server1.lvm.rename("VgVm", volume, `elsewhere${n}`);
+    const isKnown = stacks.some(({ kept }) =>
+      [...kept.values()].some(({ state }) => state.uuid === volume?.uuid),
+    );
+    if (volume !== undefined && isKnown) world.server1.lvm.rename("VgVm", volume, `elsewhere${n}`);
   },
   "makes a snapshot writable": ({ world }, n) => {
     const volume = snapshots(world)[n];
