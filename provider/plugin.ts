@@ -10,13 +10,11 @@ import { join } from "node:path";
 import * as grpc from "@grpc/grpc-js";
 import type { Answer } from "./core/functions.js";
 import type { Environment, Handlers } from "./core/handlers.js";
-import { providerGrpc } from "./pulumi/proto.js";
+import { anySize, providerGrpc } from "./pulumi/proto.js";
 import { createService, type Parts } from "./pulumi/service.js";
 import type { HostPool } from "./ssh/pool.js";
 
 const packageFolder = join(__dirname, "..");
-/** States with certificates and long lists may be large; the engine bounds nothing either. */
-const limits = { "grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1 };
 
 let pool: HostPool | undefined;
 
@@ -76,7 +74,7 @@ function endWithPulumi(): void {
 
 function start(): void {
   endWithPulumi();
-  const server = new grpc.Server(limits);
+  const server = new grpc.Server(anySize);
   const address = process.argv.at(-1);
   const parts = {
     version: version(),

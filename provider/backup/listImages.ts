@@ -5,6 +5,7 @@ import { hostScript, script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { folderGuardFunctions, imageFunctions } from "../linux/copyJob.js";
 import { exposedWords, inOtherHands } from "../linux/copyScripts.js";
+import { linesToEnd } from "../linux/fields.js";
 import { contentFacts, readManifest, snapshotOf } from "../resources/image.js";
 import { createHostPool } from "../ssh/pool.js";
 import type { Host, HostArgs, NamedHosts, RemoteCommand } from "../ssh/types.js";
@@ -121,9 +122,7 @@ export function withoutSlash(folder: string): string {
 }
 
 function parseImages(stdout: string): Image[] {
-  const lines = stdout.trim().split("\n");
-  if (lines.pop() !== "end") throw new Error("the output was cut short");
-  const images = lines.flatMap((line): Image[] => {
+  const images = linesToEnd(stdout).flatMap((line): Image[] => {
     const [file = "", text = "", facts = ""] = line
       .split(" ")
       .map((word) => Buffer.from(word, "base64").toString("utf8"));

@@ -39,7 +39,7 @@ export const configuration = z.strictObject({
 /** What is wrong with the configuration. */
 export function configurationProblems(values: Values): Problem[] {
   const { hosts, ...rest } = values;
-  return [...problemsIn(configuration, rest), ...readHosts(hosts).problems];
+  return [...problemsIn(rest), ...readHosts(hosts).problems];
 }
 
 /** The hosts that are configured. Raises INVALID_INPUT; of what is wrong it names the place and never the value. */
@@ -67,8 +67,7 @@ export function refuseUnknown(names: readonly string[]): void {
     .filter((name) => name.startsWith("lvm-nbd:"))
     .map((name) => name.slice("lvm-nbd:".length));
   const unknown = own.filter((name) => !(name in configuration.shape) && !ofPlugins.has(name));
-  const problems = problemsIn(configuration, Object.fromEntries(unknown.map((name) => [name, ""])));
-  if (problems.length > 0) throw wrong(problems);
+  if (unknown.length > 0) throw wrong(problemsIn(Object.fromEntries(unknown.map((name) => [name, ""]))));
 }
 
 /** What the engine itself reads of a plugin's. */
@@ -88,7 +87,7 @@ export function plainValue(value: unknown): unknown {
 function readHosts(value: unknown): { hosts: NamedHosts; problems: Problem[] } {
   const values = { hosts: plainValue(value) };
   const { data, error } = configuration.safeParse(values);
-  if (error !== undefined) return { hosts: new Map(), problems: problemsIn(configuration, values) };
+  if (error !== undefined) return { hosts: new Map(), problems: problemsOfParsing(error, values) };
   const hosts = new Map<string, HostConnection>(Object.entries(data.hosts ?? {}));
   const problems = [...hosts].flatMap(([name, connection]) => {
     const problem = connectionProblem(connection) ?? circle(name, hosts) ?? missedJump(connection, hosts);
@@ -97,9 +96,13 @@ function readHosts(value: unknown): { hosts: NamedHosts; problems: Problem[] } {
   return { hosts, problems };
 }
 
-function problemsIn(shape: z.ZodObject, values: Values): Problem[] {
-  const { error } = shape.safeParse(values);
-  return error === undefined ? [] : problemsOf(error.issues, values, "lvm-nbd's configuration");
+function problemsIn(values: Values): Problem[] {
+  const { error } = configuration.safeParse(values);
+  return error === undefined ? [] : problemsOfParsing(error, values);
+}
+
+function problemsOfParsing({ issues }: z.ZodError, values: Values): Problem[] {
+  return problemsOf(issues, values, "lvm-nbd's configuration");
 }
 
 function missedJump(connection: HostConnection, hosts: NamedHosts): Problem | undefined {

@@ -18,6 +18,17 @@ emit_output() {
 }
 `;
 
+/** The lines of an output that ends with one that says `end`. Throws where that is missing. */
+export function linesToEnd(stdout: string): string[] {
+  const lines = stdout.trim().split("\n");
+  if (lines.pop() !== "end") throw cutShort();
+  return lines;
+}
+
+function cutShort(): Error {
+  return new Error("the output was cut short");
+}
+
 /** The fields by name. Throws on a line that is none. */
 export function parseFields(stdout: string): ReadonlyMap<string, string> {
   const fields = new Map<string, string>();
@@ -28,6 +39,6 @@ export function parseFields(stdout: string): ReadonlyMap<string, string> {
     fields.set(match[1], Buffer.from(match[2] ?? "", "base64").toString("utf8"));
   }
   // Every such script ends with this field; without it the output was cut short.
-  if (!fields.has("end")) throw new Error("the output was cut short");
+  if (!fields.has("end")) throw cutShort();
   return fields;
 }

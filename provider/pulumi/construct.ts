@@ -1,5 +1,5 @@
 /**
- * Construct: a component as any language asks for it. Its parts are registered at the engine's monitor, as a program would do it. Nothing
+ * Construct: a component for whatever language asks for it. Its parts are registered at the engine's monitor, as a program would do it. Nothing
  * of that is kept in this process: several can be under way. Source: provider.proto, and pkg/resource/deploy/source_eval.go, of pulumi.
  */
 import type { Composed, Part } from "../core/component.js";
@@ -8,7 +8,7 @@ import { ownerOf } from "../core/owner.js";
 import { type Decoded, decode, encode } from "./codec.js";
 import { aliasProto, connectMonitor, resourceProto } from "./monitor.js";
 import { providerProto, type Struct, structOf } from "./proto.js";
-import { unknownProperties, unknownValue, withoutProperties } from "./unknowns.js";
+import { notKnown, unknownProperties, unknownValue, withoutProperties } from "./unknowns.js";
 import { dynamicToken, pluginToken } from "./urn.js";
 
 type Bag = Readonly<Record<string, unknown>>;
@@ -70,8 +70,7 @@ export async function construct(request: Request, door: Door): Promise<providerP
 function refuse(request: Request, { refused }: Decoded, unknown: ReadonlySet<string>): void {
   const problems = refused.map(({ property, reason }) => `${property} ${reason}`);
   const [later] = unknown;
-  if (later !== undefined && !request.getDryrun())
-    problems.push(`${later} is not known, and only a preview can do with that`);
+  if (later !== undefined && !request.getDryrun()) problems.push(notKnown(later));
   if (request.getMonitorendpoint() === "") problems.push("the engine does not say where its monitor is");
   if (request.getName() === "") problems.push("it has no name");
   if (problems.length > 0) throw new LvmNbdError("INVALID_INPUT", { message: problems.join("; ") });

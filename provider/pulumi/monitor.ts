@@ -1,7 +1,7 @@
 /** The engine's resource monitor, to which a program, and a component in its place, says what there is to be. Source: resource.proto of pulumi. */
 import * as grpc from "@grpc/grpc-js";
 import { LvmNbdError } from "../core/errors.js";
-import type { Struct } from "./proto.js";
+import { anySize, type Struct } from "./proto.js";
 
 import aliasProto = require("@pulumi/pulumi/proto/alias_pb.js");
 import resourceGrpc = require("@pulumi/pulumi/proto/resource_grpc_pb.js");
@@ -20,10 +20,7 @@ const ended = "not all of its resources were declared: one of them failed, or th
 
 /** Calls have no deadline of their own: a resource takes as long as it takes. They end with the signal. */
 export function connectMonitor(address: string, signal: AbortSignal): Monitor {
-  const client = new resourceGrpc.ResourceMonitorClient(address, grpc.credentials.createInsecure(), {
-    "grpc.max_receive_message_length": -1,
-    "grpc.max_send_message_length": -1,
-  });
+  const client = new resourceGrpc.ResourceMonitorClient(address, grpc.credentials.createInsecure(), anySize);
 
   const ask = <Response>(
     start: (answer: (error: grpc.ServiceError | null, response: Response) => void) => grpc.ClientUnaryCall,

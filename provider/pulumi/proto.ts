@@ -17,6 +17,9 @@ const ofSdk = createRequire(require.resolve("@pulumi/pulumi/proto/provider_pb.js
 const structProto = ofSdk("google-protobuf/google/protobuf/struct_pb.js") as {
   readonly Struct: { fromJavaScript(value: object): Struct };
 };
+/** Of servers and clients: states with certificates and long lists may be large; the engine bounds nothing either. */
+export const anySize = { "grpc.max_receive_message_length": -1, "grpc.max_send_message_length": -1 };
+
 /** A message of plain values. */
 export const structOf = (values: object): Struct => structProto.Struct.fromJavaScript(values);
 const { Any } = ofSdk("google-protobuf/google/protobuf/any_pb.js") as { Any: new () => Any };

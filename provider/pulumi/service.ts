@@ -26,7 +26,7 @@ import { connectEngineLog, type EngineLog } from "./engine.js";
 import { Owners } from "./owners.js";
 import { Empty, pluginProto, providerProto, type Struct, structOf } from "./proto.js";
 import { failureStatus } from "./status.js";
-import { unknownProperties, unknownValue, withoutProperties } from "./unknowns.js";
+import { notKnown, unknownProperties, unknownValue, withoutProperties } from "./unknowns.js";
 import { functionName, parseUrn, typeName, type Urn } from "./urn.js";
 
 /** What the service is made of. */
@@ -326,6 +326,7 @@ export function createService(parts: Parts, engineAddress?: string): grpc.Untype
       }
       return response;
     }),
+
     construct: unary((request: providerProto.ConstructRequest) =>
       bounded(engine.on(""), 0, async (environment) => {
         const type = typeName(request.getType());
@@ -407,7 +408,7 @@ function known({ values, refused }: Pick<Decoded, "values" | "refused">): Bag {
   const [first] = refused;
   if (first !== undefined) throw invalid(`${first.property} ${first.reason}`);
   const [later] = unknownProperties(values);
-  if (later !== undefined) throw invalid(`${later} is not known, and only a preview can do with that`);
+  if (later !== undefined) throw invalid(notKnown(later));
   return withoutProperties(values, new Set());
 }
 

@@ -31,6 +31,11 @@ export function isUnknown(value: unknown): boolean {
   return typeof value === "string" && unknownValues.has(value);
 }
 
+/** Why a property cannot be gone on with that should be known by now. */
+export function notKnown(property: string): string {
+  return `${property} is not known, and only a preview can do with that`;
+}
+
 function holdsUnknown(value: unknown): boolean {
   if (isUnknown(value)) return true;
   return typeof value === "object" && value !== null && Object.values(value).some(holdsUnknown);

@@ -11,7 +11,7 @@ import { commonInputs, refusing } from "../core/inputs.js";
 import { declareInstead, ownerMark } from "../core/owner.js";
 import type { Change, Context, ResourceType } from "../core/resource.js";
 import { serially } from "../core/serial.js";
-import { parseFields } from "../linux/fields.js";
+import { linesToEnd, parseFields } from "../linux/fields.js";
 import { attaches, type HostRole, hostRoles, programsOf } from "../linux/hostRoles.js";
 import {
   applySetupScript,
@@ -645,11 +645,11 @@ function diff(state: State, wanted: Partial<Inputs>, unknown: ReadonlySet<string
 async function marksOnHost(context: Context): Promise<string[]> {
   const command: RemoteCommand = { argv: script(setupRecordsScript), kind: "read", deadlineSeconds: 60 };
   const result = await succeed(context, command, "the records of the host could not be read");
-  return parseOutput(context, command, result, (stdout) => {
-    const lines = stdout.trim().split("\n");
-    if (lines.pop() !== "end") throw new Error("the output was cut short");
-    return lines.flatMap((line) => readRecord(Buffer.from(line, "base64").toString("utf8"))?.mark ?? []);
-  });
+  return parseOutput(context, command, result, (stdout) =>
+    linesToEnd(stdout).flatMap(
+      (line) => readRecord(Buffer.from(line, "base64").toString("utf8"))?.mark ?? [],
+    ),
+  );
 }
 
 /** What was declared, as the record has it. */

@@ -1,7 +1,7 @@
 /**
- * `npm run bench -- plugin`: how long the plugin takes to its first answer, beside a bare Node that starts and ends; and how much memory
- * it has at most while it makes, looks at and removes 1,000 snapshots of a fake host. Prints medians, and writes them to
- * results/plugin.json.
+ * `node scripts/run.mjs test/bench/plugin.mts`: how long the plugin takes to its first answer, beside a bare Node that starts and ends;
+ * and how much memory it has at most while it makes, looks at and removes 1,000 snapshots of a fake host. Prints medians, and writes
+ * them to results/plugin.json.
  */
 import { type ChildProcess, spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
@@ -11,6 +11,7 @@ import { join } from "node:path";
 import { createInterface } from "node:readline";
 import * as grpc from "@grpc/grpc-js";
 import type * as Proto from "../../provider/pulumi/proto.js";
+import { median, rounded, say } from "./figures.mts";
 
 const root = join(import.meta.dirname, "..", "..");
 const load = createRequire(import.meta.url);
@@ -20,14 +21,6 @@ const starts = 15;
 const resources = 1000;
 /** At once, as the engine runs them on 4 processors. */
 const parallel = 16;
-
-function say(line: string): void {
-  process.stdout.write(`${line}\n`);
-}
-
-function median(numbers: readonly number[]): number {
-  return [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? Number.NaN;
-}
 
 async function firstLine(child: ChildProcess): Promise<string> {
   if (child.stdout === null) throw new Error("its output is not ours to read");
@@ -168,10 +161,6 @@ async function measureMemory(host: Readonly<Record<string, unknown>>): Promise<o
   say(`memory     ${started} MB at the start, ${most} MB at most`);
   await plugin.end();
   return { resources, parallel, startedMegabytes: started, mostMegabytes: most, phases };
-}
-
-function rounded(value: number): number {
-  return Math.round(value * 100) / 100;
 }
 
 say("compiling the fake host ...");

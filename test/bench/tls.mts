@@ -8,6 +8,7 @@ import { z } from "zod";
 import type { NbdServer } from "../../provider/linux/nbd.js";
 import { FaultStack, nbdExport } from "../lab/faults/fault-stack.mts";
 import { type Guest, type Lab, labUp } from "../lab/lab.mts";
+import { median, rounded, say } from "./figures.mts";
 
 const nbdServers: readonly NbdServer[] = ["nbdkit", "qemu-nbd", "nbd-server"];
 const sizeMiB = 256;
@@ -27,14 +28,6 @@ const exported = z.object({
     ),
   }),
 });
-
-function say(line: string): void {
-  process.stdout.write(`${line}\n`);
-}
-
-function median(numbers: readonly number[]): number {
-  return [...numbers].sort((a, b) => a - b)[Math.floor(numbers.length / 2)] ?? Number.NaN;
-}
 
 /** The URI of each export as server2 reads it, by its name; certificates are put there. */
 async function urisOn(client: Guest, stack: FaultStack): Promise<ReadonlyMap<string, string>> {
@@ -117,10 +110,6 @@ async function measure(lab: Lab, stack: FaultStack): Promise<object> {
   const hasAes = stdout.startsWith("aes\n");
   const [processors = "", kernel = "", processor = ""] = stdout.replace(/^aes\n/, "").split("\n");
   return { sizeMiB, pairs, guest: { processor, processors: Number(processors), hasAes, kernel }, servers };
-}
-
-function rounded(value: number): number {
-  return Math.round(value * 100) / 100;
 }
 
 const lab = await labUp({ name: `bench-${process.pid}`, log: say });

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import { createInterface } from "node:readline";
 import * as pulumi from "@pulumi/pulumi";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { type FakeServer, startFakeServer } from "../ssh/fakeServer.js";
+import { type FakeServer, startFakeServer, takesPassword } from "../ssh/fakeServer.js";
 import { machineId } from "../support/machineId.js";
 import { connectPlugin, secret, urnOf } from "../support/pluginClient.js";
 import { recordedLvs } from "../support/recorded.js";
@@ -28,10 +28,7 @@ const earlier = readFileSync(join("test", "recorded", "earlierProvider.txt"), "u
 
 beforeAll(async () => {
   server = await startFakeServer({
-    authenticate: (context) => {
-      if (context.method === "password" && context.password === password) context.accept();
-      else context.reject(["password"]);
-    },
+    authenticate: takesPassword(password),
     run: ({ line, started, exit }) => {
       started();
       exit(0, line.includes("machine-id") ? `${machineId}\n` : recordedLvs("valid"));

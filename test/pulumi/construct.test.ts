@@ -323,6 +323,8 @@ it("two components at once are each told to their own monitor, of their own stac
 
 describe("a component that cannot be made is a failure, and nothing of it is registered", () => {
   const { INVALID_ARGUMENT, FAILED_PRECONDITION, INTERNAL } = grpc.status;
+  const at = (now: string) => ({ ...declared, now });
+  const noTime = /now: must be a day and/;
 
   it.each<[string, string, string, Values, number, RegExp]>([
     ["of no type", "", "vm1", declared, INTERNAL, /is no type of lvm-nbd/],
@@ -332,32 +334,11 @@ describe("a component that cannot be made is a failure, and nothing of it is reg
     ["of a name that is none of a file", component, "a/b", declared, INVALID_ARGUMENT, /part of file names/],
     ["without inputs", component, "vm1", {}, INVALID_ARGUMENT, /volumes: is required/],
     ["that keeps nothing", component, "vm1", { ...declared, keep: {} }, INVALID_ARGUMENT, /keeps nothing/],
-    [
-      "of no time",
-      component,
-      "vm1",
-      { ...declared, now: "noon" },
-      INVALID_ARGUMENT,
-      /now: must be a day and/,
-    ],
+    ["of no time", component, "vm1", at("noon"), INVALID_ARGUMENT, noTime],
     // JavaScript reads that as midnight of Greenwich, which is the day before in half of the world.
-    [
-      "of a day",
-      component,
-      "vm1",
-      { ...declared, now: "2026-11-30" },
-      INVALID_ARGUMENT,
-      /now: must be a day and/,
-    ],
-    ["of a year", component, "vm1", { ...declared, now: "2026" }, INVALID_ARGUMENT, /now: must be a day and/],
-    [
-      "of slashes",
-      component,
-      "vm1",
-      { ...declared, now: "11/12/2026" },
-      INVALID_ARGUMENT,
-      /now: must be a day and/,
-    ],
+    ["of a day", component, "vm1", at("2026-11-30"), INVALID_ARGUMENT, noTime],
+    ["of a year", component, "vm1", at("2026"), INVALID_ARGUMENT, noTime],
+    ["of slashes", component, "vm1", at("11/12/2026"), INVALID_ARGUMENT, noTime],
     ["of a wrong input", component, "vm1", { ...declared, format: 7 }, INVALID_ARGUMENT, /format/],
     ["of an input too many", component, "vm1", { ...declared, frmt: 1 }, INVALID_ARGUMENT, /frmt: is no/],
     [

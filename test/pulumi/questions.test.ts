@@ -2,7 +2,7 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { type FakeServer, startFakeServer } from "../ssh/fakeServer.js";
+import { type FakeServer, startFakeServer, takesPassword } from "../ssh/fakeServer.js";
 import { recordedLvs } from "../support/recorded.js";
 
 const password = "planted-password";
@@ -10,10 +10,7 @@ let server: FakeServer;
 
 beforeAll(async () => {
   server = await startFakeServer({
-    authenticate: (context) => {
-      if (context.method === "password" && context.password === password) context.accept();
-      else context.reject(["password"]);
-    },
+    authenticate: takesPassword(password),
     run: ({ line, started, exit }) => {
       started();
       if (line.includes("lvs")) exit(0, recordedLvs("valid"));

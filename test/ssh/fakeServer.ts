@@ -37,6 +37,14 @@ export interface FakeServerOptions {
   readonly port?: number;
 }
 
+/** An `authenticate` that takes this password and nothing else. */
+export function takesPassword(password: string): (context: AuthContext) => void {
+  return (context) => {
+    if (context.method === "password" && context.password === password) context.accept();
+    else context.reject(["password"]);
+  };
+}
+
 export interface FakeServer {
   readonly port: number;
   readonly publicKey: string;
