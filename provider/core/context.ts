@@ -3,16 +3,21 @@ import type { Host, HostArgs } from "../ssh/types.js";
 import { isLvmNbdError, printable } from "./errors.js";
 import type { Environment } from "./handlers.js";
 import type { Context } from "./resource.js";
+import { sharingLooks } from "./sharedLooks.js";
 
-/** The context on a host. `resource`: on whose behalf, for messages. Raises what opening a host raises. */
+/**
+ * The context on a host. `resource`: on whose behalf, for messages. `recentSeconds`: see `Context`. Raises what opening a host
+ * raises.
+ */
 export async function contextOn(
   environment: Environment,
   args: HostArgs,
   resource: string,
+  recentSeconds = 0,
 ): Promise<Context> {
   const open = async (asked: HostArgs): Promise<Host> => {
     try {
-      return await environment.openHost(asked);
+      return sharingLooks(await environment.openHost(asked));
     } catch (error) {
       throw named(error, resource);
     }
@@ -22,6 +27,7 @@ export async function contextOn(
     host,
     namedHosts: environment.namedHosts?.(),
     resource,
+    recentSeconds,
     signal: environment.signal,
     // A message may hold what a host wrote, e.g. the owner named in a tag.
     progress: (message) => environment.progress(printable(`${resource} on ${host.name}: ${message}`)),

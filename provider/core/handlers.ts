@@ -25,6 +25,9 @@ import type { AnyResourceType, Change, CommonInputs, CommonState, Context, Probl
 
 type Values = Readonly<Record<string, unknown>>;
 
+/** For a refresh and a preview, which change nothing: those of many resources are one picture of a host. */
+const recentSeconds = 20;
+
 /** What the handlers need of the world. */
 export interface Environment {
   openHost(host: HostArgs): Promise<Host>;
@@ -95,8 +98,12 @@ export interface Handlers {
 export function createHandlers(type: AnyResourceType, environment: Environment): Handlers {
   const { state: stateShape, outputs: outputsShape, place: placeShape, known: knownShape } = shapesOf(type);
 
-  const attempt = async <T>(values: CommonInputs, work: (context: Context) => Promise<T>): Promise<T> => {
-    const opened = await contextOn(environment, values.host, label(type, values));
+  const attempt = async <T>(
+    values: CommonInputs,
+    work: (context: Context) => Promise<T>,
+    recent = 0,
+  ): Promise<T> => {
+    const opened = await contextOn(environment, values.host, label(type, values), recent);
     try {
       return await work(opened);
     } catch (error) {
@@ -196,7 +203,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
       const outputs = Object.keys(outputsShape).filter((key) => !(key in known) && !unknown.has(key));
       if (oldValues === undefined && unknown.size === 0) {
         const inputs = parse(wanted, type.inputs);
-        await attempt(inputs, (opened) => foresee(type, opened, inputs));
+        await attempt(inputs, (opened) => foresee(type, opened, inputs), recentSeconds);
       }
       return { state: known, unknown: outputs };
     },
@@ -209,7 +216,7 @@ export function createHandlers(type: AnyResourceType, environment: Environment):
 
     async read(values) {
       const state = parse(values, stateShape);
-      const seen = await attempt(state, (opened) => refresh(type, opened, state));
+      const seen = await attempt(state, (opened) => refresh(type, opened, state), recentSeconds);
       return seen === undefined ? undefined : harmless(defined(seen), state);
     },
 

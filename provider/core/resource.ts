@@ -43,6 +43,8 @@ export interface Context {
   /** Type and name, e.g. `LvSnapshot vm1`, for messages. */
   readonly resource: string;
   readonly signal: AbortSignal;
+  /** How old the answer of a look may be that was given to another resource, for what only tells how the host is. Default: 0. */
+  readonly recentSeconds?: number;
   /** A short line on what is being done now. */
   progress(message: string): void;
   /** Something a person should know though nothing failed. */

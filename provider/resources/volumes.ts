@@ -9,17 +9,29 @@ import { holdersScript, parseHolders, serversScript } from "../linux/holders.js"
 import { groupCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
 import { mergePhase, ranFullAdvice, ranFullPhrase } from "../linux/merge.js";
-import type { HostArgs, RemoteCommand } from "../ssh/types.js";
+import type { CommandResult, HostArgs, RemoteCommand } from "../ssh/types.js";
 
 export const observeSeconds = 60;
 
+const parsed = new WeakMap<CommandResult, readonly LogicalVolume[]>();
+
 /** All logical volumes of the context's host. */
-export async function volumes(context: Context): Promise<LogicalVolume[]> {
-  const command: RemoteCommand = { argv: lvsCommand(), kind: "read", deadlineSeconds: observeSeconds };
+export async function volumes(context: Context): Promise<readonly LogicalVolume[]> {
+  const command: RemoteCommand = {
+    argv: lvsCommand(),
+    kind: "read",
+    deadlineSeconds: observeSeconds,
+    shared: { oldestSeconds: context.recentSeconds ?? 0 },
+  };
   const result = await succeed(context, command, "the logical volumes could not be listed", (failed) =>
     lvmFailure(failed.stderr),
   );
-  return parseOutput(context, command, result, parseLvs);
+  // Those who share an answer share what it tells.
+  const known = parsed.get(result);
+  if (known !== undefined) return known;
+  const all = parseOutput(context, command, result, parseLvs);
+  parsed.set(result, all);
+  return all;
 }
 
 /** Also the time between TERM and KILL: an LVM command killed half-way leaves the origin suspended. */

@@ -3,6 +3,7 @@
  * again after a lost link; a change never is, once it may have reached the host.
  */
 import { createHash } from "node:crypto";
+import { unlessCancelled } from "../core/cancel.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { displayCommand } from "./command.js";
 import { hostName, type ResolvedHost, resolveHost } from "./config.js";
@@ -89,7 +90,7 @@ class PooledHost implements Host {
         this.machineIds.set(connection, id);
         id.catch(() => this.machineIds.delete(connection));
       }
-      return unlessAborted(id, signal, this.name);
+      return unlessCancelled(id, signal, this.name);
     });
   }
 
@@ -133,7 +134,7 @@ class PooledHost implements Host {
         throw new LvmNbdError("CANCELLED", { host: this.name, message: "its connection was ended" });
       this.connection ??= this.dial();
       const current = this.connection;
-      const open = await unlessAborted(current, signal, this.name);
+      const open = await unlessCancelled(current, signal, this.name);
       if (!open.lost) return open;
       if (this.connection === current) this.connection = undefined;
     }
@@ -183,17 +184,6 @@ function queueOf(most: number): Queue {
       else next();
     }
   };
-}
-
-/** A dial is shared: who is cancelled leaves it to the others. */
-function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined, host: string): Promise<T> {
-  if (signal === undefined) return promise;
-  return new Promise((resolve, reject) => {
-    const cancelled = () =>
-      reject(new LvmNbdError("CANCELLED", { host, message: "cancelled before it began" }));
-    signal.addEventListener("abort", cancelled);
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", cancelled));
-  });
 }
 
 function sleep(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {

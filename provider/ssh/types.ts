@@ -13,6 +13,11 @@ export interface RemoteCommand {
    * link is `LINK_LOST`, and the caller observes before it goes on.
    */
   readonly kind: "read" | "change";
+  /**
+   * Of a `read`: one answer serves all who ask for the same before it has begun. `oldestSeconds`: so does one that was begun at most
+   * so long ago on the same machine, if this process has changed nothing on any host since. Default: none is shared.
+   */
+  readonly shared?: { readonly oldestSeconds: number } | undefined;
   /** Seconds between TERM and KILL, e.g. to let a script's trap run. Default 5. */
   readonly graceSeconds?: number | undefined;
   /** Bytes of stdout or stderr after which the command is stopped with `OUTPUT_TOO_LARGE`. Default 16 MiB. */

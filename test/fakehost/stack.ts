@@ -109,8 +109,14 @@ export class Stack {
     const own = { controller: new AbortController(), dead: false, kill, killed };
     own.kill = () => kill();
     this.process = own;
+    const opened = new Map<Host, Host>();
     const environment: Environment = {
-      openHost: async (args) => this.watched(await pool.get(args, this.hosts), own),
+      openHost: async (args) => {
+        const host = await pool.get(args, this.hosts);
+        const watched = opened.get(host) ?? this.watched(host, own);
+        opened.set(host, watched);
+        return watched;
+      },
       namedHosts: () => this.hosts,
       progress: () => undefined,
       warn: (message) => this.warnings.push(message),

@@ -52,6 +52,7 @@ export class LabStack {
   /** Every command that reached a host, with what it said it was. */
   readonly commands: (RemoteCommand & { readonly host: string })[] = [];
   readonly #pool = createHostPool();
+  readonly #opened = new Map<Host, Host>();
   readonly #environment: Environment;
   readonly #states = new Map<string, Values>();
   #plugin: ReturnType<typeof pluginDoor> | undefined;
@@ -63,7 +64,12 @@ export class LabStack {
     public door: Door = labDoor,
   ) {
     this.#environment = {
-      openHost: async (args) => this.#watched(await this.#pool.get(args)),
+      openHost: async (args) => {
+        const host = await this.#pool.get(args);
+        const watched = this.#opened.get(host) ?? this.#watched(host);
+        this.#opened.set(host, watched);
+        return watched;
+      },
       progress: () => undefined,
       warn: (message) => this.warnings.push(message),
       signal: new AbortController().signal,
