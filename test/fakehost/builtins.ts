@@ -119,7 +119,7 @@ export function isSpecial(name: string): boolean {
 /** Whether a builtin sees or changes anything outside the shell. */
 export function touchesMachine(process: Process, [name = "", ...args]: readonly string[]): boolean {
   if (name === "echo" || name === "printf") return !(process.fds.get(1) instanceof Pipe);
-  if (name === "[" || name === "test") return args.some((argument) => /^-[bdefhLrswx]$/.test(argument));
+  if (name === "[" || name === "test") return args.some((argument) => /^-([bdefhLrswx]|ef)$/.test(argument));
   return name === "cd" || name === "kill";
 }
 

@@ -129,8 +129,12 @@ export class FileTree {
 
   /** What is there, or `undefined`; `follow: false` looks at a symbolic link itself. */
   kind(path: string, follow = true): Entry["kind"] | undefined {
+    return this.entry(path, follow)?.kind;
+  }
+
+  entry(path: string, follow = true): Entry | undefined {
     try {
-      return this.locate(path, follow).entry?.kind;
+      return this.locate(path, follow).entry;
     } catch (error) {
       if (error instanceof FileError) return undefined;
       throw error;

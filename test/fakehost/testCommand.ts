@@ -1,4 +1,5 @@
 /** `test` and `[`. */
+import { OpenFile } from "./files.js";
 import { Unsupported } from "./pattern.js";
 import type { Shell } from "./shell.js";
 
@@ -21,6 +22,7 @@ function evaluate(shell: Shell, args: readonly string[]): boolean {
   if (args.length <= 1) return first !== "";
   const compare = comparisons[second];
   if (args.length === 3 && compare !== undefined) return compare(first, third);
+  if (args.length === 3 && second === "-ef") return isSameFile(shell, first, third);
   for (const [operator, joins] of connectives) {
     const at = args.indexOf(operator, 1);
     if (at < 1 || at === args.length - 1) continue;
@@ -54,6 +56,17 @@ const comparisons: Readonly<Record<string, (a: string, b: string) => boolean>> =
 function integer(text: string): bigint {
   if (!/^\s*[+-]?\d+\s*$/.test(text)) throw new Nonsense(`Illegal number: ${text}`);
   return BigInt(text.trim().replace(/^\+/, ""));
+}
+
+function isSameFile({ process }: Shell, first: string, second: string): boolean {
+  const entryAt = (operand: string) => {
+    const own = /^\/proc\/self\/fd\/(\d+)$/.exec(operand)?.[1];
+    if (own === undefined) return process.machine.files.entry(process.path(operand));
+    const open = process.fds.get(Number(own));
+    return open instanceof OpenFile ? open.entry : undefined;
+  };
+  const entry = entryAt(first);
+  return entry !== undefined && entry === entryAt(second);
 }
 
 function unary({ process }: Shell, operator: string, operand: string): boolean {

@@ -156,7 +156,8 @@ export class FakeWorld {
 
   private start(server: FakeServer, { line, channel, socket }: Arrived, stdin: string): void {
     const say = (write: (text: string) => void) => (text: string) => {
-      if (socket.destroyed) throw new FileError("EPIPE", "the session");
+      // What goes on alone writes for nobody.
+      if (socket.destroyed || command.exitCode !== undefined) throw new FileError("EPIPE", "the session");
       write(text);
     };
     // Sent together: each packet is encrypted and decrypted here.
