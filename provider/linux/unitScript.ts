@@ -7,7 +7,8 @@ export const changedMeanwhile = 77;
 /**
  * Shell functions for scripts. `no_link PATH`: ends the script if that is a symbolic link. `lock`: one of them at a time on the host. `own NAME FILE`: a directive of our own
  * section. `guard FILE MARK...`: ends the script with `changedMeanwhile` unless there is no such file or it
- * carries one of the marks ("" for none). `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
+ * carries one of the marks ("" for none). `watch FILE`: from now on `same FILE` tells whether it is still the one that is there now;
+ * ends the script with `changedMeanwhile` if none is. `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
  * broke has cut it short. `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
 export const unitFunctions = `
@@ -23,6 +24,8 @@ guard() {
   for guard_one in "$@"; do [ "$guard_mark" != "$guard_one" ] || return 0; done
   exit ${changedMeanwhile}
 }
+watch() { [ -e "$1" ] || exit ${changedMeanwhile}; exec 8<"$1"; }
+same() { [ /proc/self/fd/8 -ef "$1" ]; }
 receive() {
   cat >"$1" && [ "$(wc -c <"$1")" -eq "$2" ] && sync "$1" && return 0
   rm -f "$1"; echo "what was to be written did not arrive whole" >&2; return 1

@@ -6,8 +6,9 @@ import { hostScript, script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { isLoopback } from "../linux/addresses.js";
 import { askedUri, type ExportPlan, exportUnitName } from "../linux/exportUnit.js";
-import { cutOffFunction, unitFunctions } from "../linux/unitScript.js";
+import { changedMeanwhile, cutOffFunction, unitFunctions } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { writtenMeanwhile } from "./unit.js";
 
 /** Of a host: the kernel with which it was seen, and its command line. Booted with others, it is looked at again. */
 export const clientsProof = "/var/lib/lvm-nbd/clients-enforced";
@@ -80,7 +81,7 @@ clients_allowed() {
  * after: a server that has become slow keeps nobody out. `clients_enforced UNIT URI SECONDS` (those that are waited in addition)
  * returns 1 where they are not, 2 where it cannot be told: that is tried again, more patiently. `PORT`: of an export
  * that serves already, or did until now; a disk in use is not cut off for what cannot be told, nor is one of which `ss` cannot tell
- * whether it is.
+ * whether it is. With `unitFunctions`, and the unit's file is watched.
  */
 export const clientsFunctions = `${clientsLookFunctions}${cutOffFunction}
 clients_enforced() {
@@ -118,6 +119,8 @@ prove_clients() {
   if [ "$code" = 72 ] && [ -n "\${4-}" ]; then
     connected=$(ss -Htn state established "( sport = :$4 )") && [ -z "$connected" ] || exit 73
   fi
+  # Not what somebody else has begun to start meanwhile, for which this one did not answer.
+  [ "$code" = 71 ] || same "/etc/systemd/system/$1" || exit ${changedMeanwhile}
   cut_off "$1" || exit 74
   exit "$code"
 }
@@ -148,6 +151,7 @@ const proveScript = hostScript(
   "prove-clients",
   "change",
   `${unitFunctions}${clientsFunctions}
+watch "/etc/systemd/system/$1"
 prove_clients "$1" "$2" "$3" "$4"
 `,
 );
@@ -173,6 +177,7 @@ export async function proveClients(
     deadlineSeconds: clientsProofSeconds,
   };
   const result = await context.host.run(command, context.signal);
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode !== 0) {
     const what = "clients: whether the host enforces them could not be found out";
     throw (

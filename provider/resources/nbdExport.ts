@@ -70,6 +70,7 @@ import {
   clientsFunctions,
   clientsGuard,
   clientsLookFunctions,
+  clientsProof,
   clientsProofSeconds,
   proveClients,
   warnOfClients,
@@ -237,6 +238,8 @@ interface Observed {
   readonly clientsProven: boolean;
   /** `serverOf` its host. */
   readonly reachedBy: string;
+  /** That was seen of this host, with whatever kernel. */
+  readonly hostProven: boolean;
 }
 
 const observeScript = hostScript(
@@ -251,6 +254,7 @@ if [ -e "$conf" ]; then emit_file conf "$conf"; fi
 show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID -p IPAddressAllow -p IPAddressDeny "$unit") || exit 1
 emit show "$show"
 if [ -e "$file" ]; then
+  if [ -e ${clientsProof} ]; then emit hostProven yes; fi
   if clients_proven; then
     clients_allowed "$show" "$file"
     case $? in
@@ -331,6 +335,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
           proven: false,
           clientsProven: false,
           reachedBy,
+          hostProven: false,
         }
       : undefined;
   }
@@ -361,6 +366,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
     proven: fields.has("proven"),
     clientsProven: fields.has("clientsProven"),
     reachedBy,
+    hostProven: fields.has("hostProven"),
   };
 }
 
@@ -503,9 +509,13 @@ function isEnabled({ show, wanted }: Observed): boolean {
   return show.UnitFileState === "enabled" && wanted;
 }
 
-/** Beyond loopback, as far as its unit tells. */
+/**
+ * Once, as it is written: before that it does not start at boot. Not on loopback, nor on a host of which it never was: there it starts
+ * without, as `clientsEnforcedElsewhere` may have had it.
+ */
 function wasProven(seen: Observed): boolean {
-  return isEnabled(seen) && seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
+  const isBeyondLoopback = seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
+  return isEnabled(seen) && seen.hostProven && isBeyondLoopback;
 }
 
 function needsProof(plan: ExportPlan, seen: Observed, elsewhere: boolean): boolean {
@@ -736,24 +746,48 @@ const applyScript = hostScript(
   "change",
   `${unitFunctions}${certificatesFunctions}${clientsFunctions}
 unit=$1 conf=$2 config=$3 uri=$4 clients=$5 mark=$6 seen=$7 bytes=$8 folders=$9 folder=\${10} port=\${11} file=/etc/systemd/system/$1
-# Of an export that had TLS before; where it has, those that were before go when the new ones are proven.
-tidy() { [ -n "$folder" ] || { lock; [ -n "$(own Certificates "$file")" ] || tidy_certificates "$folders"; }; }
+# From now on it starts at boot; with TLS only once somebody has tried that. The certificates are those of before, of an export that had it.
+finish() {
+  [ -z "$folder" ] || exit 0
+  lock
+  same "$file" || exit ${changedMeanwhile}
+  tidy_certificates "$folders" && systemctl enable --quiet "$unit" || exit 1
+  exit 0
+}
+undo() {
+  trap '' HUP INT TERM
+  lock
+  ! same "$file" || cut_off "$unit"
+  exit 1
+}
 lock
 guard "$file" "$mark" "$seen"
 umask 022
 rm -f "$file.new" && receive "$file.new" "$bytes" || exit 1
 if [ -n "$config" ]; then
   no_link /etc/lvm-nbd
-  mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" && mv -fT "$conf.new" "$conf" || exit 1
+  mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" || exit 1
 fi
+# What nobody has seen to keep others out starts at no boot, and no server of before is taken for the one that is to be seen.
+[ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || cut_off "$unit" || exit 1
+[ -z "$folder" ] || rm -f "$folder/${provenFile}" || exit 1
+[ -z "$config" ] || mv -fT "$conf.new" "$conf" || exit 1
 mv -fT "$file.new" "$file" || exit 1
+watch "$file"
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-[ -z "$folder" ] || rm -f "$folder/${provenFile}"
+# Also where links were left of a file that is gone. It reloads systemd's view of the units as well.
+systemctl disable --quiet "$unit" || exit 1
+if [ "$clients" = refuse ]; then
+  clients_allowed "$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit")" "$file"
+  [ $? != 1 ] || { printf '%s\\n' "$why" >&2; exit 71; }
+fi
+[ -n "$port" ] || trap undo HUP INT TERM
+# Under the lock: what goes on although nobody follows it any more starts nothing that was removed meanwhile. It is waited for without.
+systemctl start --no-block "$unit" || { last_words "$unit" 15; exit 70; }
 exec 9>&-
-# enable reloads systemd's view of the units as well
-systemctl enable --quiet "$unit" && systemctl restart "$unit" || {
-  last_words "$unit" 15; exit 70; }
+end=$(( $(date +%s) + 120 ))
+while job=$(systemctl show -p Job --value "$unit") && [ -n "$job" ] && [ "$(date +%s)" -lt "$end" ]; do sleep 0.2; done
 # nbd-server makes Diffie-Hellman parameters before it answers: seconds on a fast host, 20 and more on a slow one.
 end=$(( $(date +%s) + 80 ))
 while :; do
@@ -761,8 +795,7 @@ while :; do
     bytes=$(timeout 20 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)
     [ "$bytes" = 512 ] && {
       prove_clients "$unit" "$uri" "$clients" "$port"
-      tidy
-      exit
+      finish
     }
     answer="the handshake succeeds, but nothing can be read"
     break
@@ -833,8 +866,8 @@ async function writeUnit(
     ),
     stdin: unit,
     kind: "change",
-    // Twice the lock (120 s), and the start and the first answer of a slow server as long again.
-    deadlineSeconds: 500 + clientsProofSeconds,
+    // Twice the lock (120 s), the stop and the start (120 s), and the first answer of a slow server.
+    deadlineSeconds: 600 + clientsProofSeconds,
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return warnOfClients(context, result);
@@ -852,7 +885,11 @@ async function writeUnit(
   );
 }
 
-/** After these a new export is taken down: what does not serve would keep restarting on a host nobody looks at. */
+/**
+ * After these a new export is taken down: what does not serve would keep restarting, and what was not proven let in others, on a host
+ * nobody looks at. Also after what was killed or timed out, and may still be going on: it starts and enables a unit only under the lock,
+ * while it is the one that it wrote.
+ */
 const takenBack: readonly ErrorCode[] = [
   ...(["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "TLS_NOT_ENFORCED"] as const),
   ...(["COMMAND_FAILED", "COMMAND_TIMED_OUT"] as const),
@@ -884,8 +921,9 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   const state = stateOf(seen, wanted.clientsEnforcedElsewhere);
   if (asDeclared && (state === "serving" || state === "unproven" || state === "disabled")) {
     // A run that was cut may not have come to it; nor has one for which something else enforces the clients.
-    if (seen.plan !== undefined) await prove(context, seen.plan, seen, wanted.clientsEnforcedElsewhere);
-    if (!isEnabled(seen)) await enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner));
+    await prove(context, seen.plan, seen, wanted.clientsEnforcedElsewhere);
+    if (!isEnabled(seen))
+      await enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner), seen.plan);
     return;
   }
   const prepared = await preflight(context, wanted, seen);

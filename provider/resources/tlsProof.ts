@@ -12,9 +12,10 @@ import {
   provenFile,
   type TlsRecord,
 } from "../linux/tls.js";
-import { cutOffFunction, unitFunctions } from "../linux/unitScript.js";
+import { changedMeanwhile, cutOffFunction, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
 import { stopIt } from "./clientsProof.js";
+import { writtenMeanwhile } from "./unit.js";
 
 /**
  * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, those of `receive_certificates`
@@ -26,6 +27,7 @@ const proveScript = hostScript(
   `${unitFunctions}${cutOffFunction}${certificatesFunctions}
 unit=$1 uri=$2 folder=$3 folders=$4; shift 4
 file=/etc/systemd/system/$unit
+watch "$file"
 work=$(mktemp -d /run/lvm-nbd-proof.XXXXXXXX) || exit 1
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
@@ -50,12 +52,13 @@ refused "$plain?tls-certificates=$work/stranger" "a client with another authorit
 # Who is not let in by a server that has ended proves nothing.
 ask "$uri" && [ "$(running)" = "$server" ] || { echo "the server ended meanwhile: $said" >&2; exit 1; }
 lock
+same "$file" || exit ${changedMeanwhile}
 umask 077
-[ "$(own Certificates "$file")" != "$folder" ] || { tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}"; }
+tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}" && systemctl enable --quiet "$unit"
 `,
 );
 
-/** Raises TLS_NOT_ENFORCED. Removes the certificates of before as well. `caCertificate`: the export's authority. */
+/** Raises TLS_NOT_ENFORCED. Then lets the export start at boot, and removes the certificates of before. `caCertificate`: the export's authority. */
 export async function proveTls(
   context: Context,
   plan: ExportPlan & { readonly tls: TlsRecord },
@@ -87,6 +90,7 @@ export async function proveTls(
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   const isOpen = result.exitCode === 72 || result.exitCode === 74;
   const [still, advice] = result.exitCode === 74 ? ["; the export could NOT be stopped", stopIt] : [""];
   const what = isOpen

@@ -79,7 +79,7 @@ export function unitDrift<State extends { readonly state: string }>(
   return [...lines, `is ${now.state}; \`pulumi up\` will ${effect}`];
 }
 
-/** With the lock: whoever removes the unit meanwhile would leave a link to nothing. */
+/** Arguments: unit, mark, record ("": whatever it is). With the lock: whoever removes the unit meanwhile would leave a link to nothing. */
 const enableScript = hostScript(
   "enable-unit",
   "change",
@@ -88,15 +88,16 @@ unit=$1 file=/etc/systemd/system/$1
 lock
 [ -e "$file" ] || exit ${changedMeanwhile}
 guard "$file" "$2"
+[ -z "$3" ] || [ "$(own Plan "$file")" = "$3" ] || exit ${changedMeanwhile}
 systemctl enable --quiet "$unit"
 `,
 );
 
-/** Lets a unit that runs as declared start at boot again. What runs is not touched: nobody is cut off. */
-export async function enable(context: Context, unit: string, mark: string): Promise<void> {
+/** Lets a unit that runs as declared start at boot again. What runs is not touched: nobody is cut off. `plan`: of no other one. */
+export async function enable(context: Context, unit: string, mark: string, plan?: object): Promise<void> {
   context.progress(`enabling ${unit}, so that it starts at boot again`);
   const command: RemoteCommand = {
-    argv: script(enableScript, unit, mark),
+    argv: script(enableScript, unit, mark, plan === undefined ? "" : JSON.stringify(plan)),
     kind: "change",
     deadlineSeconds: 180,
   };

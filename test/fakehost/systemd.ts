@@ -2,6 +2,7 @@
  * A small model of systemd on a fake server: units of ours as they are written to disk, started and kept running.
  * Jobs go on by themselves, as those of process 1 do, whatever happens to the `systemctl` that asked for them.
  */
+import { exportUnitName } from "../../provider/linux/exportUnit.js";
 import { directives } from "../support/units.js";
 import type { Machine, Process, Running, Tool } from "./machine.js";
 import { Step, spawn } from "./machine.js";
@@ -24,6 +25,8 @@ interface Unit {
   stopping: boolean;
   /** How many times: a stop takes the place of a start that waits. */
   stops: number;
+  /** Jobs that are not done yet. */
+  readonly jobs: Set<object>;
 }
 
 /** What a server program needs to know of a device. */
@@ -99,6 +102,7 @@ export class FakeSystemd {
         listener: undefined,
         stopping: false,
         stops: 0,
+        jobs: new Set(),
       };
       this.units.set(name, unit);
     }
@@ -141,25 +145,31 @@ export class FakeSystemd {
       case "enable":
         return yield* this.enable(process, name);
       case "disable":
+        if (this.onDisk(name) === undefined) {
+          process.err(`Failed to disable unit: Unit file ${name} does not exist.\n`);
+          return 1;
+        }
         yield* this.disable(process, name);
         if (!options.includes("--no-reload")) this.reload();
-        if (options.includes("--now")) yield* this.job(process, this.stop(unit));
+        if (options.includes("--now")) yield* this.job(process, unit, this.stop(unit));
         return 0;
       case "stop":
         if (this.onDisk(name) === undefined && unit.text === undefined && unit.state === "inactive") {
           process.err(`Failed to stop ${name}: Unit ${name} not loaded.\n`);
           return 5;
         }
-        yield* this.job(process, this.stop(unit));
+        yield* this.job(process, unit, this.stop(unit));
         return 0;
-      case "restart": {
-        // One job: any other stop takes its place.
-        const stops = unit.stops + 1;
-        yield* this.job(process, this.stop(unit));
-        return yield* this.started(process, unit, stops);
-      }
       case "start":
+        if (unit.text === undefined && this.onDisk(name) === undefined) {
+          process.err(`Failed to start ${name}: Unit ${name} not found.\n`);
+          return 5;
+        }
         if (unit.state === "active") return 0;
+        if (options.includes("--no-block")) {
+          this.enqueue(unit, this.startUnlessStopped(unit, unit.stops));
+          return 0;
+        }
         return yield* this.started(process, unit);
       default:
         throw new Error(`systemctl ${process.argv.join(" ")}`);
@@ -185,6 +195,7 @@ export class FakeSystemd {
       NeedDaemonReload: unit.text !== disk ? "yes" : "no",
       DropInPaths: dropIns.join(" "),
       MainPID: String(unit.mainPid),
+      Job: unit.jobs.size === 0 ? "" : "1",
       NRestarts: String(unit.restarts),
       IPAddressDeny: directives(unit.text ?? "").has("Service.IPAddressDeny") ? "::/0 0.0.0.0/0" : "",
       IPAddressAllow: (directives(unit.text ?? "").get("Service.IPAddressAllow") ?? []).join(" "),
@@ -225,21 +236,33 @@ export class FakeSystemd {
     }
   }
 
-  /** Does a job as process 1 does: `systemctl` only waits for it. */
-  private *job(process: Process, work: Running<number>): Running<number> {
+  /** Has a job done as process 1 does it, by itself. Returns what tells its result. */
+  private enqueue({ jobs }: Unit, work: Running<number>): () => number | undefined {
     let code: number | undefined;
+    const job = {};
+    jobs.add(job);
     this.machine.background.add(
       (function* () {
         code = yield* work;
+        jobs.delete(job);
         return 0;
       })(),
     );
-    while (code === undefined) yield process.wait({ ready: () => code !== undefined });
-    return code;
+    return () => code;
   }
 
-  private *started(process: Process, unit: Unit, stops = unit.stops): Running<number> {
-    const code = yield* this.job(process, this.startUnlessStopped(unit, stops));
+  /** `systemctl` only waits for it. */
+  private *job(process: Process, unit: Unit, work: Running<number>): Running<number> {
+    const told = this.enqueue(unit, work);
+    for (;;) {
+      const code = told();
+      if (code !== undefined) return code;
+      yield process.wait({ ready: () => told() !== undefined });
+    }
+  }
+
+  private *started(process: Process, unit: Unit): Running<number> {
+    const code = yield* this.job(process, unit, this.startUnlessStopped(unit, unit.stops));
     if (code !== 0)
       process.err(`Job for ${unit.name} failed because the control process exited with error code.\n`);
     return code;
@@ -269,8 +292,11 @@ export class FakeSystemd {
       unit.state = "inactive";
       return 1;
     }
+    const { stops } = unit;
     for (const before of lines("ExecStartPre")) {
-      if ((yield* this.exec(before)) !== 0) {
+      const code = yield* this.exec(before);
+      if (unit.stops !== stops) return 1;
+      if (code !== 0) {
         this.died(unit);
         return 1;
       }
@@ -283,7 +309,9 @@ export class FakeSystemd {
       return argv[0] === "nbd-client" ? 1 : 0;
     }
     for (const after of lines("ExecStartPost")) {
-      if ((yield* this.exec(withMainPid(after, unit))) !== 0) {
+      const code = yield* this.exec(withMainPid(after, unit));
+      if (unit.stops !== stops) return 1;
+      if (code !== 0) {
         yield* this.stop(unit);
         return 1;
       }
@@ -353,6 +381,9 @@ export class FakeSystemd {
 
   private *systemdRun(process: Process): Running<number> {
     const at = process.argv.indexOf("timeout");
+    const asked = process.argv.at(-1)?.split("/").at(-1) ?? "";
+    if (process.argv.includes("IPAddressDeny=any") && this.isEnabled(exportUnitName(asked)))
+      throw new Error(`${asked} is to start at boot before anybody has seen that it keeps others out`);
     if (process.argv.includes("IPAddressDeny=any") && this.filters) {
       yield process.wait({ until: process.machine.now() + 3000 });
       return 124;

@@ -1,6 +1,7 @@
 import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { basename, dirname, join } from "node:path";
 import { afterEach, describe, expect, it } from "vitest";
+import { changedMeanwhile, unitFunctions } from "../../provider/linux/unitScript.js";
 import { clientsFunctions, clientsGuard, clientsProof } from "../../provider/resources/clientsProof.js";
 import type { CommandResult } from "../../provider/ssh/types.js";
 import { ShellHost } from "../support/shellHost.js";
@@ -33,7 +34,8 @@ class ProofHost extends ShellHost {
           *) echo asked >>"$SANDBOX/asked"; echo 1048576; exit "$(cat "$SANDBOX/free.$(wc -l <"$SANDBOX/asked").rc" 2>/dev/null || echo 0)";;
           esac`,
         ss: `echo "$*" >>"$SANDBOX/listed"; cat "$SANDBOX/connected" 2>/dev/null; exit "$(cat "$SANDBOX/ss.rc" 2>/dev/null || echo 0)"`,
-        sleep: ":",
+        // Between two looks.
+        sleep: `[ ! -e "$SANDBOX/rewritten" ] || { cp "$SANDBOX/etc/${unit}" "$SANDBOX/new"; mv -f "$SANDBOX/new" "$SANDBOX/etc/${unit}"; }`,
       },
       [],
     );
@@ -50,7 +52,8 @@ class ProofHost extends ShellHost {
   }
 
   async prove(guard: ReturnType<typeof clientsGuard>, ...port: string[]): Promise<CommandResult> {
-    const text = `${clientsFunctions}\nprove_clients "$@"; echo went on`;
+    const text = `${unitFunctions}${clientsFunctions}
+watch "/etc/systemd/system/$1"; prove_clients "$@"; echo went on`;
     const argv = ["sh", "-c", text, "sh", unit, "nbd://10.0.0.1/vm1", guard, ...port];
     const result = await this.execute({ argv, kind: "change", deadlineSeconds: 20 });
     if (result === undefined) throw new Error("the script was killed");
@@ -225,6 +228,16 @@ describe("whether the host's kernel enforces the clients", () => {
     const asked = host({ "filtered.rc": "0", connected: connection });
     expect(await asked.prove("refuse", "10809")).toMatchObject({ exitCode: 71 });
     expect(asked.jobs).toBe(disabled);
+  });
+
+  it("cannot be told of an export that somebody else has written anew since: it is not stopped", async () => {
+    const asked = host({ ...untold, rewritten: "" });
+    expect(await asked.prove("refuse")).toMatchObject({ exitCode: changedMeanwhile });
+    expect(asked.jobs).toBe("");
+    // Whoever wrote it, this host keeps nobody out.
+    const open = host({ "free.1.rc": "1", "filtered.rc": "0", rewritten: "" });
+    expect(await open.prove("refuse")).toMatchObject({ exitCode: 71 });
+    expect(open.jobs).toBe(disabled);
   });
 
   it("is not, and the export cannot be stopped: that is told by another exit code", async () => {

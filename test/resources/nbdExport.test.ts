@@ -1,6 +1,7 @@
 import { X509Certificate } from "node:crypto";
 import { describe, expect, it } from "vitest";
 import { makeCertificates } from "../../provider/core/certificateAuthority.js";
+import { LvmNbdError } from "../../provider/core/errors.js";
 import { type ExportPlan, exportConfig, renderExportUnit } from "../../provider/linux/exportUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
@@ -140,10 +141,12 @@ interface World {
   deviceSize?: string | null;
   listeners?: string;
   show?: string;
-  applied?: number;
+  applied?: number | LvmNbdError;
   /** What the host's kernel does about clients, as the look at it tells; undefined: it enforces them. */
   unenforced?: string;
   clientsProven?: boolean;
+  /** False: it never was, on that host, with whatever kernel. */
+  hostProven?: boolean;
   systemd?: string;
   /** Exit code of the proof. */
   proof?: number;
@@ -166,6 +169,8 @@ function world(at: World) {
   return fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
     if (kind === "change") {
+      const { applied } = at;
+      if (applied instanceof LvmNbdError) return text.includes("systemctl start") ? applied : "";
       const parts = argv.indexOf("ca-cert.pem");
       if (text.includes("refused()")) {
         if (at.proof === 0) at.proven = true;
@@ -174,15 +179,15 @@ function world(at: World) {
       if (parts > 0) at.certificates = broughtCertificates(argv.slice(parts), stdin ?? "");
       const isUnenforced = at.unenforced !== undefined && argv.includes("elsewhere");
       const told = isUnenforced ? `unenforced: ${at.unenforced}\n` : "";
-      if (text.includes("systemctl restart")) {
-        if (at.applied === undefined) at.unit = stdin ?? "";
-        return { exitCode: at.applied ?? 0, stdout: told, stderr: "the log" };
+      if (text.includes("systemctl start")) {
+        if (applied === undefined) at.unit = stdin ?? "";
+        return { exitCode: applied ?? 0, stdout: told, stderr: "the log" };
       }
-      if (text.includes(proof)) return { exitCode: at.applied ?? 0, stdout: told, stderr: "got in" };
+      if (text.includes(proof)) return { exitCode: applied ?? 0, stdout: told, stderr: "got in" };
       if (text.includes('end_unit "$unit"')) taken = true;
       else if (text.includes("systemctl enable")) {
         at.enabled = "enabled";
-        return { exitCode: at.applied ?? 0, stderr: "the log" };
+        return { exitCode: applied ?? 0, stderr: "the log" };
       }
       return "";
     }
@@ -207,6 +212,7 @@ function world(at: World) {
     return fields({
       ...(at.unit === undefined || taken ? {} : { unit: at.unit }),
       ...(at.conf === undefined ? {} : { conf: at.conf }),
+      ...(at.hostProven === false ? {} : { hostProven: "yes" }),
       ...(at.clientsProven === false || at.unenforced !== undefined ? {} : { clientsProven: "yes" }),
       show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
       ...(at.deviceSize === null || at.image ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
@@ -293,6 +299,15 @@ describe("create finds out first what would make it fail", () => {
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
       /EXPORT_NOT_SERVING.*the log/s,
     );
+    expect(asked.changes).toHaveLength(2);
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+  });
+
+  it("what was not known to serve when its time was over is taken down again, whatever still goes on", async () => {
+    const asked = world({
+      applied: new LvmNbdError("COMMAND_TIMED_OUT", { message: "no end after 1440 s" }),
+    });
+    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(/COMMAND_TIMED_OUT/);
     expect(asked.changes).toHaveLength(2);
     expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
   });
@@ -394,7 +409,7 @@ describe("clients that something else than the host enforces", () => {
     const asked = world({ unit: renderExportUnit(plan), clientsProven: false });
     await handlersOn("NbdExport", asked).create(complete);
     expect(asked.changes.map(({ argv }) => argv.slice(-2))).toEqual([["refuse", "10809"]]);
-    expect(asked.changes[0]?.argv[2]).not.toContain("systemctl restart");
+    expect(asked.changes[0]?.argv[2]).not.toContain("systemctl start");
   });
 
   it("a refresh tells that nobody has looked at the host yet with the kernel that runs, and the next up does", async () => {
@@ -430,6 +445,21 @@ describe("clients that something else than the host enforces", () => {
     await handlersOn("NbdExport", asked).update(state, complete);
     expect(asked.changes.slice(1).map(({ argv }) => argv[2]?.includes(proof))).toEqual([true, false]);
     expect(at.enabled).toBe("enabled");
+  });
+
+  it.each<[string, World, string]>([
+    ["was proven, for all that is known", {}, "10809"],
+    ["was cut between its start and its proof", { enabled: "disabled" }, ""],
+    ["serves on a host of which it never was", { hostProven: false }, ""],
+  ])("one that %s, is spared for a client only if it was proven", async (_what, change, port) => {
+    const at: World = { unit: renderExportUnit(plan), clientsProven: false, applied: 72, ...change };
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    await expect(handlers.update(state, complete)).rejects.toThrow(/COMMAND_FAILED.*the export was stopped/s);
+    await expect(handlers.update(state, { ...complete, clients: ["10.0.0.3"] })).rejects.toThrow(
+      /COMMAND_FAILED.*the export was stopped/s,
+    );
+    expect(asked.changes.map(({ argv }) => argv.at(-1))).toEqual([port, port]);
   });
 
   it.each([
@@ -1018,12 +1048,12 @@ describe("with TLS", () => {
     const did = (from: number) =>
       asked.changes.slice(from).map(({ argv }) => {
         const text = argv.join("\n");
-        return ["refused()", "systemctl restart"].find((one) => text.includes(one)) ?? "bring";
+        return ["refused()", "systemctl start"].find((one) => text.includes(one)) ?? "bring";
       });
-    expect(did(before)).toEqual(["systemctl restart", "refused()"]);
+    expect(did(before)).toEqual(["systemctl start", "refused()"]);
     const then = asked.changes.length;
     await handlers.update(made, { ...secured, triggers: ["new"] });
-    expect(did(then)).toEqual(["bring", "systemctl restart", "refused()"]);
+    expect(did(then)).toEqual(["bring", "systemctl start", "refused()"]);
   });
 
   it("certificates are told to expire, and are made anew once they have, or for another address", async () => {
