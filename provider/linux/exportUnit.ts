@@ -200,8 +200,11 @@ function imageSubject(plan: ExportTerms & { readonly file: string; readonly form
   };
 }
 
-/** The unit's text. The same plan always gives the same text, so that an edit by hand shows. */
-export function renderExportUnit(plan: ExportPlan): string {
+/**
+ * The unit's text. The same plan always gives the same text, so that an edit by hand shows. `elsewhere`: it may start at boot though nobody
+ * has seen that the host's kernel enforces its clients.
+ */
+export function renderExportUnit(plan: ExportPlan, elsewhere = false): string {
   const subject = "file" in plan ? imageSubject(plan) : deviceSubject(plan);
   const also = subject.unit === undefined ? "" : ` ${subject.unit}`;
   const low = plan.port < 1024 ? "CAP_NET_BIND_SERVICE" : "";
@@ -260,6 +263,7 @@ export function renderExportUnit(plan: ExportPlan): string {
       ["Mark", ownerMark(plan.owner)],
       ...subject.own,
       ["ProbeUri", askedUri(plan)],
+      ...(elsewhere ? [enforcedElsewhere] : []),
       ...(plan.tls === undefined
         ? []
         : ([
@@ -289,6 +293,13 @@ function start(plan: ExportPlan): Directive[] {
     ...("file" in plan ? [] : [["RuntimeDirectory", "%N"] as const]),
     ["ExecStart", `${command} -p %t/%N/pid`],
   ];
+}
+
+const enforcedElsewhere = ["ClientsEnforced", "elsewhere"] as const;
+
+/** Whether the unit was written so. */
+export function isEnforcedElsewhere(unitText: string): boolean {
+  return ownDirective(unitText, enforcedElsewhere[0]) === enforcedElsewhere[1];
 }
 
 /** The mark in a unit of ours; `undefined` for a unit that is not. */

@@ -4,18 +4,22 @@ import { openLock } from "./lockFile.js";
 /** Exit code of a script that found another unit than the one that was seen, and changed nothing. */
 export const changedMeanwhile = 77;
 
+/** Exit code of a script that saw what a unit was to prove, and could not do what follows: note that, enable it, tidy up. */
+export const provenOnly = 75;
+
 /**
- * Shell functions for scripts. `no_link PATH`: ends the script if that is a symbolic link. `lock`: one of them at a time on the host. `own NAME FILE`: a directive of our own
+ * Shell functions for scripts. `no_link PATH`: ends the script if that is a symbolic link. `lock [CODE]`: one of them at a time on the host; ends the script with
+ * the exit code (1) where it takes too long. `own NAME FILE`: a directive of our own
  * section. `guard FILE MARK...`: ends the script with `changedMeanwhile` unless there is no such file or it
- * carries one of the marks ("" for none). `watch FILE`: from now on `same FILE` tells whether it is still the one that is there now;
- * ends the script with `changedMeanwhile` if none is. `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
+ * carries one of the marks ("" for none). `watch FILE [PLAN]`: from now on `same FILE` tells whether it is still the one that is there now;
+ * ends the script with `changedMeanwhile` if none is, or one with another record. `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
  * broke has cut it short. `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
 export const unitFunctions = `
 no_link() { [ ! -L "$1" ] || { echo "$1 is a symbolic link, and nothing was written through it: put what it leads to in its place, or remove it" >&2; exit 1; }; }
 lock() {
   no_link /run/lvm-nbd.lock
-  ${openLock(9, "/run/lvm-nbd.lock")} && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit 1; }
+  ${openLock(9, "/run/lvm-nbd.lock")} && flock -w 120 9 || { echo "another unit is being written for more than 120 s" >&2; exit "\${1-1}"; }
 }
 own() { sed -n '/^\\[X-LvmNbd\\]/,$s/^'"$1"'=//p' "$2"; }
 guard() {
@@ -24,7 +28,10 @@ guard() {
   for guard_one in "$@"; do [ "$guard_mark" != "$guard_one" ] || return 0; done
   exit ${changedMeanwhile}
 }
-watch() { [ -e "$1" ] || exit ${changedMeanwhile}; exec 8<"$1"; }
+watch() {
+  [ -e "$1" ] && exec 8<"$1" || exit ${changedMeanwhile}
+  [ -z "\${2-}" ] || [ "$(own Plan "$1")" = "$2" ] && same "$1" || exit ${changedMeanwhile}
+}
 same() { [ /proc/self/fd/8 -ef "$1" ]; }
 receive() {
   cat >"$1" && [ "$(wc -c <"$1")" -eq "$2" ] && sync "$1" && return 0
@@ -33,7 +40,11 @@ receive() {
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
 `;
 
-/** Shell function. `cut_off UNIT`: it stops, and starts at no boot; fails where it may go on. */
+/**
+ * Shell functions. `cut_off UNIT`: it stops, and starts at no boot; fails where it may go on. `give_up UNIT FILE`, with `unitFunctions`,
+ * of what is watched and was never proven: that, unless it is another's by now, and the script ends. It is stopped before the lock: whoever
+ * waits for that may be killed.
+ */
 export const cutOffFunction = `
 cut_off() {
   systemctl disable --quiet --now "$1" && return
@@ -41,7 +52,17 @@ cut_off() {
   systemctl disable --quiet "$1"
   case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) return 1;; esac
 }
+give_up() {
+  trap '' HUP INT TERM
+  ! same "$2" || systemctl stop --no-block "$1"
+  lock
+  ! same "$2" || cut_off "$1"
+  exit 1
+}
 `;
+
+/** Seconds that `give_up` takes: the lock, and the stop of an export (10 s). */
+export const giveUpSeconds = 150;
 
 /** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */
 export const endUnitFunction = `

@@ -151,7 +151,7 @@ const proveScript = hostScript(
   "prove-clients",
   "change",
   `${unitFunctions}${clientsFunctions}
-watch "/etc/systemd/system/$1"
+watch "/etc/systemd/system/$1" "$5"
 prove_clients "$1" "$2" "$3" "$4"
 `,
 );
@@ -171,7 +171,7 @@ export async function proveClients(
     argv: script(
       proveScript,
       ...[exportUnitName(plan.exportName), askedUri(plan), clientsGuard(plan, elsewhere)],
-      wasProven ? String(plan.port) : "",
+      ...[wasProven ? String(plan.port) : "", JSON.stringify(plan)],
     ),
     kind: "change",
     deadlineSeconds: clientsProofSeconds,

@@ -22,6 +22,7 @@ import {
   exportConfigPath,
   exportUnitName,
   type FoundOnHost,
+  isEnforcedElsewhere,
   probeAddress,
   probeUri,
   renderExportUnit,
@@ -62,7 +63,14 @@ import {
   validFrom,
 } from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
-import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
+import {
+  changedMeanwhile,
+  endUnitFunction,
+  expectedMarks,
+  giveUpSeconds,
+  provenOnly,
+  unitFunctions,
+} from "../linux/unitScript.js";
 import { serverOf } from "../ssh/config.js";
 import type { NamedHosts, RemoteCommand } from "../ssh/types.js";
 import {
@@ -78,6 +86,7 @@ import {
 import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
 import {
+  couldNotEnable,
   enable,
   isName,
   lookAtUnit,
@@ -240,6 +249,8 @@ interface Observed {
   readonly reachedBy: string;
   /** That was seen of this host, with whatever kernel. */
   readonly hostProven: boolean;
+  /** Its unit was written while something else kept all others out. */
+  readonly elsewhere: boolean;
 }
 
 const observeScript = hostScript(
@@ -336,11 +347,13 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
           clientsProven: false,
           reachedBy,
           hostProven: false,
+          elsewhere: false,
         }
       : undefined;
   }
   const plan = readPlan(text, planShape);
   const config = plan === undefined ? undefined : exportConfig(plan);
+  const elsewhere = isEnforcedElsewhere(text);
   // A handshake alone can succeed where every read hangs: the proof is a sector.
   const served = fields.get("size.rc") === "0" && fields.get("bytes")?.trim() === "512";
   const size = served ? Number(fields.get("size")) : Number.NaN;
@@ -350,7 +363,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
     edited:
       plan === undefined ||
       fields.has("linked") ||
-      renderExportUnit(plan) !== text ||
+      renderExportUnit(plan, elsewhere) !== text ||
       (config !== undefined && config !== fields.get("conf")) ||
       show.NeedDaemonReload === "yes" ||
       hasDropIns(show),
@@ -367,6 +380,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
     clientsProven: fields.has("clientsProven"),
     reachedBy,
     hostProven: fields.has("hostProven"),
+    elsewhere,
   };
 }
 
@@ -510,12 +524,19 @@ function isEnabled({ show, wanted }: Observed): boolean {
 }
 
 /**
- * Once, as it is written: before that it does not start at boot. Not on loopback, nor on a host of which it never was: there it starts
- * without, as `clientsEnforcedElsewhere` may have had it.
+ * Whether somebody has ever seen that it keeps others out: it starts at boot, and is enabled only after that. Nothing else has to remember it:
+ * the note of the host may be lost, or never have been written (/var is full), and a disk in use would be cut off for that. Enabled without
+ * it is what listens on loopback, and what was written while `clientsEnforcedElsewhere`: of such a one the note alone tells.
  */
 function wasProven(seen: Observed): boolean {
   const isBeyondLoopback = seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
-  return isEnabled(seen) && seen.hostProven && isBeyondLoopback;
+  return isEnabled(seen) && isBeyondLoopback && (!seen.elsewhere || seen.hostProven);
+}
+
+/** It starts at boot, and may go on to while it is changed: nobody has to see first whom it keeps out, or has before. */
+function staysEnabled(plan: ExportPlan, seen: Observed | undefined, elsewhere: boolean): boolean {
+  if (seen === undefined || !isEnabled(seen)) return false;
+  return clientsGuard(plan, elsewhere) !== "refuse" || wasProven(seen);
 }
 
 function needsProof(plan: ExportPlan, seen: Observed, elsewhere: boolean): boolean {
@@ -738,8 +759,9 @@ function requireImage(
 }
 
 /**
- * Writes the unit (stdin), starts it and waits for a handshake. The last argument is the port of an export that was proven before.
- * Exit code 70: the server does not serve, or that of `prove_clients`.
+ * Writes the unit (stdin), starts it and waits for a handshake. The last argument is the port of an export that stays enabled; another one
+ * is neither enabled nor served from what was before until it was proven. Exit code 70: the server does not serve, or that of
+ * `prove_clients`, or `provenOnly`.
  */
 const applyScript = hostScript(
   "apply-export",
@@ -749,19 +771,16 @@ unit=$1 conf=$2 config=$3 uri=$4 clients=$5 mark=$6 seen=$7 bytes=$8 folders=$9 
 # From now on it starts at boot; with TLS only once somebody has tried that. The certificates are those of before, of an export that had it.
 finish() {
   [ -z "$folder" ] || exit 0
-  lock
+  lock ${provenOnly}
   same "$file" || exit ${changedMeanwhile}
-  tidy_certificates "$folders" && systemctl enable --quiet "$unit" || exit 1
+  tidy_certificates "$folders" || exit ${provenOnly}
+  [ -n "$port" ] || systemctl enable --quiet "$unit" || exit ${provenOnly}
   exit 0
-}
-undo() {
-  trap '' HUP INT TERM
-  lock
-  ! same "$file" || cut_off "$unit"
-  exit 1
 }
 lock
 guard "$file" "$mark" "$seen"
+# Disabled since it was looked at, it may be another one, which nobody has seen yet.
+[ -z "$port" ] || [ "$(systemctl show -p UnitFileState --value "$unit")" = enabled ] || exit ${changedMeanwhile}
 umask 022
 rm -f "$file.new" && receive "$file.new" "$bytes" || exit 1
 if [ -n "$config" ]; then
@@ -769,22 +788,24 @@ if [ -n "$config" ]; then
   mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" || exit 1
 fi
 # What nobody has seen to keep others out starts at no boot, and no server of before is taken for the one that is to be seen.
-[ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || cut_off "$unit" || exit 1
+if [ -z "$port" ]; then
+  [ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || cut_off "$unit" || exit 1
+fi
 [ -z "$folder" ] || rm -f "$folder/${provenFile}" || exit 1
 [ -z "$config" ] || mv -fT "$conf.new" "$conf" || exit 1
 mv -fT "$file.new" "$file" || exit 1
 watch "$file"
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-# Also where links were left of a file that is gone. It reloads systemd's view of the units as well.
-systemctl disable --quiet "$unit" || exit 1
+# Either reloads systemd's view of the units as well. The one also where links were left of a file that is gone, the other for new ones.
+if [ -z "$port" ]; then systemctl disable --quiet "$unit"; else systemctl enable --quiet "$unit"; fi || exit 1
 if [ "$clients" = refuse ]; then
   clients_allowed "$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit")" "$file"
-  [ $? != 1 ] || { printf '%s\\n' "$why" >&2; exit 71; }
+  [ $? != 1 ] || { printf '%s\\n' "$why" >&2; cut_off "$unit" || exit 74; exit 71; }
 fi
-[ -n "$port" ] || trap undo HUP INT TERM
+[ -n "$port" ] || trap 'give_up "$unit" "$file"' HUP INT TERM
 # Under the lock: what goes on although nobody follows it any more starts nothing that was removed meanwhile. It is waited for without.
-systemctl start --no-block "$unit" || { last_words "$unit" 15; exit 70; }
+systemctl restart --no-block "$unit" || { last_words "$unit" 15; exit 70; }
 exec 9>&-
 end=$(( $(date +%s) + 120 ))
 while job=$(systemctl show -p Job --value "$unit") && [ -n "$job" ] && [ "$(date +%s)" -lt "$end" ]; do sleep 0.2; done
@@ -833,7 +854,8 @@ async function apply(
       writeUnit(context, plan, seen, elsewhere),
     );
   const caCertificate = files?.["ca-cert.pem"] ?? seen?.certificates?.client.caCertificate;
-  if (hasTls(plan) && caCertificate !== undefined) await proveTls(context, plan, caCertificate);
+  if (hasTls(plan) && caCertificate !== undefined)
+    await proveTls(context, plan, caCertificate, staysEnabled(plan, seen, elsewhere));
 }
 
 function hasTls(plan: ExportPlan): plan is ExportPlan & { readonly tls: TlsRecord } {
@@ -847,7 +869,7 @@ async function writeUnit(
   elsewhere: boolean,
 ): Promise<void> {
   const mark = ownerMark(plan.owner);
-  const unit = renderExportUnit(plan);
+  const unit = renderExportUnit(plan, elsewhere && !isLoopback(plan.listenAddress));
   const unitName = exportUnitName(plan.exportName);
   const folder = exportCertificates(plan);
   const command: RemoteCommand = {
@@ -862,16 +884,18 @@ async function writeUnit(
       String(Buffer.byteLength(unit)),
       certificatesFolders(unitName),
       folder ?? "",
-      seen !== undefined && wasProven(seen) ? String(plan.port) : "",
+      staysEnabled(plan, seen, elsewhere) ? String(plan.port) : "",
     ),
     stdin: unit,
     kind: "change",
+    graceSeconds: giveUpSeconds,
     // Twice the lock (120 s), the stop and the start (120 s), and the first answer of a slow server.
     deadlineSeconds: 600 + clientsProofSeconds,
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return warnOfClients(context, result);
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
+  if (result.exitCode === provenOnly) throw couldNotEnable(context, command, result);
   const unproven = clientsFailure(context, command, result);
   if (unproven !== undefined) throw unproven;
   throw failure(
@@ -887,13 +911,17 @@ async function writeUnit(
 
 /**
  * After these a new export is taken down: what does not serve would keep restarting, and what was not proven let in others, on a host
- * nobody looks at. Also after what was killed or timed out, and may still be going on: it starts and enables a unit only under the lock,
+ * nobody looks at. Not what was proven and only could not be enabled: the next `up` does that. Also after what was killed or timed out, and may still be going on: it starts and enables a unit only under the lock,
  * while it is the one that it wrote.
  */
 const takenBack: readonly ErrorCode[] = [
   ...(["EXPORT_NOT_SERVING", "CLIENTS_NOT_ENFORCED", "TLS_NOT_ENFORCED"] as const),
   ...(["COMMAND_FAILED", "COMMAND_TIMED_OUT"] as const),
 ];
+
+function isTakenBack({ code, details }: LvmNbdError): boolean {
+  return takenBack.includes(code) && details.exitCode !== provenOnly;
+}
 
 async function create(context: Context, wanted: Inputs): Promise<void> {
   const prepared = await preflight(context, wanted, undefined);
@@ -902,7 +930,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
   try {
     await apply(context, prepared, undefined, wanted.clientsEnforcedElsewhere);
   } catch (error) {
-    if (error instanceof LvmNbdError && takenBack.includes(error.code)) {
+    if (error instanceof LvmNbdError && isTakenBack(error)) {
       await takeDown(context, plan, ownerMark(plan.owner)).catch((cleanup: unknown) => {
         context.warn(`what did not start could not be taken down again: ${String(cleanup).split("\n")[0]}`);
       });
@@ -911,13 +939,20 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
   }
 }
 
+/** What starts at boot without proof says so: it is written anew for that. */
+function tellsWhy({ listenAddress, clientsEnforcedElsewhere }: Inputs, seen: Observed): boolean {
+  if (clientsGuard({ listenAddress }, clientsEnforcedElsewhere) !== "elsewhere") return true;
+  return seen.elsewhere || seen.clientsProven || isEnabled(seen);
+}
+
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
   const kept = keptRecord(context, wanted, seen);
   const declared = { ...planOf(wanted, kept), ...(seen.plan && foundOf(seen.plan)) };
   const asDeclared =
     seen.plan !== undefined &&
     renderExportUnit(seen.plan) === renderExportUnit(declared) &&
-    (kept !== undefined || !wanted.tls);
+    (kept !== undefined || !wanted.tls) &&
+    tellsWhy(wanted, seen);
   const state = stateOf(seen, wanted.clientsEnforcedElsewhere);
   if (asDeclared && (state === "serving" || state === "unproven" || state === "disabled")) {
     // A run that was cut may not have come to it; nor has one for which something else enforces the clients.
@@ -941,7 +976,7 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
   if (!seen.clientsProven && clientsGuard(plan, elsewhere) !== "none")
     await proveClients(context, plan, elsewhere, wasProven(seen));
   if (hasTls(plan) && !seen.proven && seen.certificates !== undefined)
-    await proveTls(context, plan, seen.certificates.client.caCertificate);
+    await proveTls(context, plan, seen.certificates.client.caCertificate, isEnabled(seen));
 }
 
 /** The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. */

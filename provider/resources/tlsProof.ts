@@ -12,25 +12,31 @@ import {
   provenFile,
   type TlsRecord,
 } from "../linux/tls.js";
-import { changedMeanwhile, cutOffFunction, unitFunctions } from "../linux/unitScript.js";
+import {
+  changedMeanwhile,
+  cutOffFunction,
+  giveUpSeconds,
+  provenOnly,
+  unitFunctions,
+} from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
 import { stopIt } from "./clientsProof.js";
-import { writtenMeanwhile } from "./unit.js";
+import { couldNotEnable, writtenMeanwhile } from "./unit.js";
 
 /**
- * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, those of `receive_certificates`
- * for a client of another authority (stdin). Exit code 72: somebody got in, and the export was stopped; 74: it could not be.
+ * Arguments: unit, URI with the export's own certificates, their folder, what such folders begin with, the record, "enabled" or "", those of
+ * `receive_certificates` for a client of another authority (stdin). What is not enabled was never proven. Exit code 72: somebody got in, and the export was stopped; 74: it could not be.
  */
 const proveScript = hostScript(
   "prove-tls",
   "change",
   `${unitFunctions}${cutOffFunction}${certificatesFunctions}
-unit=$1 uri=$2 folder=$3 folders=$4; shift 4
+unit=$1 uri=$2 folder=$3 folders=$4 plan=$5 enabled=$6; shift 6
 file=/etc/systemd/system/$unit
-watch "$file"
+watch "$file" "$plan"
 work=$(mktemp -d /run/lvm-nbd-proof.XXXXXXXX) || exit 1
 trap 'rm -rf "$work"' EXIT
-trap 'exit 1' HUP INT TERM
+if [ -n "$enabled" ]; then trap 'exit 1' HUP INT TERM; else trap 'give_up "$unit" "$file"' HUP INT TERM; fi
 receive_certificates "$work/stranger" "$@" && mkdir "$work/none" && cp "$folder/ca-cert.pem" "$work/none" &&
   cp "$folder/ca-cert.pem" "$work/stranger" || exit 1
 ask() { said=$(timeout 75 nbdinfo --size "$1" 2>&1); }
@@ -51,18 +57,23 @@ refused "$plain?tls-certificates=$work/none" "a client without a certificate"
 refused "$plain?tls-certificates=$work/stranger" "a client with another authority's certificate"
 # Who is not let in by a server that has ended proves nothing.
 ask "$uri" && [ "$(running)" = "$server" ] || { echo "the server ended meanwhile: $said" >&2; exit 1; }
-lock
+lock ${provenOnly}
 same "$file" || exit ${changedMeanwhile}
 umask 077
-tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}" && systemctl enable --quiet "$unit"
+tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}" || exit ${provenOnly}
+[ -n "$enabled" ] || systemctl enable --quiet "$unit" || exit ${provenOnly}
 `,
 );
 
-/** Raises TLS_NOT_ENFORCED. Then lets the export start at boot, and removes the certificates of before. `caCertificate`: the export's authority. */
+/**
+ * Raises TLS_NOT_ENFORCED. Then lets the export start at boot, and removes the certificates of before. `caCertificate`: the export's
+ * authority. `enabled`: it starts at boot already.
+ */
 export async function proveTls(
   context: Context,
   plan: ExportPlan & { readonly tls: TlsRecord },
   caCertificate: string,
+  enabled: boolean,
 ): Promise<void> {
   const unit = exportUnitName(plan.exportName);
   // A client shows its certificate only to a server that asks for one of an authority of that name.
@@ -80,6 +91,7 @@ export async function proveTls(
         askedUri(plan),
         exportCertificates(plan) ?? "",
         certificatesFolders(unit),
+        ...[JSON.stringify(plan), enabled ? "enabled" : ""],
       ] as const),
       ...certificatesArguments(files),
     ),
@@ -87,10 +99,12 @@ export async function proveTls(
     kind: "change",
     // Five questions and the lock.
     deadlineSeconds: 560,
+    graceSeconds: giveUpSeconds,
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 0) return;
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
+  if (result.exitCode === provenOnly) throw couldNotEnable(context, command, result);
   const isOpen = result.exitCode === 72 || result.exitCode === 74;
   const [still, advice] = result.exitCode === 74 ? ["; the export could NOT be stopped", stopIt] : [""];
   const what = isOpen

@@ -1,7 +1,7 @@
 /** What the resources that are systemd units share: the record in the unit, and the answer of their scripts. */
 import type { z } from "zod";
 import { failure, succeed } from "../core/command.js";
-import { type ErrorCode, firstLine } from "../core/errors.js";
+import { type ErrorCode, firstLine, type LvmNbdError } from "../core/errors.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { ChangedMeanwhile, type Context } from "../core/resource.js";
 import { vanished } from "../linux/fields.js";
@@ -57,6 +57,14 @@ export function writtenMeanwhile(
 ): ChangedMeanwhile {
   const what = "somebody else wrote a unit of this name in the meantime";
   return new ChangedMeanwhile(failure(context, command, result, what, "FOREIGN_RESOURCE"));
+}
+
+/** For a script that ended with `provenOnly`. What it looked at goes on. */
+export function couldNotEnable(context: Context, command: RemoteCommand, result: CommandResult): LvmNbdError {
+  const what = "the unit serves and was proven, but that could not be noted, or the unit not be enabled";
+  const advice =
+    "Put right what stderr names and run again: what serves is left alone, and then starts at boot.";
+  return failure(context, command, result, what, "COMMAND_FAILED", advice);
 }
 
 /**

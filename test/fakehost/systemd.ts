@@ -2,7 +2,8 @@
  * A small model of systemd on a fake server: units of ours as they are written to disk, started and kept running.
  * Jobs go on by themselves, as those of process 1 do, whatever happens to the `systemctl` that asked for them.
  */
-import { exportUnitName } from "../../provider/linux/exportUnit.js";
+import { isEnforcedElsewhere } from "../../provider/linux/exportUnit.js";
+import { clientsProof } from "../../provider/resources/clientsProof.js";
 import { directives } from "../support/units.js";
 import type { Machine, Process, Running, Tool } from "./machine.js";
 import { Step, spawn } from "./machine.js";
@@ -158,18 +159,18 @@ export class FakeSystemd {
           process.err(`Failed to stop ${name}: Unit ${name} not loaded.\n`);
           return 5;
         }
-        yield* this.job(process, unit, this.stop(unit));
+        if (options.includes("--no-block")) this.enqueue(unit, this.stop(unit));
+        else yield* this.job(process, unit, this.stop(unit));
         return 0;
-      case "start":
+      case "restart":
         if (unit.text === undefined && this.onDisk(name) === undefined) {
-          process.err(`Failed to start ${name}: Unit ${name} not found.\n`);
+          process.err(`Failed to restart ${name}: Unit ${name} not found.\n`);
           return 5;
         }
+        this.enqueue(unit, this.restart(unit, unit.stops + 1));
+        return 0;
+      case "start":
         if (unit.state === "active") return 0;
-        if (options.includes("--no-block")) {
-          this.enqueue(unit, this.startUnlessStopped(unit, unit.stops));
-          return 0;
-        }
         return yield* this.started(process, unit);
       default:
         throw new Error(`systemctl ${process.argv.join(" ")}`);
@@ -215,6 +216,8 @@ export class FakeSystemd {
       process.err(`Failed to enable unit: Unit file ${name} does not exist.\n`);
       return 1;
     }
+    if (!this.isEnabled(name) && !this.mayStartAtBoot(name, text))
+      throw new Error(`${name} is to start at boot before anybody has seen that it keeps others out`);
     for (const target of (directives(text).get("Install.WantedBy") ?? []).join(" ").split(" ")) {
       const link = `${folder}/${target}.wants/${name}`;
       this.machine.files.mkdirs(`${folder}/${target}.wants`);
@@ -224,6 +227,12 @@ export class FakeSystemd {
     }
     this.reload();
     return 0;
+  }
+
+  private mayStartAtBoot(name: string, text: string): boolean {
+    if (!name.startsWith("lvm-nbd-export-") || isEnforcedElsewhere(text)) return true;
+    const { files } = this.machine;
+    return files.exists(clientsProof) && files.read(clientsProof).startsWith(files.read("/proc/version"));
   }
 
   private *disable(process: Process, name: string): Running<void> {
@@ -274,6 +283,12 @@ export class FakeSystemd {
     while (!step.canGoOn(this.machine.now())) yield step;
     if (unit.state !== "activating" || unit.mainPid !== 0) return 0;
     return yield* this.start(unit);
+  }
+
+  /** One job: any other stop takes its place. */
+  private *restart(unit: Unit, stops: number): Running<number> {
+    yield* this.stop(unit);
+    return yield* this.startUnlessStopped(unit, stops);
   }
 
   private *startUnlessStopped(unit: Unit, stops: number): Running<number> {
@@ -381,9 +396,6 @@ export class FakeSystemd {
 
   private *systemdRun(process: Process): Running<number> {
     const at = process.argv.indexOf("timeout");
-    const asked = process.argv.at(-1)?.split("/").at(-1) ?? "";
-    if (process.argv.includes("IPAddressDeny=any") && this.isEnabled(exportUnitName(asked)))
-      throw new Error(`${asked} is to start at boot before anybody has seen that it keeps others out`);
     if (process.argv.includes("IPAddressDeny=any") && this.filters) {
       yield process.wait({ until: process.machine.now() + 3000 });
       return 124;

@@ -22,7 +22,7 @@ const declared = (): Declared[] => chain(world).slice(0, 2);
 const state = () => world.server1.systemd.units.get(unit)?.state;
 
 function applies({ line }: Command): boolean {
-  return line.includes("systemctl start --no-block");
+  return line.includes("systemctl restart --no-block");
 }
 
 const isFiltered = ({ argv }: Step) => argv[0] === "systemd-run" && argv.includes("IPAddressDeny=any");
@@ -79,45 +79,58 @@ it("one that is stopped there serves no more", async () => {
   await expectConverged(world, [{ stack, program: declared() }]);
 });
 
+const changed = () => chain(world, { export: { clients: ["10.0.0.0/24"] } }).slice(0, 2);
+/** Of which is to be seen again whom it keeps out. */
+const bootsAnotherKernel = () => world.server1.files.write("/proc/version", "Linux version 6.2\n");
+
 it.each([
   ["cut", "KILL"],
   ["stopped", "TERM"],
 ] as const)(
-  "one that was proven, is changed and %s there serves, but starts at no boot",
+  "one that was proven, is changed and %s there serves on, also after a boot",
   async (_, signal) => {
-    const changed = () => chain(world, { export: { clients: ["10.0.0.0/24"] } }).slice(0, 2);
     expect((await stack.up(declared())).errors).toEqual([]);
-    // As with another kernel: it is to be seen again.
-    world.server1.files.write("/proc/version", "Linux version 6.2\n");
+    bootsAnotherKernel();
     const cut = atProof(end(signal));
     await isKilled(changed());
     expect(cut.met).toBe(true);
     expect(state()).toBe("active");
     world.reboot(world.server1);
     await world.settle();
-    expect(state()).toBe("inactive");
+    expect(state()).toBe("active");
     expect((await stack.up(changed())).errors).toEqual([]);
     await expectConverged(world, [{ stack, program: changed() }]);
   },
 );
 
-it("one that is changed starts at no boot from the moment on at which its unit is another, until that was seen", async () => {
-  expect((await stack.up(declared())).errors).toEqual([]);
+/** At each step of the change from the moment on at which its unit is another, until that was seen. */
+async function enabledWhileChanged(): Promise<Set<boolean>> {
   const { files, systemd } = world.server1;
   const path = `/etc/systemd/system/${unit}`;
   const old = files.read(path);
-  files.write("/proc/version", "Linux version 6.2\n");
-  const enabled: boolean[] = [];
+  bootsAnotherKernel();
+  const enabled = new Set<boolean>();
   world.hooks = {
     step: (command) => {
-      if (!applies(command) || files.read(path) === old || files.read(clientsProof).includes("6.2")) return;
-      enabled.push(systemd.isEnabled(unit));
+      const isSeen = files.exists(clientsProof) && files.read(clientsProof).includes("6.2");
+      if (!applies(command) || files.read(path) === old || isSeen) return;
+      enabled.add(systemd.isEnabled(unit));
     },
   };
-  const changed = chain(world, { export: { clients: ["10.0.0.0/24"] } }).slice(0, 2);
-  expect((await stack.up(changed)).errors).toEqual([]);
-  expect(new Set(enabled)).toEqual(new Set([false]));
+  expect((await stack.up(changed())).errors).toEqual([]);
   expect(systemd.isEnabled(unit)).toBe(true);
+  return enabled;
+}
+
+it("one that is changed starts at every boot meanwhile, if it was proven", async () => {
+  expect((await stack.up(declared())).errors).toEqual([]);
+  expect(await enabledWhileChanged()).toEqual(new Set([true]));
+});
+
+it("one that is changed starts at no boot until it was seen, if it never was", async () => {
+  atProof(end("KILL"));
+  await isKilled(declared());
+  expect(await enabledWhileChanged()).toEqual(new Set([false]));
 });
 
 it("one that is to start at boot again, and is another by then, is looked at again", async () => {
@@ -143,15 +156,22 @@ it("one that is to start at boot again, and is another by then, is looked at aga
 /** Steps of the removal before which the script stands still: it goes on at that one. */
 const lateSteps = ["rm -f", "systemctl daemon-reload"];
 
-it.each(lateSteps)(
-  "a script that goes on, killed at any step, until before the removal's %s leaves nothing",
-  async (late) => {
+it.each(
+  lateSteps.flatMap((late) => [
+    ["makes one", late],
+    ["changes one that was proven", late],
+  ]),
+)(
+  "a script that %s and goes on, killed at any step, until before the removal's %s leaves nothing",
+  async (what, late) => {
+    const isChange = what !== "makes one";
     const failures: string[] = [];
     let removals = 0;
     for (let at = 1, more = true; more; at++) {
       await world.close();
       await anew();
       more = false;
+      if (isChange) expect((await stack.up(declared())).errors).toEqual([]);
       let held: Running<number>[] = [];
       const { background } = world.server1.machine;
       world.hooks = {
@@ -170,7 +190,9 @@ it.each(lateSteps)(
           if (step.argv.join(" ").startsWith(late)) for (const one of held.splice(0)) background.add(one);
         },
       };
-      await stack.up(declared());
+      await stack.up(isChange ? changed() : declared());
+      // Of what is new the create itself takes it away.
+      if (isChange) await stack.up([]);
       world.hooks = {};
       for (const one of held) background.add(one);
       await world.settle(300);

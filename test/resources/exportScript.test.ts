@@ -1,37 +1,51 @@
-/** The script that starts an export, in a real shell. */
-import { existsSync, mkdirSync, readFileSync } from "node:fs";
+/** The scripts that start an export and see whom it keeps out, in a real shell. */
+import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { hostCommands } from "../../provider/core/hostCommands.js";
-import { changedMeanwhile } from "../../provider/linux/unitScript.js";
+import { changedMeanwhile, provenOnly } from "../../provider/linux/unitScript.js";
 import "../../provider/resources/nbdExport.js";
 import { clientsProof } from "../../provider/resources/clientsProof.js";
 import type { CommandResult } from "../../provider/ssh/types.js";
 import { ShellHost } from "../support/shellHost.js";
 
 const unit = "lvm-nbd-export-vm1.service";
-const text = "[Service]\nIPAddressAllow=10.0.0.2 localhost\n\n[X-LvmNbd]\nMark=ours\n";
+const text = "[Service]\nIPAddressAllow=10.0.0.2 localhost\n\n[X-LvmNbd]\nMark=ours\nPlan={}\n";
 
-/** A host on which `nbdinfo` gets in, and a filter of systemd keeps it out. `atProof`: what happens meanwhile, as shell text. */
+/**
+ * A host on which `nbdinfo` gets in unless it shows no right certificate, and a filter of systemd keeps it out. `atProof`: what happens
+ * meanwhile, as shell text.
+ */
 class ExportHost extends ShellHost {
   constructor(atProof: string) {
     super(
       "export",
       {
         systemctl: `
+          holds_lock() { ! flock -n "$SANDBOX/lock" true; }
           case "$*" in
-          *slice*) ;;
+          *slice*) cat "$SANDBOX/above" 2>/dev/null;;
           *ActiveState*) cat "$SANDBOX/state";;
+          *UnitFileState*) if [ -e "$SANDBOX/enabled" ]; then echo enabled; else echo disabled; fi;;
+          *MainPID*) ${atProof || ":"}; echo 7;;
           "show -p Job"*) ;;
           show*) echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0";;
           *) echo "$*" >>"$SANDBOX/jobs";;
           esac
           case "$*" in
-          start*) echo active >"$SANDBOX/state";;
+          stop*) ! holds_lock || echo "under the lock" >>"$SANDBOX/jobs";;
+          enable*|restart*) holds_lock || echo "without the lock" >>"$SANDBOX/jobs";;
+          esac
+          case "$*" in
+          restart*) echo active >"$SANDBOX/state";;
           *--now*) echo inactive >"$SANDBOX/state";;
           esac`,
         "systemd-run": `case "$*" in *IPAddressDeny=any*) ${atProof || ":"}; exit 124;; *) echo 1048576;; esac`,
-        nbdinfo: "echo 1048576",
+        nbdinfo: `case "$*" in
+          */none|*/stranger|*nbd://10.0.0.9*) exit 1;;
+          esac
+          echo 1048576`,
+        flock: `[ ! -e "$SANDBOX/busy" ] || exit 1; PATH=\${PATH#*:}; exec flock "$@"`,
         nbdcopy: "head -c 4096 /dev/zero",
         sleep: ":",
       },
@@ -45,11 +59,20 @@ class ExportHost extends ShellHost {
     return path
       .replaceAll(dirname(clientsProof), join(this.folder, "seen"))
       .replaceAll("/etc/systemd/system", join(this.folder, "units"))
-      .replaceAll("/run/lvm-nbd.lock", join(this.folder, "lock"));
+      .replaceAll("/run/lvm-nbd.lock", join(this.folder, "lock"))
+      .replaceAll("/run/lvm-nbd-proof", join(this.folder, "proof"));
   }
 
-  async start(marks: readonly [string, string] = ["absent", "absent"], port = ""): Promise<CommandResult> {
-    const command = hostCommands().find(({ name }) => name === "apply-export");
+  private run(name: string, args: readonly string[], stdin = ""): Promise<CommandResult | undefined> {
+    const argv = [...(hostCommands().find((one) => one.name === name)?.argv ?? []), ...args];
+    return this.execute({ argv, stdin, kind: "change", deadlineSeconds: 20 });
+  }
+
+  /** `undefined` if the script was killed. */
+  start(
+    marks: readonly [string, string] = ["absent", "absent"],
+    port = "",
+  ): Promise<CommandResult | undefined> {
     const conf = join(this.folder, "vm1.conf");
     const folders = join(this.folder, "vm1~");
     const args = [
@@ -64,10 +87,35 @@ class ExportHost extends ShellHost {
       "",
       port,
     ];
-    const argv = [...(command?.argv ?? []), ...args];
-    const result = await this.execute({ argv, stdin: text, kind: "change", deadlineSeconds: 20 });
-    if (result === undefined) throw new Error("the script was killed");
-    return result;
+    return this.run("apply-export", args, text);
+  }
+
+  /** That exists already. */
+  holds(plan: string): void {
+    writeFileSync(join(this.folder, "units", unit), text.replace("{}", plan));
+    mkdirSync(join(this.folder, "vm1~1"), { recursive: true });
+    writeFileSync(join(this.folder, "vm1~1", "ca-cert.pem"), "");
+  }
+
+  proveClients(): Promise<CommandResult | undefined> {
+    return this.run("prove-clients", [unit, "nbd://10.0.0.1/vm1", "refuse", "", "{}"]);
+  }
+
+  proveTls(enabled: "enabled" | "" = ""): Promise<CommandResult | undefined> {
+    const folders = join(this.folder, "vm1~");
+    const args = [
+      unit,
+      `nbds://10.0.0.9/vm1?tls-certificates=${folders}1`,
+      `${folders}1`,
+      folders,
+      "{}",
+      enabled,
+    ];
+    return this.run("prove-tls", [...args, "client-cert.pem", "4"], "cert");
+  }
+
+  get root(): string {
+    return this.folder;
   }
 
   told(name: string): string {
@@ -86,7 +134,7 @@ afterEach(() => {
   for (const made of hosts.splice(0)) made.close();
 });
 
-const begun = `disable --quiet ${unit}\nstart --no-block ${unit}\n`;
+const begun = `disable --quiet ${unit}\nrestart --no-block ${unit}\n`;
 const cutOff = `disable --quiet --now ${unit}\n`;
 const enabled = `enable --quiet ${unit}\n`;
 
@@ -103,9 +151,78 @@ it("an export is started, proven, and only then starts at boot", async () => {
 it("one that is stopped before it was ever proven serves no more", async () => {
   const asked = host("kill -s TERM 0");
   expect(await asked.start()).toMatchObject({ exitCode: 1 });
-  expect(asked.told("jobs")).toBe(begun + cutOff);
+  // At once: the lock may be another's for longer than it is waited for.
+  expect(asked.told("jobs")).toBe(`${begun}stop --no-block ${unit}\n${cutOff}`);
   expect(asked.told("state")).toBe("inactive\n");
 });
+
+it("one that was proven stays enabled while it is changed, whatever ends its script", async () => {
+  const asked = host();
+  asked.set("enabled", "");
+  asked.holds("{}");
+  expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: 0, stderr: "" });
+  const changed = `${enabled}restart --no-block ${unit}\n`;
+  expect(asked.told("jobs")).toBe(changed);
+  const cut = host("kill -s TERM 0");
+  cut.set("enabled", "");
+  cut.holds("{}");
+  expect(await cut.start(["ours", ""], "10809")).toBeUndefined();
+  expect([cut.told("jobs"), cut.told("state")]).toEqual([changed, "active\n"]);
+});
+
+it("one that was proven, and is disabled since it was looked at, is looked at again", async () => {
+  const asked = host();
+  asked.holds("{}");
+  expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: changedMeanwhile });
+  expect(asked.told("jobs")).toBe("");
+});
+
+it("one of which is known already that it lets others in is stopped", async () => {
+  const asked = host();
+  asked.set("enabled", "");
+  asked.holds("{}");
+  asked.set("above", "10.0.0.0/8\n");
+  expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: 71 });
+  expect(asked.told("jobs")).toBe(enabled + cutOff);
+});
+
+it("one that was proven, but cannot be enabled, serves on", async () => {
+  const asked = host(': >"$SANDBOX/busy"');
+  expect(await asked.start()).toMatchObject({ exitCode: provenOnly });
+  expect(asked.told("jobs")).toBe(begun);
+  const secured = host(': >"$SANDBOX/busy"');
+  secured.holds("{}");
+  expect(await secured.proveTls()).toMatchObject({ exitCode: provenOnly });
+  expect(secured.told("jobs")).toBe("");
+});
+
+it("with TLS it starts at boot once that was proven", async () => {
+  const asked = host();
+  asked.holds("{}");
+  expect(await asked.proveTls()).toMatchObject({ exitCode: 0, stderr: "" });
+  expect(asked.told("jobs")).toBe(enabled);
+});
+
+it("with TLS and never proven it serves no more when that is stopped; one that starts at boot does", async () => {
+  const asked = host("kill -s TERM 0");
+  asked.holds("{}");
+  expect(await asked.proveTls()).toMatchObject({ exitCode: 1 });
+  expect(asked.told("jobs")).toBe(`stop --no-block ${unit}\n${cutOff}`);
+  const proven = host("kill -s TERM 0");
+  proven.holds("{}");
+  expect(await proven.proveTls("enabled")).toMatchObject({ exitCode: 1 });
+  expect(proven.told("jobs")).toBe("");
+});
+
+it.each(["proveClients", "proveTls"] as const)(
+  "%s answers for no unit but the one that was seen",
+  async (proof) => {
+    const asked = host(': >"$SANDBOX/asked"');
+    asked.holds('{"port":10810}');
+    expect(await asked[proof]()).toMatchObject({ exitCode: changedMeanwhile });
+    expect([asked.told("jobs"), existsSync(join(asked.root, "asked"))]).toEqual(["", false]);
+  },
+);
 
 it("one that somebody else has written anew meanwhile is left to that", async () => {
   const asked = host(

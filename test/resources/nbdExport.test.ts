@@ -32,6 +32,8 @@ const state = {
   state: "serving",
 };
 const none: ReadonlySet<string> = new Set();
+/** As it stands in the unit. */
+const record = JSON.stringify(plan);
 
 async function problems(change: object): Promise<string[]> {
   const asked = untouchedHost();
@@ -170,7 +172,7 @@ function world(at: World) {
     const text = argv.join("\n");
     if (kind === "change") {
       const { applied } = at;
-      if (applied instanceof LvmNbdError) return text.includes("systemctl start") ? applied : "";
+      if (applied instanceof LvmNbdError) return text.includes("systemctl restart") ? applied : "";
       const parts = argv.indexOf("ca-cert.pem");
       if (text.includes("refused()")) {
         if (at.proof === 0) at.proven = true;
@@ -179,7 +181,7 @@ function world(at: World) {
       if (parts > 0) at.certificates = broughtCertificates(argv.slice(parts), stdin ?? "");
       const isUnenforced = at.unenforced !== undefined && argv.includes("elsewhere");
       const told = isUnenforced ? `unenforced: ${at.unenforced}\n` : "";
-      if (text.includes("systemctl start")) {
+      if (text.includes("systemctl restart")) {
         if (applied === undefined) at.unit = stdin ?? "";
         return { exitCode: applied ?? 0, stdout: told, stderr: "the log" };
       }
@@ -394,7 +396,7 @@ describe("clients that something else than the host enforces", () => {
     at.unenforced = "a process got in";
     expect(await handlers.update(state, elsewhere)).toMatchObject({ state: "serving" });
     expect(asked.changes.map(({ argv }) => argv.slice(4))).toEqual([
-      ["lvm-nbd-export-vm1.service", "nbd://10.0.0.1:10809/vm1", "elsewhere", "10809"],
+      ["lvm-nbd-export-vm1.service", "nbd://10.0.0.1:10809/vm1", "elsewhere", "10809", record],
     ]);
     expect(handlers.warnings).toEqual([expect.stringContaining("does not enforce `clients`")]);
 
@@ -402,14 +404,14 @@ describe("clients that something else than the host enforces", () => {
     await expect(handlers.update({ ...state, clientsEnforcedElsewhere: true }, complete)).rejects.toThrow(
       /CLIENTS_NOT_ENFORCED.*clientsEnforcedElsewhere: true/s,
     );
-    expect(asked.changes[1]?.argv.at(-2)).toBe("refuse");
+    expect(asked.changes[1]?.argv.slice(6)).toEqual(["refuse", "10809", record]);
   });
 
   it("a run that was cut before the host was looked at is gone on with", async () => {
     const asked = world({ unit: renderExportUnit(plan), clientsProven: false });
     await handlersOn("NbdExport", asked).create(complete);
-    expect(asked.changes.map(({ argv }) => argv.slice(-2))).toEqual([["refuse", "10809"]]);
-    expect(asked.changes[0]?.argv[2]).not.toContain("systemctl start");
+    expect(asked.changes.map(({ argv }) => argv.slice(-3))).toEqual([["refuse", "10809", record]]);
+    expect(asked.changes[0]?.argv[2]).not.toContain("systemctl restart");
   });
 
   it("a refresh tells that nobody has looked at the host yet with the kernel that runs, and the next up does", async () => {
@@ -423,7 +425,7 @@ describe("clients that something else than the host enforces", () => {
       { property: "state", effect: "update" },
     ]);
     await handlers.update(seen ?? {}, complete);
-    expect(asked.changes.map(({ argv }) => argv.slice(-2))).toEqual([["refuse", "10809"]]);
+    expect(asked.changes.map(({ argv }) => argv.slice(-3))).toEqual([["refuse", "10809", record]]);
     // Something else keeps all others out.
     const elsewhere = { ...state, clientsEnforcedElsewhere: true };
     expect(await handlers.read(elsewhere)).toMatchObject({ state: "serving" });
@@ -448,9 +450,19 @@ describe("clients that something else than the host enforces", () => {
   });
 
   it.each<[string, World, string]>([
-    ["was proven, for all that is known", {}, "10809"],
+    ["starts at boot", {}, "10809"],
     ["was cut between its start and its proof", { enabled: "disabled" }, ""],
-    ["serves on a host of which it never was", { hostProven: false }, ""],
+    ["starts at boot, though the note of its host was lost or never written", { hostProven: false }, "10809"],
+    [
+      "starts at boot since something else kept all others out, on a host of which it never was",
+      { unit: renderExportUnit(plan, true), hostProven: false },
+      "",
+    ],
+    [
+      "starts at boot since something else kept all others out, on a host of which it was",
+      { unit: renderExportUnit(plan, true) },
+      "10809",
+    ],
   ])("one that %s, is spared for a client only if it was proven", async (_what, change, port) => {
     const at: World = { unit: renderExportUnit(plan), clientsProven: false, applied: 72, ...change };
     const asked = world(at);
@@ -459,7 +471,46 @@ describe("clients that something else than the host enforces", () => {
     await expect(handlers.update(state, { ...complete, clients: ["10.0.0.3"] })).rejects.toThrow(
       /COMMAND_FAILED.*the export was stopped/s,
     );
-    expect(asked.changes.map(({ argv }) => argv.at(-1))).toEqual([port, port]);
+    expect(asked.changes.map(({ argv }) => argv.at(argv.includes(record) ? -2 : -1))).toEqual([port, port]);
+  });
+
+  it.each<[string, World, object, string]>([
+    [
+      "listens on loopback",
+      { unit: renderExportUnit({ ...plan, listenAddress: "::1" }) },
+      { listenAddress: "::1", port: 10810 },
+      "10810",
+    ],
+    ["listened on loopback until now", { unit: renderExportUnit({ ...plan, listenAddress: "::1" }) }, {}, ""],
+    [
+      "is kept from others by something else",
+      { unit: renderExportUnit(plan, true), hostProven: false },
+      { clientsEnforcedElsewhere: true, port: 10810 },
+      "10810",
+    ],
+    ["starts at no boot", { enabled: "disabled" }, { port: 10810 }, ""],
+    ["starts at boot", {}, { port: 10810 }, "10810"],
+  ])("one that %s stays enabled while it is changed, or is seen first", async (_what, at, change, port) => {
+    const asked = world({ unit: renderExportUnit(plan), ...at });
+    await handlersOn("NbdExport", asked).update(state, { ...complete, ...change });
+    const { argv, stdin } = asked.changes[0] ?? { argv: [] };
+    expect([argv[2]?.includes("systemctl restart"), argv.at(-1)]).toEqual([true, port]);
+    expect(stdin?.includes("ClientsEnforced=elsewhere")).toBe("clientsEnforcedElsewhere" in change);
+  });
+
+  it("one that was cut before its proof is written anew to start at boot without", async () => {
+    const at: World = { unit: renderExportUnit(plan), unenforced: "no", enabled: "disabled" };
+    const asked = world(at);
+    await handlersOn("NbdExport", asked).update(state, { ...complete, clientsEnforcedElsewhere: true });
+    expect(asked.changes[0]?.stdin).toBe(renderExportUnit(plan, true));
+  });
+
+  it("one that was proven, but not enabled, is left there for the next up", async () => {
+    const asked = world({ applied: 75 });
+    await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
+      /COMMAND_FAILED.*serves and was proven/s,
+    );
+    expect(asked.changes).toHaveLength(1);
   });
 
   it.each([
@@ -1048,12 +1099,12 @@ describe("with TLS", () => {
     const did = (from: number) =>
       asked.changes.slice(from).map(({ argv }) => {
         const text = argv.join("\n");
-        return ["refused()", "systemctl start"].find((one) => text.includes(one)) ?? "bring";
+        return ["refused()", "systemctl restart"].find((one) => text.includes(one)) ?? "bring";
       });
-    expect(did(before)).toEqual(["systemctl start", "refused()"]);
+    expect(did(before)).toEqual(["systemctl restart", "refused()"]);
     const then = asked.changes.length;
     await handlers.update(made, { ...secured, triggers: ["new"] });
-    expect(did(then)).toEqual(["bring", "systemctl start", "refused()"]);
+    expect(did(then)).toEqual(["bring", "systemctl restart", "refused()"]);
   });
 
   it("certificates are told to expire, and are made anew once they have, or for another address", async () => {
