@@ -81,7 +81,8 @@ clients_allowed() {
  * after: a server that has become slow keeps nobody out. `clients_enforced UNIT URI SECONDS` (those that are waited in addition)
  * returns 1 where they are not, 2 where it cannot be told: that is tried again, more patiently. `PORT`: of an export
  * that serves already, or did until now; a disk in use is not cut off for what cannot be told, nor is one of which `ss` cannot tell
- * whether it is. With `unitFunctions`, and the unit's file is watched.
+ * whether it is. With `unitFunctions`, and the unit's file is watched. `end_unproven CODE`: ends the script and says why, last of all: where
+ * nobody listens any more, that kills it.
  */
 export const clientsFunctions = `${clientsLookFunctions}${cutOffFunction}
 clients_enforced() {
@@ -108,6 +109,7 @@ clients_enforced() {
     sync ${clientsProof}.new && mv -fT ${clientsProof}.new ${clientsProof}; then :
   else echo "it could not be noted that they are" >&2; fi
 }
+end_unproven() { printf '%s\\n' "$why" >&2; exit "$1"; }
 prove_clients() {
   [ "$3" != none ] || return 0
   clients_enforced "$1" "$2" 3
@@ -115,14 +117,13 @@ prove_clients() {
   [ "$known" != 2 ] || { sleep 2; clients_enforced "$1" "$2" 20; known=$?; }
   case $known in 0) return 0;; 1) known=unenforced code=71;; *) known=untold code=72;; esac
   if [ "$3" = elsewhere ]; then printf '%s: %s\\n' "$known" "$why"; return 0; fi
-  printf '%s\\n' "$why" >&2
   if [ "$code" = 72 ] && [ -n "\${4-}" ]; then
-    connected=$(ss -Htn state established "( sport = :$4 )") && [ -z "$connected" ] || exit 73
+    connected=$(ss -Htn state established "( sport = :$4 )") && [ -z "$connected" ] || end_unproven 73
   fi
   # Not what somebody else has begun to start meanwhile, for which this one did not answer.
-  [ "$code" = 71 ] || same "/etc/systemd/system/$1" || exit ${changedMeanwhile}
-  cut_off "$1" || exit 74
-  exit "$code"
+  [ "$code" = 71 ] || same "/etc/systemd/system/$1" || end_unproven ${changedMeanwhile}
+  cut_off "$1" || end_unproven 74
+  end_unproven "$code"
 }
 `;
 

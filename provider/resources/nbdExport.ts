@@ -801,7 +801,7 @@ rm -rf "$file.d"
 if [ -z "$port" ]; then systemctl disable --quiet "$unit"; else systemctl enable --quiet "$unit"; fi || exit 1
 if [ "$clients" = refuse ]; then
   clients_allowed "$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit")" "$file"
-  [ $? != 1 ] || { printf '%s\\n' "$why" >&2; cut_off "$unit" || exit 74; exit 71; }
+  [ $? != 1 ] || { cut_off "$unit" || end_unproven 74; end_unproven 71; }
 fi
 [ -n "$port" ] || trap 'give_up "$unit" "$file"' HUP INT TERM
 # Under the lock: what goes on although nobody follows it any more starts nothing that was removed meanwhile. It is waited for without.

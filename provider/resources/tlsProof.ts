@@ -46,7 +46,12 @@ ask "$uri" || { printf '%s\\n' "$said" >&2; exit 1; }
 refused() {
   ask "$1"
   case $? in
-  0) echo "$2 got in" >&2; cut_off "$unit" || exit 74; exit 72;;
+  0)
+    code=72
+    cut_off "$unit" || code=74
+    # Last of all: where nobody listens any more, it kills the script.
+    echo "$2 got in" >&2
+    exit "$code";;
   1) ;;
   *) echo "whether $2 gets in cannot be told" >&2; exit 1;;
   esac

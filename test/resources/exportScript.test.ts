@@ -17,6 +17,8 @@ const text = "[Service]\nIPAddressAllow=10.0.0.2 localhost\n\n[X-LvmNbd]\nMark=o
  * meanwhile, as shell text.
  */
 class ExportHost extends ShellHost {
+  private before: readonly string[] = [];
+
   constructor(atProof: string) {
     super(
       "export",
@@ -29,7 +31,8 @@ class ExportHost extends ShellHost {
           *UnitFileState*) if [ -e "$SANDBOX/enabled" ]; then echo enabled; else echo disabled; fi;;
           *MainPID*) ${atProof || ":"}; echo 7;;
           "show -p Job"*) ;;
-          show*) echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0";;
+          show*) if [ -e "$SANDBOX/silent" ]; then rm "$SANDBOX/silent"; exit 1; fi
+            echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0";;
           *) echo "$*" >>"$SANDBOX/jobs";;
           esac
           case "$*" in
@@ -40,8 +43,8 @@ class ExportHost extends ShellHost {
           restart*) echo active >"$SANDBOX/state";;
           *--now*) echo inactive >"$SANDBOX/state";;
           esac`,
-        "systemd-run": `case "$*" in *IPAddressDeny=any*) ${atProof || ":"}; exit 124;; *) echo 1048576;; esac`,
-        nbdinfo: `case "$*" in
+        "systemd-run": `case "$*" in *IPAddressDeny=any*) ${atProof || ":"}; [ -e "$SANDBOX/open" ] || exit 124; echo 1048576;; *) echo 1048576;; esac`,
+        nbdinfo: `[ -e "$SANDBOX/open" ] || case "$*" in
           */none|*/stranger|*nbd://10.0.0.9*) exit 1;;
           esac
           echo 1048576`,
@@ -64,7 +67,7 @@ class ExportHost extends ShellHost {
   }
 
   private run(name: string, args: readonly string[], stdin = ""): Promise<CommandResult | undefined> {
-    const argv = [...(hostCommands().find((one) => one.name === name)?.argv ?? []), ...args];
+    const argv = [...this.before, ...(hostCommands().find((one) => one.name === name)?.argv ?? []), ...args];
     return this.execute({ argv, stdin, kind: "change", deadlineSeconds: 20 });
   }
 
@@ -88,6 +91,13 @@ class ExportHost extends ShellHost {
       port,
     ];
     return this.run("apply-export", args, text);
+  }
+
+  /** From now on nobody reads any more what scripts say: whoever says something is killed. */
+  hangUp(): void {
+    const pipe = '"$SANDBOX/nobody"';
+    const text = `mkfifo ${pipe}; : <${pipe} & exec 2>${pipe}; wait; exec "$@"`;
+    this.before = ["sh", "-c", text, "sh"];
   }
 
   /** That exists already. */
@@ -186,6 +196,23 @@ it("one of which is known already that it lets others in is stopped", async () =
   expect(asked.told("jobs")).toBe(enabled + cutOff);
 });
 
+it.each([
+  ["of which that is known already", "start", { above: "10.0.0.0/8\n", enabled: "" }, enabled],
+  ["of which that is seen", "start", { open: "", enabled: "" }, `${enabled}restart --no-block ${unit}\n`],
+  ["with TLS", "proveTls", { open: "" }, ""],
+] as const)(
+  "one that lets others in, %s, is stopped before that is told: nobody may listen",
+  async (...row) => {
+    const [, name, switches, before] = row;
+    const asked = host();
+    asked.holds("{}");
+    for (const [one, content] of Object.entries(switches)) asked.set(one, content);
+    asked.hangUp();
+    expect(await (name === "start" ? asked.start(["ours", ""], "10809") : asked.proveTls())).toBeUndefined();
+    expect(asked.told("jobs")).toBe(before + cutOff);
+  },
+);
+
 it("one that was proven, but cannot be enabled, serves on", async () => {
   const asked = host(': >"$SANDBOX/busy"');
   expect(await asked.start()).toMatchObject({ exitCode: provenOnly });
@@ -224,10 +251,10 @@ it.each(["proveClients", "proveTls"] as const)(
   },
 );
 
+const writtenAnew = `cp "$SANDBOX/units/${unit}" "$SANDBOX/new"; mv -f "$SANDBOX/new" "$SANDBOX/units/${unit}"`;
+
 it("one that somebody else has written anew meanwhile is left to that", async () => {
-  const asked = host(
-    `cp "$SANDBOX/units/${unit}" "$SANDBOX/new"; mv -f "$SANDBOX/new" "$SANDBOX/units/${unit}"`,
-  );
+  const asked = host(writtenAnew);
   expect(await asked.start()).toMatchObject({ exitCode: changedMeanwhile });
   expect(asked.told("jobs")).toBe(begun);
 });
