@@ -799,8 +799,9 @@ if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
 # Either reloads systemd's view of the units as well. The one also where links were left of a file that is gone, the other for new ones.
 if [ -z "$port" ]; then systemctl disable --quiet "$unit"; else systemctl enable --quiet "$unit"; fi || exit 1
-if [ "$clients" = refuse ]; then
-  clients_allowed "$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit")" "$file"
+# What cannot be told now is asked when it serves.
+if [ "$clients" = refuse ] && shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit"); then
+  clients_allowed "$shown" "$file"
   [ $? != 1 ] || { cut_off "$unit" || end_unproven 74; end_unproven 71; }
 fi
 [ -n "$port" ] || trap 'give_up "$unit" "$file"' HUP INT TERM

@@ -213,6 +213,15 @@ it.each([
   },
 );
 
+it("one that was proven is not stopped for what systemd does not tell while it is changed", async () => {
+  const asked = host();
+  asked.holds("{}");
+  for (const one of ["enabled", "silent"]) asked.set(one, "");
+  expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: 0 });
+  expect(existsSync(join(asked.root, "silent"))).toBe(false);
+  expect(asked.told("jobs")).toBe(`${enabled}restart --no-block ${unit}\n`);
+});
+
 it("one that was proven, but cannot be enabled, serves on", async () => {
   const asked = host(': >"$SANDBOX/busy"');
   expect(await asked.start()).toMatchObject({ exitCode: provenOnly });
