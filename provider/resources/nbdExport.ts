@@ -779,6 +779,8 @@ finish() {
 }
 lock
 guard "$file" "$mark" "$seen"
+# Removed since it was looked at.
+[ -e "$file" ] || case $seen in ""|absent) ;; *) exit ${changedMeanwhile};; esac
 # Disabled since it was looked at, it may be another one, which nobody has seen yet.
 [ -z "$port" ] || [ "$(systemctl show -p UnitFileState --value "$unit")" = enabled ] || exit ${changedMeanwhile}
 umask 022

@@ -222,6 +222,12 @@ it("one that was proven is not stopped for what systemd does not tell while it i
   expect(asked.told("jobs")).toBe(`${enabled}restart --no-block ${unit}\n`);
 });
 
+it("one that was removed since it was looked at is not made anew", async () => {
+  const asked = host();
+  expect(await asked.start(["ours", "ours"])).toMatchObject({ exitCode: changedMeanwhile });
+  expect([asked.told("jobs"), existsSync(join(asked.root, "units", unit))]).toEqual(["", false]);
+});
+
 it("one that was proven, but cannot be enabled, serves on", async () => {
   const asked = host(': >"$SANDBOX/busy"');
   expect(await asked.start()).toMatchObject({ exitCode: provenOnly });
