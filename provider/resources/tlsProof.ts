@@ -47,6 +47,8 @@ refused() {
   ask "$1"
   case $? in
   0)
+    # Another one may be meant to let it in.
+    same "$file" || exit ${changedMeanwhile}
     code=72
     cut_off "$unit" || code=74
     # Last of all: where nobody listens any more, it kills the script.

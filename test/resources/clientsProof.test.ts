@@ -7,6 +7,7 @@ import type { CommandResult } from "../../provider/ssh/types.js";
 import { ShellHost } from "../support/shellHost.js";
 
 const unit = "lvm-nbd-export-vm1.service";
+const writtenAnew = `cp "$SANDBOX/etc/${unit}" "$SANDBOX/new"; mv -f "$SANDBOX/new" "$SANDBOX/etc/${unit}"`;
 
 /** A host on which `nbdinfo` gets in, and a filter of systemd keeps it out, unless a switch says otherwise. */
 class ProofHost extends ShellHost {
@@ -23,7 +24,8 @@ class ProofHost extends ShellHost {
             *slice*) cat "$SANDBOX/above" 2>/dev/null; exit 0;;
             *ActiveState*) if [ -e "$SANDBOX/stuck" ]; then echo active; else echo inactive; fi;;
             *) echo "IPAddressAllow=$(cat "$SANDBOX/allowed" 2>/dev/null || echo 10.0.0.2/32 127.0.0.0/8 ::1/128)"
-              echo "IPAddressDeny=$(cat "$SANDBOX/denied" 2>/dev/null || echo "::/0 0.0.0.0/0")";;
+              echo "IPAddressDeny=$(cat "$SANDBOX/denied" 2>/dev/null || echo "::/0 0.0.0.0/0")"
+              [ ! -e "$SANDBOX/reloaded" ] || { rm "$SANDBOX/reloaded" "$SANDBOX/allowed"; ${writtenAnew}; };;
             esac;;
           *) echo "$*" >>"$SANDBOX/jobs"; [ ! -e "$SANDBOX/stuck" ];;
           esac`,
@@ -35,7 +37,7 @@ class ProofHost extends ShellHost {
           esac`,
         ss: `echo "$*" >>"$SANDBOX/listed"; cat "$SANDBOX/connected" 2>/dev/null; exit "$(cat "$SANDBOX/ss.rc" 2>/dev/null || echo 0)"`,
         // Between two looks.
-        sleep: `[ ! -e "$SANDBOX/rewritten" ] || { cp "$SANDBOX/etc/${unit}" "$SANDBOX/new"; mv -f "$SANDBOX/new" "$SANDBOX/etc/${unit}"; }`,
+        sleep: `[ ! -e "$SANDBOX/rewritten" ] || { ${writtenAnew}; }`,
       },
       [],
     );
@@ -238,6 +240,12 @@ describe("whether the host's kernel enforces the clients", () => {
     const open = host({ "free.1.rc": "1", "filtered.rc": "0", rewritten: "" });
     expect(await open.prove("refuse")).toMatchObject({ exitCode: 71 });
     expect(open.jobs).toBe(disabled);
+  });
+
+  it("is asked again where somebody else is just writing the export anew: systemd shows another one", async () => {
+    const asked = host({ allowed: "10.0.0.3/32", reloaded: "" });
+    expect(await asked.prove("refuse", "10809")).toMatchObject({ exitCode: 0, stdout: "went on\n" });
+    expect(asked.jobs).toBe("");
   });
 
   it("is not, and the export cannot be stopped: that is told by another exit code", async () => {

@@ -273,3 +273,11 @@ it("one that somebody else has written anew meanwhile is left to that", async ()
   expect(await asked.start()).toMatchObject({ exitCode: changedMeanwhile });
   expect(asked.told("jobs")).toBe(begun);
 });
+
+it("one that somebody else has written anew meanwhile may let in who has no certificate", async () => {
+  const asked = host(writtenAnew);
+  asked.holds("{}");
+  asked.set("open", "");
+  expect(await asked.proveTls("enabled")).toMatchObject({ exitCode: changedMeanwhile });
+  expect(asked.told("jobs")).toBe("");
+});
