@@ -41,22 +41,23 @@ export function refusal(context: Context, code: ErrorCode, message: string, advi
   return new LvmNbdError(code, { message, advice, host: context.host.name, resource: context.resource });
 }
 
-/** Reads a command's output with a parser; what it cannot read is `OUTPUT_UNREADABLE`, never "absent". */
+/** Reads a command's output, or what another one told of it, with a parser; what it cannot read is `OUTPUT_UNREADABLE`, never "absent". */
 export function parseOutput<T>(
   context: Context,
   command: RemoteCommand,
-  result: CommandResult,
+  result: CommandResult | string,
   parse: (stdout: string) => T,
 ): T {
+  const { stdout, stderr } = typeof result === "string" ? { stdout: result, stderr: "" } : result;
   try {
-    return parse(result.stdout);
+    return parse(stdout);
   } catch (cause) {
     throw new LvmNbdError("OUTPUT_UNREADABLE", {
       message: `its output could not be read: ${cause instanceof Error ? cause.message.slice(0, 300) : String(cause)}`,
       host: context.host.name,
       resource: context.resource,
       command: displayCommand(command),
-      stderr: result.stderr,
+      stderr,
       cause,
     });
   }

@@ -43,7 +43,7 @@ export function parseFields(stdout: string): ReadonlyMap<string, string> {
   const fields = new Map<string, string>();
   for (const line of stdout.split("\n")) {
     if (line === "") continue;
-    const [, name, text, encoded = ""] = /^([a-zA-Z.]+) (?:=(.*)|([A-Za-z0-9+/]*={0,2}))$/s.exec(line) ?? [];
+    const [, name, text, encoded = ""] = /^(\S+) (?:=(.*)|([A-Za-z0-9+/]*={0,2}))$/s.exec(line) ?? [];
     if (name === undefined) throw new Error(`unexpected line "${line.slice(0, 80)}"`);
     fields.set(name, text ?? Buffer.from(encoded, "base64").toString("utf8"));
   }

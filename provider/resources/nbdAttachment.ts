@@ -41,6 +41,8 @@ import {
 import { unitNameProblem } from "../linux/unitName.js";
 import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import { observeAttachmentScript } from "./attachmentLook.js";
+import { absent, picturedUnit } from "./hostPicture.js";
 import { asking, clientTlsInput, tlsProblems, tlsRecordShape } from "./tls.js";
 import {
   enable,
@@ -159,60 +161,17 @@ interface Observed {
   readonly certificates: SeenCertificates | undefined;
 }
 
-const observeScript = hostScript(
-  "observe-attachment",
-  "observe",
-  `${emitFunctions}${unitFunctions}${certificatesFunctions}
-unit=$1 path=$2 file=/etc/systemd/system/$1
-cd /etc/systemd/system || exit 1
-if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
-if [ -L "$file" ]; then emit linked yes; fi
-end=$(( $(date +%s) + 4 ))
-while :; do
-  show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
-  # A link that has just died is being made again: give it a moment before it counts as detached.
-  case $show in *ActiveState=activating*) [ "$(date +%s)" -lt "$end" ] || break; sleep 0.2;; *) break;; esac
-done
-emit show "$show"
-link=$(readlink "$path")
-device=
-if [ -e "$file" ]; then device=$(own Device "$file"); fi
-[ -n "$device" ] || device=$link
-if [ -e "$file" ]; then
-  folder=$(own Certificates "$file")
-  if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
-    emit_file ca "$folder/ca-cert.pem"
-    emit_file certificate "$folder/client-cert.pem"
-    emit now "$(date +%s)"
-  fi
-fi
-emit link "$link"
-emit device "$device"
-# The path may be of whoever runs this as sudo lets him: what his link leads to is not opened, unless it is such a device.
-number=\${device#/dev/nbd} sys=
-case $number in "$device"|''|*[!0-9]*) ;; *) sys=/sys/block/nbd$number;; esac
-if [ -n "$sys" ] && [ -d "$sys" ]; then
-  emit size "$(cat "$sys/size")"
-  emit ro "$(cat "$sys/ro")"
-  if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
-  if [ "$(cat "$sys/size")" != 0 ]; then
-    emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
-  fi
-fi
-emit end ""
-`,
-  ["unit", "path"],
-);
-
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = attachUnitName(wanted.name);
   const command: RemoteCommand = {
-    argv: script(observeScript, unit, attachPath(wanted.name)),
+    argv: script(observeAttachmentScript, unit, attachPath(wanted.name)),
     kind: "read",
     // A read through a dead link cannot be stopped before the kernel's own timeout has passed.
     deadlineSeconds: 60 + wanted.timeoutSeconds,
   };
-  const result = await lookAtUnit(context, command, unit);
+  const pictured = await picturedUnit(context, unit);
+  if (pictured === absent) return undefined;
+  const result = pictured ?? (await lookAtUnit(context, command, unit));
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
 }
 

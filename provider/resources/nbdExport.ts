@@ -28,7 +28,7 @@ import {
   renderExportUnit,
   unitMark,
 } from "../linux/exportUnit.js";
-import { emitFunctions, parseFields, vanished } from "../linux/fields.js";
+import { emitFunctions, parseFields } from "../linux/fields.js";
 import {
   fileProblem,
   type ImageFormat,
@@ -77,12 +77,12 @@ import {
   clientsFailure,
   clientsFunctions,
   clientsGuard,
-  clientsLookFunctions,
-  clientsProof,
   clientsProofSeconds,
   proveClients,
   warnOfClients,
 } from "./clientsProof.js";
+import { observeExportScript } from "./exportLook.js";
+import { absent, picturedUnit } from "./hostPicture.js";
 import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
 import {
@@ -253,74 +253,20 @@ interface Observed {
   readonly elsewhere: boolean;
 }
 
-const observeScript = hostScript(
-  "observe-export",
-  "observe",
-  `${emitFunctions}${unitFunctions}${imageGuardFunctions}${lookAtImageFunction}${certificatesFunctions}${clientsLookFunctions}
-unit=$1 conf=$2 file=/etc/systemd/system/$1
-cd /etc/systemd/system || exit 1
-if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
-if [ -L "$file" ]; then emit linked yes; fi
-if [ -e "$conf" ]; then emit_file conf "$conf"; fi
-show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID -p IPAddressAllow -p IPAddressDeny "$unit") || exit 1
-emit show "$show"
-if [ -e "$file" ]; then
-  if [ -e ${clientsProof} ]; then emit hostProven yes; fi
-  if clients_proven; then
-    clients_allowed "$show" "$file"
-    case $? in
-    0) emit clientsProven yes;;
-    1) ;;
-    *) [ -e "$file" ] || exit ${vanished}; echo "$why" >&2; exit 1;;
-    esac
-  fi
-  # Enabling makes several links, and may have been cut between them.
-  for target in $(sed -n 's/^WantedBy=//p' "$file"); do
-    [ -L "/etc/systemd/system/$target.wants/$unit" ] || emit unwanted "$target"
-  done
-  device=$(own Device "$file")
-  uri=$(own ProbeUri "$file")
-  folder=$(own Certificates "$file")
-  if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
-    emit_file ca "$folder/ca-cert.pem"
-    emit_file serverCert "$folder/server-cert.pem"
-    emit_file clientCert "$folder/client-cert.pem"
-    emit_file clientKey "$folder/client-key.pem"
-    if [ -e "$folder/${provenFile}" ]; then emit proven yes; fi
-    emit now "$(date +%s)"
-  fi
-  if [ -b "$device" ]; then emit deviceSize "$(blockdev --getsize64 "$device")"; fi
-  image=$(own File "$file")
-  if [ -n "$image" ]; then
-    look_at_image "$image" "$(own Format "$file")"
-    pid=$(systemctl show -p MainPID --value "$unit")
-    [ "$pid" = 0 ] || [ "/proc/$pid/root$(own RealPath "$file")" -ef "$image" ] || emit replaced yes
-  fi
-  case $show in *ActiveState=active*)
-    command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
-    emit_output size timeout 15 nbdinfo --size "$uri"
-    # A server that does not answer is asked once: each question waits as long.
-    if [ "$emit_rc" = 0 ]; then
-      emit_output readOnly timeout 15 nbdinfo --is read-only "$uri"
-      emit bytes "$(timeout 15 nbdcopy --requests=1 --connections=1 "$uri" - 2>/dev/null | head -c 512 | wc -c)"
-    fi;;
-  esac
-fi
-emit end ""
-`,
-  ["unit", "record"],
-);
-
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = exportUnitName(wanted.exportName);
   const command: RemoteCommand = {
-    argv: script(observeScript, unit, exportConfigPath(wanted.exportName)),
+    argv: script(observeExportScript, unit, exportConfigPath(wanted.exportName)),
     kind: "read",
     deadlineSeconds: 90,
   };
-  const result = await lookAtUnit(context, command, unit, ({ exitCode }) =>
-    exitCode === 127 ? "PROGRAM_MISSING" : undefined,
-  );
+  const pictured = await picturedUnit(context, unit);
+  if (pictured === absent) return undefined;
+  const result =
+    pictured ??
+    (await lookAtUnit(context, command, unit, ({ exitCode }) =>
+      exitCode === 127 ? "PROGRAM_MISSING" : undefined,
+    ));
   const reachedBy = serverOf(wanted.host, context.namedHosts);
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout), reachedBy));
 }

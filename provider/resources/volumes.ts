@@ -9,11 +9,13 @@ import { holdersScript, parseHolders, serversScript } from "../linux/holders.js"
 import { groupCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume, lvmFailure, lvsCommand, parseLvs } from "../linux/lvm.js";
 import { mergePhase, ranFullAdvice, ranFullPhrase } from "../linux/merge.js";
-import type { CommandResult, HostArgs, RemoteCommand } from "../ssh/types.js";
+import type { Host, HostArgs, RemoteCommand } from "../ssh/types.js";
+import { picturedVolumes } from "./hostPicture.js";
 
 export const observeSeconds = 60;
 
-const parsed = new WeakMap<CommandResult, readonly LogicalVolume[]>();
+/** By what was printed. Those who share an answer share what it tells. */
+const parsed = new WeakMap<Host, { readonly text: string; readonly all: readonly LogicalVolume[] }>();
 
 /** All logical volumes of the context's host. */
 export async function volumes(context: Context): Promise<readonly LogicalVolume[]> {
@@ -23,14 +25,15 @@ export async function volumes(context: Context): Promise<readonly LogicalVolume[
     deadlineSeconds: observeSeconds,
     shared: { oldestSeconds: context.recentSeconds ?? 0 },
   };
-  const result = await succeed(context, command, "the logical volumes could not be listed", (failed) =>
-    lvmFailure(failed.stderr),
-  );
-  // Those who share an answer share what it tells.
-  const known = parsed.get(result);
-  if (known !== undefined) return known;
-  const all = parseOutput(context, command, result, parseLvs);
-  parsed.set(result, all);
+  const what = "the logical volumes could not be listed";
+  const text =
+    (await picturedVolumes(context)) ??
+    (await succeed(context, command, what, (failed) => lvmFailure(failed.stderr))).stdout;
+  const { host } = context;
+  const last = parsed.get(host);
+  if (last?.text === text) return last.all;
+  const all = parseOutput(context, command, text, parseLvs);
+  parsed.set(host, { text, all });
   return all;
 }
 

@@ -314,29 +314,35 @@ describe("an operation", () => {
     },
   );
 
-  it("hands the signal of a cancel to every command", async () => {
-    const { signal } = new AbortController();
-    const signals: unknown[] = [];
+  it.each([0, 1])("is ended by a cancel in its command %i", async (at) => {
+    const controller = new AbortController();
+    const ended: number[] = [];
+    let count = 0;
     const watched: Host = {
       name: "server1",
-      async machineId(given) {
-        signals.push(given);
+      async machineId() {
         return undefined;
       },
-      async run(_command, given) {
-        signals.push(given);
-        return { exitCode: 0, stdout: recordedLvs("empty"), stderr: "" };
+      run(_command, given) {
+        if (count++ !== at) return Promise.resolve({ exitCode: 0, stdout: recordedLvs("empty"), stderr: "" });
+        setImmediate(() => controller.abort());
+        return new Promise((_, reject) => {
+          given?.addEventListener("abort", () => {
+            ended.push(at);
+            reject(new LvmNbdError("CANCELLED", { message: "cancelled" }));
+          });
+        });
       },
     };
     const handlers = createHandlers(resourceType("LvSnapshot"), {
       openHost: async () => watched,
       progress: () => undefined,
       warn: () => undefined,
-      signal,
+      signal: controller.signal,
     });
-    await handlers.read(state);
-    // The look at the volumes, and the one at their group, between those at the machine.
-    expect(signals).toEqual([signal, signal, signal, signal]);
+    // The look at the volumes, and the one at their group.
+    await expect(handlers.read(state)).rejects.toThrow(/CANCELLED/);
+    expect([ended, count]).toEqual([[at], at + 1]);
   });
 
   it("that failed after it made something tells id and state, without undefined values", async () => {

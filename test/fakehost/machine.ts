@@ -113,7 +113,7 @@ export class Machine {
 
   constructor(
     readonly files: FileTree,
-    readonly tools: ReadonlyMap<string, Tool>,
+    readonly tools: Map<string, Tool>,
     readonly clock: Clock = { now: Date.UTC(2026, 0, 1) },
   ) {}
 

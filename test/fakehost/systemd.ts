@@ -40,6 +40,8 @@ export class FakeSystemd {
   readonly units = new Map<string, Unit>();
   /** Whether the kernel obeys IPAddressDeny= of what systemd-run starts. */
   filters = true;
+  /** Whether it answers `list-units`. */
+  lists = true;
 
   constructor(
     private readonly machine: Machine,
@@ -133,6 +135,14 @@ export class FakeSystemd {
     switch (verb) {
       case "show":
         return this.show(process, rest);
+      case "list-units":
+        if (!this.lists) return 1;
+        for (const { name, text, state } of this.units.values())
+          if (text !== undefined || state !== "inactive")
+            process.out(
+              `${name} ${text === undefined ? "not-found" : "loaded"} ${state} ${state} what it is\n`,
+            );
+        return 0;
       case "daemon-reload":
         this.reload();
         return 0;

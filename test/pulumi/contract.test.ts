@@ -271,9 +271,14 @@ describe("a snapshot, as the engine has it made", () => {
 
   it("that is cancelled in the middle answers, and so does everything else that runs", async () => {
     const running = vi.fn();
+    const waiting = vi.fn();
     opened = {
       name: "server1",
-      machineId: async () => undefined,
+      // Each asks for that before it looks, and all look at once.
+      machineId: async () => {
+        waiting();
+        return undefined;
+      },
       run: (_command, signal) =>
         new Promise((_, reject) => {
           running();
@@ -281,15 +286,15 @@ describe("a snapshot, as the engine has it made", () => {
             reject(new LvmNbdError("CANCELLED", { message: "cancelled" })),
           );
           // The look at what is left has a signal of its own.
-          if (running.mock.calls.length > 20)
-            reject(new LvmNbdError("HOST_UNREACHABLE", { message: "gone" }));
+          if (running.mock.calls.length > 1) reject(new LvmNbdError("HOST_UNREACHABLE", { message: "gone" }));
         }),
     };
     const { inputs } = await plugin.check(urn, declared("LvSnapshot"));
     const all = Promise.allSettled(
       Array.from({ length: 20 }, (_, at) => plugin.create(urnOf("LvSnapshot", `vm${at}`), inputs)),
     );
-    await vi.waitFor(() => expect(running).toHaveBeenCalledTimes(20));
+    await vi.waitFor(() => expect(waiting).toHaveBeenCalledTimes(20));
+    await vi.waitFor(() => expect(running).toHaveBeenCalled());
     await plugin.cancel();
     for (const result of await all) {
       expect(result).toMatchObject({ status: "rejected", reason: { code: grpc.status.ABORTED } });

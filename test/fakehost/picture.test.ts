@@ -1,0 +1,92 @@
+/** A refresh of many resources takes one picture of each host, which tells what looks by themselves tell. */
+import { isDeepStrictEqual } from "node:util";
+import { afterEach, beforeEach, expect, it } from "vitest";
+import { attachUnitName } from "../../provider/linux/attachUnit.js";
+import { exportUnitName } from "../../provider/linux/exportUnit.js";
+import { chain, furnishedWorld } from "./program.js";
+import type { FakeServer } from "./server.js";
+import { Stack } from "./stack.js";
+import type { FakeWorld } from "./world.js";
+
+const chains = [1, 2, 3, 4, 5, 6];
+let world: FakeWorld;
+let stack: Stack;
+beforeEach(async () => {
+  world = await furnishedWorld();
+  stack = new Stack("one");
+  expect((await stack.up(chains.flatMap((n) => chain(world, {}, n)))).errors).toEqual([]);
+});
+afterEach(() => world.close());
+
+/** What a refresh tells and keeps; the stack stays as it was. */
+async function refreshed() {
+  const kept = new Map(stack.kept);
+  const began = world.commands.length;
+  stack.warnings.length = 0;
+  const { errors, did } = await stack.refresh();
+  const states = [...stack.kept].map(([name, { state }]) => [name, state]);
+  stack.kept.clear();
+  for (const [name, one] of kept) stack.kept.set(name, one);
+  const commands = world.commands.slice(began);
+  const on = (server: FakeServer) => commands.filter((command) => command.server === server).length;
+  const told = { errors, did: Object.fromEntries(did), states, warnings: [...stack.warnings].sort() };
+  return { told, commands: world.servers.map(on) };
+}
+
+/** Somebody else's hands, on several chains at once. */
+const hands: Readonly<Record<string, () => void>> = {
+  nobody: () => undefined,
+  "who kills": () => {
+    world.server1.kill(exportUnitName("vm1-1"));
+    world.server2.kill(attachUnitName("vm1-2"));
+  },
+  "who edits and removes units": () => {
+    world.server2.files.append(`/etc/systemd/system/${attachUnitName("vm1-1")}`, "# edited\n");
+    world.server1.files.remove(`/etc/systemd/system/${exportUnitName("vm1-2")}`);
+    world.server1.files.remove(`/etc/systemd/system/multi-user.target.wants/${exportUnitName("vm1-3")}`);
+  },
+  "who removes all of a chain": () => {
+    for (const [server, unit] of [
+      [world.server1, exportUnitName("vm1-4")],
+      [world.server2, attachUnitName("vm1-4")],
+    ] as const) {
+      server.kill(unit);
+      server.files.remove(`/etc/systemd/system/${unit}`);
+      server.files.remove(`/etc/systemd/system/multi-user.target.wants/${unit}`);
+      server.reboot();
+    }
+  },
+  "who fills and renames snapshots": () => {
+    const [first, second] = world.server1.lvm
+      .all()
+      .flatMap(({ volume }) => (volume.origin === undefined ? [] : [volume]));
+    if (first === undefined || second === undefined) throw new Error("there are no snapshots");
+    first.usedPercent = 100;
+    world.server1.lvm.rename("VgVm", second, "elsewhere");
+  },
+};
+
+it.each(Object.entries(hands))("after %s", async (_who, acts) => {
+  acts();
+  await world.settle();
+  for (const { systemd } of world.servers) systemd.lists = false;
+  const alone = await refreshed();
+  for (const { systemd } of world.servers) systemd.lists = true;
+  const pictured = await refreshed();
+  expect(pictured.told).toEqual(alone.told);
+  // Which machine it is, and the picture.
+  expect(pictured.commands).toEqual([2, 2]);
+  expect(alone.commands[0]).toBeGreaterThan(chains.length);
+});
+
+it("what the picture does not tell is looked at by itself", async () => {
+  const before = (await refreshed()).told;
+  const { machine } = world.server1;
+  const lvs = machine.tools.get("lvs");
+  if (lvs === undefined) throw new Error("there is no lvs");
+  let failures = 0;
+  machine.tools.set("lvs", (process) => (failures++ === 0 ? 5 : lvs(process)));
+  const { told, commands } = await refreshed();
+  expect(isDeepStrictEqual(told, before)).toBe(true);
+  expect([failures, commands]).toEqual([2, [3, 2]]);
+});
