@@ -96,6 +96,17 @@ describe.each([
     expect(warnings).toBe("");
   });
 
+  it("is refreshed by one look at each host, as by looks at each thing", async () => {
+    const types = ["LvSnapshot", "NbdExport", "NbdAttachment"] as const;
+    const states = () => types.map((type) => ({ ...stack.state(type, "vm1"), usedPercent: undefined }));
+    const before = states();
+    const began = stack.commands.length;
+    await stack.refreshAll();
+    expect(states()).toEqual(before);
+    const hosts = stack.commands.slice(began).map(({ host }) => host);
+    expect(hosts.sort()).toEqual([lab.server1, lab.server2].map(({ name }) => name));
+  });
+
   it("adopts what a create left whose answer was lost, and changes nothing", async () => {
     const again = new LabStack(`${server}-${source}`, door);
     try {

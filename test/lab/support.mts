@@ -52,6 +52,7 @@ export class LabStack {
   /** Every command that reached a host, with what it said it was. */
   readonly commands: (RemoteCommand & { readonly host: string })[] = [];
   readonly #pool = createHostPool();
+  /** By this operation. */
   readonly #opened = new Map<Host, Host>();
   readonly #environment: Environment;
   readonly #states = new Map<string, Values>();
@@ -108,6 +109,7 @@ export class LabStack {
   }
 
   async up(type: TypeName, resource: string, args: Values): Promise<Outcome> {
+    this.#begin();
     const key = `${type} ${resource}`;
     const served = await this.#served(type, resource);
     const wanted = await this.checked(type, resource, args);
@@ -132,8 +134,29 @@ export class LabStack {
     return { did: "replaced", state, changes };
   }
 
+  /** Each operation of Pulumi is a process of its own, which knows of no look of another one. */
+  #begin(): void {
+    this.#opened.clear();
+  }
+
+  /** Reads all, as a refresh does, and keeps what it saw. */
+  async refreshAll(): Promise<void> {
+    this.#begin();
+    await Promise.all(
+      [...this.#states.keys()].map((key) => {
+        const [type, resource] = key.split(" ") as [TypeName, string];
+        return this.#refresh(type, resource);
+      }),
+    );
+  }
+
   /** Reads, as a refresh does, and keeps what it saw; `undefined` when the resource is gone. */
   async refresh(type: TypeName, resource: string): Promise<Values | undefined> {
+    this.#begin();
+    return this.#refresh(type, resource);
+  }
+
+  async #refresh(type: TypeName, resource: string): Promise<Values | undefined> {
     const seen = await this.#read(type, resource);
     if (seen === undefined) this.#states.delete(`${type} ${resource}`);
     else this.#states.set(`${type} ${resource}`, seen);
@@ -142,6 +165,7 @@ export class LabStack {
 
   /** The properties in which the world differs from the kept state, the fill level aside. */
   async drifted(type: TypeName, resource: string): Promise<string[]> {
+    this.#begin();
     const kept = this.state(type, resource);
     const seen = await this.#read(type, resource);
     if (seen === undefined) return ["absent"];
@@ -155,6 +179,7 @@ export class LabStack {
   }
 
   async destroy(type: TypeName, resource: string): Promise<void> {
+    this.#begin();
     await (await this.#served(type, resource)).remove(this.state(type, resource));
     this.#states.delete(`${type} ${resource}`);
   }
