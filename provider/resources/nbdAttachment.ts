@@ -40,7 +40,7 @@ import {
 } from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
 import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
-import type { RemoteCommand } from "../ssh/types.js";
+import type { Host, RemoteCommand } from "../ssh/types.js";
 import { observeAttachmentScript } from "./attachmentLook.js";
 import { absent, picturedUnit } from "./hostPicture.js";
 import { asking, clientTlsInput, tlsProblems, tlsRecordShape } from "./tls.js";
@@ -370,13 +370,13 @@ done
 # A unit whose file was deleted may run all the same.
 [ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || systemctl stop "$unit" || exit 1
 if busy; then echo "$device is in use" >&2; exit 75; fi
+if [ -e "$file" ]; then is_new=; else is_new=new; fi
 while [ $# -gt 0 ]; do install_file "$1" "$2" || exit 1; shift 2; done
 udevadm control --reload || exit 1
 install_file "$file" "$new" && rm -rf "$file.d" || exit 1
 modprobe nbd || exit 1
 fail() { echo "$1" >&2; last_words "$unit" 15; exit 70; }
-# enable reloads systemd's view of the units as well
-systemctl enable --quiet "$unit" && systemctl start "$unit" || fail "the unit did not start"
+systemctl enable --quiet --no-reload "$unit" && read_anew "$unit" "$is_new" && systemctl start "$unit" || fail "the unit did not start"
 size=$(( $(cat "$sys/size") * 512 ))
 [ "$size" = "$expected" ] || fail "the device has $size bytes, the export $expected"
 timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 || fail "no sector could be read"
@@ -465,12 +465,17 @@ async function attachFree(
   sizeBytes: number,
 ): Promise<void> {
   const fixed = wanted.device ?? current;
-  for (const device of fixed === undefined ? await freeDevices(context) : [fixed]) {
+  const claims = claimsOn(context.host);
+  for (const device of unclaimed(fixed === undefined ? await freeDevices(context) : [fixed], claims)) {
+    const claim = claims.has(device) ? undefined : device;
+    claims.add(device);
     context.progress(`attaching ${nbdUri(endpoint(wanted))} as ${device}`);
     try {
       const outcome = await apply(context, planOf(wanted, device), sizeBytes, current, seen);
       if (outcome === "attached") return;
+      if (claim !== undefined) claims.delete(claim);
     } catch (error) {
+      if (claim !== undefined) claims.delete(claim);
       // What does not connect is not left behind: it would keep trying on a host nobody looks at.
       // An attachment that was there before stays: its unit goes on trying, and the next up goes on from it.
       if (
@@ -496,8 +501,33 @@ async function attachFree(
   });
 }
 
+/** Devices that this process attaches, or has attached, by host: all who look at once see the same ones free. */
+const claimed = new WeakMap<Host, Set<string>>();
+
+function claimsOn(host: Host): Set<string> {
+  const claims = claimed.get(host) ?? new Set();
+  claimed.set(host, claims);
+  return claims;
+}
+
+/** Those that are claimed by then come last: they may be free again. */
+function* unclaimed(devices: readonly string[], claims: ReadonlySet<string>): Generator<string> {
+  const left = new Set(devices);
+  while (left.size > 0) {
+    const device = [...left].find((one) => !claims.has(one)) ?? [...left][0];
+    if (device === undefined) return;
+    left.delete(device);
+    yield device;
+  }
+}
+
 async function freeDevices(context: Context): Promise<string[]> {
-  const command: RemoteCommand = { argv: script(candidatesScript), kind: "read", deadlineSeconds: 60 };
+  const command: RemoteCommand = {
+    argv: script(candidatesScript),
+    kind: "read",
+    deadlineSeconds: 60,
+    shared: { oldestSeconds: 0 },
+  };
   const result = await succeed(context, command, "the NBD devices could not be listed");
   return parseOutput(context, command, result, (stdout) =>
     stdout
@@ -589,6 +619,7 @@ async function takeDown(
     deadlineSeconds: 240,
   };
   const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
+  if (device !== undefined && result.exitCode === 0) claimsOn(context.host).delete(device);
   if (result.exitCode === 75)
     throw heldError(context, device ?? "", parseOutput(context, command, result, parseHolders));
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);

@@ -1,6 +1,7 @@
 /** Many operations at once against the same servers, their commands interleaved at every step, in many orders. */
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { isLvmNbdError } from "../../provider/core/errors.js";
+import { hostCommandOf } from "../../provider/core/hostCommands.js";
 import {
   before,
   chain,
@@ -121,4 +122,16 @@ describe.each(seeds)("in order %i", (seed) => {
       expect(world.servers.flatMap(ours)).toEqual([]);
     },
   );
+});
+
+it("attachments that are made at once are tried with a device of their own each", async () => {
+  const stack = new Stack("one");
+  const numbers = [1, 2, 3, 4, 5, 6];
+  expect((await stack.up(numbers.flatMap((n) => chain(world, {}, n)))).errors).toEqual([]);
+  const tried = stack.commands.filter(({ argv }) => hostCommandOf(argv)?.name === "apply-attachment");
+  expect(tried).toHaveLength(numbers.length);
+  // Those of one that is gone are free again.
+  expect((await stack.up(numbers.slice(1).flatMap((n) => chain(world, {}, n)))).errors).toEqual([]);
+  expect((await stack.up(numbers.flatMap((n) => chain(world, {}, n)))).errors).toEqual([]);
+  await expectConverged(world, [{ stack, program: numbers.flatMap((n) => chain(world, {}, n)) }]);
 });

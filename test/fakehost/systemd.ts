@@ -154,7 +154,7 @@ export class FakeSystemd {
     const unit = this.unit(name);
     switch (verb) {
       case "enable":
-        return yield* this.enable(process, name);
+        return yield* this.enable(process, name, !options.includes("--no-reload"));
       case "disable":
         if (this.onDisk(name) === undefined) {
           process.err(`Failed to disable unit: Unit file ${name} does not exist.\n`);
@@ -220,7 +220,7 @@ export class FakeSystemd {
     return 0;
   }
 
-  private *enable(process: Process, name: string): Running<number> {
+  private *enable(process: Process, name: string, reloads: boolean): Running<number> {
     const text = this.onDisk(name);
     if (text === undefined) {
       process.err(`Failed to enable unit: Unit file ${name} does not exist.\n`);
@@ -235,7 +235,7 @@ export class FakeSystemd {
         this.machine.files.link(`${folder}/${name}`, link);
       yield process.wait({});
     }
-    this.reload();
+    if (reloads) this.reload();
     return 0;
   }
 
