@@ -74,6 +74,28 @@ give_up() {
 /** Seconds that `give_up` takes: the lock, and the stop of an export (10 s). */
 export const giveUpSeconds = 150;
 
+/**
+ * Shell function, with `unitFunctions`. `reload_units`: systemd has seen what was done before this was called. Who was waiting while
+ * another read all units anew, which costs it most of a change, and then a second one did, has been seen by that: it counts those that
+ * have ended. Without the lock of the units.
+ */
+export const reloadFunction = `
+reloads() { if [ -e /run/lvm-nbd.reloads ]; then cat /run/lvm-nbd.reloads; else echo 0; fi; }
+reload_units() {
+  exec 9>&-
+  before=$(reloads) || return
+  ${openLock(7, "/run/lvm-nbd-reload.lock")} && flock -w 120 7 || { echo "systemd reads its units for more than 120 s" >&2; return 1; }
+  now=$(reloads) || return
+  if [ "$now" -lt "$((before + 2))" ]; then
+    systemctl daemon-reload && echo "$((now + 1))" >/run/lvm-nbd.reloads.new && mv -fT /run/lvm-nbd.reloads.new /run/lvm-nbd.reloads || return
+  fi
+  exec 7>&-
+}
+`;
+
+/** On one host: enough to share a reload. */
+export const removedAtOnce = 4;
+
 /** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */
 export const endUnitFunction = `
 end_unit() {

@@ -10,7 +10,7 @@ import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, plainName, readableBy, refusing, replaces, secret } from "../core/inputs.js";
 import { declareInstead, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
-import { serially } from "../core/serial.js";
+import { atMost, serially } from "../core/serial.js";
 import {
   type AttachPlan,
   attachCertificates,
@@ -39,7 +39,14 @@ import {
   type SeenCertificates,
 } from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
-import { changedMeanwhile, endUnitFunction, expectedMarks, unitFunctions } from "../linux/unitScript.js";
+import {
+  changedMeanwhile,
+  endUnitFunction,
+  expectedMarks,
+  reloadFunction,
+  removedAtOnce,
+  unitFunctions,
+} from "../linux/unitScript.js";
 import type { Host, RemoteCommand } from "../ssh/types.js";
 import { observeAttachmentScript } from "./attachmentLook.js";
 import { absent, picturedUnit } from "./hostPicture.js";
@@ -583,7 +590,7 @@ function heldError(context: Context, device: string, holders: readonly string[])
 const takeDownScript = hostScript(
   "take-down-attachment",
   "change",
-  `${unitFunctions}${endUnitFunction}${tidyFunction}${certificatesFunctions}
+  `${unitFunctions}${endUnitFunction}${reloadFunction}${tidyFunction}${certificatesFunctions}
 unit=$1 file=/etc/systemd/system/$1 seen=$2 device=$3 path=$5 folders=$6
 lock
 guard "$file" "$seen"
@@ -593,7 +600,7 @@ if [ -b "$device" ]; then
 fi
 end_unit "$unit" "$file" || exit 1
 rm -f "$path" && rm -rf "$file.d" && tidy "$file" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
-udevadm control --reload && systemctl daemon-reload || exit 1
+udevadm control --reload && reload_units || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
 `,
@@ -618,7 +625,9 @@ async function takeDown(
     kind: "change",
     deadlineSeconds: 240,
   };
-  const result = await serially(context.host, "nbd", () => context.host.run(command, context.signal));
+  const result = await atMost(context.host, "removed attachments", removedAtOnce, () =>
+    context.host.run(command, context.signal),
+  );
   if (device !== undefined && result.exitCode === 0) claimsOn(context.host).delete(device);
   if (result.exitCode === 75)
     throw heldError(context, device ?? "", parseOutput(context, command, result, parseHolders));

@@ -13,6 +13,7 @@ import { commonInputs, refusing, replaces, secret, triggersInput } from "../core
 import { declareInstead, digest, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
 import { writingAmong } from "../core/restoreMark.js";
+import { atMost } from "../core/serial.js";
 import { clientProblem, isAnyAddress, isLoopback } from "../linux/addresses.js";
 import {
   askedUri,
@@ -39,7 +40,15 @@ import {
   lookAtImageFunction,
 } from "../linux/imageFile.js";
 import { listenersOn, parseListeners } from "../linux/listeners.js";
-import { canServe, defaultPort, nbdServers, nbdUri, pathOf, type Served } from "../linux/nbd.js";
+import {
+  canServe,
+  defaultPort,
+  type NbdServer,
+  nbdServers,
+  nbdUri,
+  pathOf,
+  type Served,
+} from "../linux/nbd.js";
 import { missingFunction, missingPrograms } from "../linux/programs.js";
 import { hasDropIns, parseShow, type UnitProperties } from "../linux/systemd.js";
 import {
@@ -69,6 +78,8 @@ import {
   expectedMarks,
   giveUpSeconds,
   provenOnly,
+  reloadFunction,
+  removedAtOnce,
   unitFunctions,
 } from "../linux/unitScript.js";
 import { serverOf } from "../ssh/config.js";
@@ -811,6 +822,12 @@ function hasTls(plan: ExportPlan): plan is ExportPlan & { readonly tls: TlsRecor
   return plan.tls !== undefined;
 }
 
+/**
+ * On one host. The first are served, and can be attached elsewhere, while others wait; all at once would end together. nbd-server itself
+ * takes its time to begin.
+ */
+const startedAtOnce: Readonly<Record<NbdServer, number>> = { nbdkit: 2, "qemu-nbd": 2, "nbd-server": 8 };
+
 async function writeUnit(
   context: Context,
   plan: ExportPlan,
@@ -841,7 +858,9 @@ async function writeUnit(
     // Twice the lock (120 s), the stop and the start (120 s), and the first answer of a slow server.
     deadlineSeconds: 600 + clientsProofSeconds,
   };
-  const result = await context.host.run(command, context.signal);
+  const result = await atMost(context.host, plan.server, startedAtOnce[plan.server], () =>
+    context.host.run(command, context.signal),
+  );
   if (result.exitCode === 0) return warnOfClients(context, result);
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode === provenOnly) throw couldNotEnable(context, command, result);
@@ -932,14 +951,13 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
 const takeDownScript = hostScript(
   "take-down-export",
   "change",
-  `${unitFunctions}${endUnitFunction}${certificatesFunctions}
+  `${unitFunctions}${endUnitFunction}${reloadFunction}${certificatesFunctions}
 unit=$1 conf=$2 seen=$3 folders=$4 file=/etc/systemd/system/$1
 lock
 guard "$file" "$seen"
 end_unit "$unit" "$file" || exit 1
 rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
-exec 9>&-
-systemctl daemon-reload || exit 1
+reload_units || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
 `,
@@ -957,7 +975,9 @@ async function takeDown(
     kind: "change",
     deadlineSeconds: 180,
   };
-  const result = await context.host.run(command, context.signal);
+  const result = await atMost(context.host, "removed exports", removedAtOnce, () =>
+    context.host.run(command, context.signal),
+  );
   if (result.exitCode === 0) return;
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");

@@ -5,6 +5,7 @@
 import { createHash } from "node:crypto";
 import { unlessCancelled } from "../core/cancel.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { type Queue, queueOf } from "../core/serial.js";
 import { displayCommand } from "./command.js";
 import { hostName, type ResolvedHost, resolveHost } from "./config.js";
 import { Connection, DialFailed, LinkLost } from "./connection.js";
@@ -164,26 +165,6 @@ class PooledHost implements Host {
     }
     return isLvmNbdError(error) ? error.with({ host: this.name }) : error;
   }
-}
-
-type Queue = <T>(work: () => Promise<T>) => Promise<T>;
-
-/** Does so many works at once; the others wait for their turn. */
-function queueOf(most: number): Queue {
-  let busy = 0;
-  const waiting: (() => void)[] = [];
-  return async (work) => {
-    if (busy >= most) await new Promise<void>((resolve) => waiting.push(resolve));
-    else busy++;
-    try {
-      return await work();
-    } finally {
-      // Whoever waits longest takes over the place.
-      const next = waiting.shift();
-      if (next === undefined) busy--;
-      else next();
-    }
-  };
 }
 
 function sleep(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {

@@ -1,5 +1,5 @@
 import { expect, it } from "vitest";
-import { serially } from "../../provider/core/serial.js";
+import { atMost, serially } from "../../provider/core/serial.js";
 
 it("runs work of one key in the order asked for, also after a failure", async () => {
   const host = {};
@@ -20,4 +20,28 @@ it("runs work of one key in the order asked for, also after a failure", async ()
   await expect(first).rejects.toThrow("failed");
   await second;
   expect(log).toEqual(["other key", "other host", "first", "second"]);
+});
+
+it("runs so many at once, and those that wait in the order in which they came", async () => {
+  const host = {};
+  const begun: number[] = [];
+  const ends: (() => void)[] = [];
+  const works = [1, 2, 3, 4].map((n) =>
+    atMost(host, "units", 2, async () => {
+      begun.push(n);
+      await new Promise<void>((resolve) => ends.push(resolve));
+      if (n === 1) throw new Error("failed");
+    }).catch(String),
+  );
+  const turn = () => new Promise((resolve) => setImmediate(resolve));
+  await turn();
+  expect(begun).toEqual([1, 2]);
+  ends[0]?.();
+  await turn();
+  expect(begun).toEqual([1, 2, 3]);
+  ends[2]?.();
+  await turn();
+  for (const end of ends) end();
+  expect(await Promise.all(works)).toEqual(["Error: failed", undefined, undefined, undefined]);
+  expect(begun).toEqual([1, 2, 3, 4]);
 });
