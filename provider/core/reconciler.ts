@@ -278,7 +278,8 @@ async function removeOnce(
   context: Context,
   state: CommonInputs,
 ): Promise<void> {
-  const look = () => machine.look(context, () => type.observe(context, state));
+  const looking = { ...context, forRemoval: true };
+  const look = () => machine.look(looking, () => type.observe(looking, state));
   const seen = await look();
   if (seen === undefined) return;
   if (!isOurs(type, seen, state, state)) {

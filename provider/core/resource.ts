@@ -45,6 +45,8 @@ export interface Context {
   readonly signal: AbortSignal;
   /** How old the answer of a look may be that was given to another resource, for what only tells how the host is. Default: 0. */
   readonly recentSeconds?: number;
+  /** True where a thing is looked at only to be removed: how well it works need not be found out. */
+  readonly forRemoval?: boolean;
   /** A short line on what is being done now. */
   progress(message: string): void;
   /** Something a person should know though nothing failed. */

@@ -4,10 +4,13 @@ import { emitFunctions } from "../linux/fields.js";
 import { certificatesFunctions } from "../linux/tls.js";
 import { unitFunctions } from "../linux/unitScript.js";
 
-/** Shell function, beside `emitFunctions`, `unitFunctions` and `certificatesFunctions`. `look_at_attachment UNIT PATH` prints its fields. */
+/**
+ * Shell function, beside `emitFunctions`, `unitFunctions` and `certificatesFunctions`. `look_at_attachment UNIT PATH [for-removal]`
+ * prints its fields.
+ */
 export const lookAtAttachmentFunction = `
 look_at_attachment() {
-  unit=$1 path=$2 file=/etc/systemd/system/$1
+  unit=$1 path=$2 purpose=\${3-} file=/etc/systemd/system/$1
   cd /etc/systemd/system || exit 1
   if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
   if [ -L "$file" ]; then emit linked yes; fi
@@ -39,20 +42,20 @@ look_at_attachment() {
     emit size "$(cat "$sys/size")"
     emit ro "$(cat "$sys/ro")"
     if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
-    if [ "$(cat "$sys/size")" != 0 ]; then
+    if [ -z "$purpose" ] && [ "$(cat "$sys/size")" != 0 ]; then
       emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
     fi
   fi
 }
 `;
 
-/** Arguments: the unit, its stable path. */
+/** Arguments: those of `look_at_attachment`. */
 export const observeAttachmentScript = hostScript(
   "observe-attachment",
   "observe",
   `${emitFunctions}${unitFunctions}${certificatesFunctions}${lookAtAttachmentFunction}
-look_at_attachment "$1" "$2"
+look_at_attachment "$@"
 emit end ""
 `,
-  ["unit", "path"],
+  ["unit", "path", "many:word"],
 );

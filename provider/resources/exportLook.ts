@@ -6,10 +6,10 @@ import { certificatesFunctions, provenFile } from "../linux/tls.js";
 import { unitFunctions } from "../linux/unitScript.js";
 import { clientsLookFunctions, clientsProof } from "./clientsProof.js";
 
-/** Shell functions, beside `emitFunctions` and `unitFunctions`. `look_at_export UNIT CONFIG` prints its fields. */
+/** Shell functions, beside `emitFunctions` and `unitFunctions`. `look_at_export UNIT CONFIG [for-removal]` prints its fields. */
 export const lookAtExportFunctions = `${imageGuardFunctions}${lookAtImageFunction}${certificatesFunctions}${clientsLookFunctions}
 look_at_export() {
-  unit=$1 conf=$2 file=/etc/systemd/system/$1
+  unit=$1 conf=$2 purpose=\${3-} file=/etc/systemd/system/$1
   cd /etc/systemd/system || exit 1
   if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
   if [ -L "$file" ]; then emit linked yes; fi
@@ -48,7 +48,7 @@ look_at_export() {
       pid=$(systemctl show -p MainPID --value "$unit")
       [ "$pid" = 0 ] || [ "/proc/$pid/root$(own RealPath "$file")" -ef "$image" ] || emit replaced yes
     fi
-    case $show in *ActiveState=active*)
+    case $purpose:$show in :*ActiveState=active*)
       command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
       emit_output size timeout 15 nbdinfo --size "$uri"
       # A server that does not answer is asked once: each question waits as long.
@@ -61,13 +61,13 @@ look_at_export() {
 }
 `;
 
-/** Arguments: the unit, its configuration's file. */
+/** Arguments: those of `look_at_export`. */
 export const observeExportScript = hostScript(
   "observe-export",
   "observe",
   `${emitFunctions}${unitFunctions}${lookAtExportFunctions}
-look_at_export "$1" "$2"
+look_at_export "$@"
 emit end ""
 `,
-  ["unit", "record"],
+  ["unit", "record", "many:word"],
 );

@@ -116,3 +116,8 @@ export async function picturedUnit(context: Context, unit: string): Promise<stri
 export async function picturedVolumes(context: Context): Promise<string | undefined> {
   return (await pictureOf(context))?.get("volumes");
 }
+
+/** The last argument of a look at a unit. */
+export function purposeOf({ forRemoval }: Context): string[] {
+  return forRemoval ? ["for-removal"] : [];
+}

@@ -49,7 +49,7 @@ import {
 } from "../linux/unitScript.js";
 import type { Host, RemoteCommand } from "../ssh/types.js";
 import { observeAttachmentScript } from "./attachmentLook.js";
-import { absent, picturedUnit } from "./hostPicture.js";
+import { absent, picturedUnit, purposeOf } from "./hostPicture.js";
 import { asking, clientTlsInput, tlsProblems, tlsRecordShape } from "./tls.js";
 import {
   enable,
@@ -171,7 +171,7 @@ interface Observed {
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = attachUnitName(wanted.name);
   const command: RemoteCommand = {
-    argv: script(observeAttachmentScript, unit, attachPath(wanted.name)),
+    argv: script(observeAttachmentScript, unit, attachPath(wanted.name), ...purposeOf(context)),
     kind: "read",
     // A read through a dead link cannot be stopped before the kernel's own timeout has passed.
     deadlineSeconds: 60 + wanted.timeoutSeconds,

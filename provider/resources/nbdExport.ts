@@ -93,7 +93,7 @@ import {
   warnOfClients,
 } from "./clientsProof.js";
 import { observeExportScript } from "./exportLook.js";
-import { absent, picturedUnit } from "./hostPicture.js";
+import { absent, picturedUnit, purposeOf } from "./hostPicture.js";
 import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
 import {
@@ -267,7 +267,7 @@ interface Observed {
 async function observe(context: Context, wanted: Inputs | State): Promise<Observed | undefined> {
   const unit = exportUnitName(wanted.exportName);
   const command: RemoteCommand = {
-    argv: script(observeExportScript, unit, exportConfigPath(wanted.exportName)),
+    argv: script(observeExportScript, unit, exportConfigPath(wanted.exportName), ...purposeOf(context)),
     kind: "read",
     deadlineSeconds: 90,
   };

@@ -1,4 +1,4 @@
-/** A refresh of many resources takes one picture of each host, which tells what looks by themselves tell. */
+/** How much is looked at: a refresh of many resources takes one picture of each host, which tells what looks by themselves tell. */
 import { isDeepStrictEqual } from "node:util";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { attachUnitName } from "../../provider/linux/attachUnit.js";
@@ -89,4 +89,18 @@ it("what the picture does not tell is looked at by itself", async () => {
   const { told, commands } = await refreshed();
   expect(isDeepStrictEqual(told, before)).toBe(true);
   expect([failures, commands]).toEqual([2, [3, 2]]);
+});
+
+it("what is looked at to be removed is not read", async () => {
+  const programs = new Map<string, number>();
+  world.hooks = {
+    step: (_command, { argv: [program = ""] }) => programs.set(program, (programs.get(program) ?? 0) + 1),
+  };
+  const reads = () => ["nbdinfo", "nbdcopy", "dd"].map((program) => programs.get(program) ?? 0);
+  expect((await stack.refresh()).errors).toEqual([]);
+  expect(reads().every((count) => count >= chains.length)).toBe(true);
+  programs.clear();
+  expect((await stack.up([])).errors).toEqual([]);
+  expect(programs.get("systemctl")).toBeGreaterThan(chains.length);
+  expect(reads()).toEqual([0, 0, 0]);
 });
