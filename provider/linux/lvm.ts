@@ -94,11 +94,15 @@ export interface LogicalVolume {
   readonly volumeGroupFreeBytes: number;
 }
 
-const row = z.object(
-  Object.fromEntries(reportFields.map((field) => [field, z.string()])) as Record<
-    (typeof reportFields)[number],
-    z.ZodString
-  >,
+type Row = Readonly<Record<(typeof reportFields)[number], string>>;
+
+// Not an object of zod's: that would be a copy of each of many.
+const row = z.custom<Row>(
+  (value) =>
+    typeof value === "object" &&
+    value !== null &&
+    reportFields.every((field) => typeof Reflect.get(value, field) === "string"),
+  "is no row of lvs with all the fields that were asked for",
 );
 const report = z.object({ report: z.array(z.object({ lv: z.array(row) })) });
 
@@ -109,7 +113,7 @@ export function parseLvs(stdout: string): LogicalVolume[] {
   return parsed.report.flatMap(({ lv }) => lv.map(toLogicalVolume));
 }
 
-function toLogicalVolume(lv: z.infer<typeof row>): LogicalVolume {
+function toLogicalVolume(lv: Row): LogicalVolume {
   const roles = lv.lv_role.split(",");
   const type = lv.lv_attr[0] ?? "-";
   return {
