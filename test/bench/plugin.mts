@@ -38,7 +38,10 @@ function ask<T>(call: (answer: Answer<T>) => unknown): Promise<T> {
 
 /** As its first line has it started. */
 async function startPlugin() {
-  const child = spawn(process.execPath, ["--optimize-for-size", join(root, "dist/plugin.js")], {
+  const program = join(root, "dist/plugin.js");
+  const [interpreter = ""] = readFileSync(program, "utf8").split("\n", 1);
+  // #!/usr/bin/env -S node OPTION...
+  const child = spawn(process.execPath, [...interpreter.split(" ").slice(3), program], {
     stdio: ["pipe", "pipe", "inherit"],
   });
   const port = await firstLine(child);
