@@ -13,8 +13,8 @@ export const provenOnly = 75;
  * section. `guard FILE MARK...`: ends the script with `changedMeanwhile` unless there is no such file or it
  * carries one of the marks ("" for none). `watch FILE [PLAN]`: from now on `same FILE` tells whether it is still the one that is there now;
  * ends the script with `changedMeanwhile` if none is, or one with another record. `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
- * broke has cut it short. `read_anew UNIT new|""`: systemd has the enabled unit as it is on the
- * disk. Reading all units again costs most of what a change does, and a new one it reads by itself; whether it has an older one, a clock
+ * broke has cut it short. `read_anew UNIT new|"" enabled|disabled`: systemd has the unit as it is on
+ * the disk. Reading all units again costs most of what a change does, and a new one it reads by itself; whether it has an older one, a clock
  * that went back would hide.
  * `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
@@ -41,11 +41,9 @@ receive() {
   rm -f "$1"; echo "what was to be written did not arrive whole" >&2; return 1
 }
 read_anew() {
-  if [ "$2" = new ]; then
-    read_show=$(systemctl show -p LoadState -p UnitFileState -p NeedDaemonReload "$1") || return
-    case $read_show in *NeedDaemonReload=yes*) ;; *LoadState=loaded*UnitFileState=enabled*|*UnitFileState=enabled*LoadState=loaded*) return 0;; esac
-  fi
-  systemctl daemon-reload
+  [ "$2" = new ] && [ "$(systemctl show -p LoadState -p NeedDaemonReload -p UnitFileState "$1" | sort)" = "LoadState=loaded
+NeedDaemonReload=no
+UnitFileState=$3" ] || systemctl daemon-reload
 }
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
 `;

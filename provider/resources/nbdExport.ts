@@ -752,12 +752,14 @@ if [ -z "$port" ]; then
 fi
 [ -z "$folder" ] || rm -f "$folder/${provenFile}" || exit 1
 [ -z "$config" ] || mv -fT "$conf.new" "$conf" || exit 1
+if [ -e "$file" ]; then is_new=; else is_new=new; fi
 mv -fT "$file.new" "$file" || exit 1
 watch "$file"
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-# Either reloads systemd's view of the units as well. The one also where links were left of a file that is gone, the other for new ones.
-if [ -z "$port" ]; then systemctl disable --quiet "$unit"; else systemctl enable --quiet "$unit"; fi || exit 1
+# The one also where links were left of a file that is gone. The other has systemd read all units, too.
+if [ -z "$port" ]; then systemctl disable --quiet --no-reload "$unit" && read_anew "$unit" "$is_new" disabled
+else systemctl enable --quiet "$unit"; fi || exit 1
 # What cannot be told now is asked when it serves.
 if [ "$clients" = refuse ] && shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit"); then
   clients_allowed "$shown" "$file"

@@ -9,7 +9,7 @@ import { reloadFunction, unitFunctions } from "../../provider/linux/unitScript.j
 function asked(shown: string, isNew: string): string {
   const text = `${unitFunctions}
 systemctl() { case $1 in show) printf '%s\\n' "$SHOWN";; *) echo "$*";; esac; }
-read_anew vm1.service "$1"`;
+read_anew vm1.service "$1" enabled`;
   return execFileSync("sh", ["-c", text, "sh", isNew], { encoding: "utf8", env: { SHOWN: shown } });
 }
 

@@ -28,6 +28,7 @@ class ExportHost extends ShellHost {
           case "$*" in
           *slice*) cat "$SANDBOX/above" 2>/dev/null;;
           *ActiveState*) cat "$SANDBOX/state";;
+          *LoadState*) printf 'UnitFileState=disabled\\nLoadState=loaded\\nNeedDaemonReload=no\\n';;
           *UnitFileState*) if [ -e "$SANDBOX/enabled" ]; then echo enabled; else echo disabled; fi;;
           *MainPID*) ${atProof || ":"}; echo 7;;
           "show -p Job"*) ;;
@@ -144,7 +145,8 @@ afterEach(() => {
   for (const made of hosts.splice(0)) made.close();
 });
 
-const begun = `disable --quiet ${unit}\nrestart --no-block ${unit}\n`;
+const begun = `disable --quiet --no-reload ${unit}\nrestart --no-block ${unit}\n`;
+const begunAnew = begun.replace("\n", "\ndaemon-reload\n");
 const cutOff = `disable --quiet --now ${unit}\n`;
 const enabled = `enable --quiet ${unit}\n`;
 
@@ -154,7 +156,7 @@ it("an export is started, proven, and only then starts at boot", async () => {
   expect([asked.told("before"), asked.told("jobs")]).toEqual([begun, begun + enabled]);
   // Also where all is known of the host; a server that runs is stopped first.
   expect(await asked.start(["ours", ""])).toMatchObject({ exitCode: 0, stderr: "" });
-  expect(asked.told("jobs")).toBe(begun + enabled + cutOff + begun + enabled);
+  expect(asked.told("jobs")).toBe(begun + enabled + cutOff + begunAnew + enabled);
   expect(asked.told("state")).toBe("active\n");
 });
 
