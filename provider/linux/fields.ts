@@ -14,7 +14,7 @@ export const emitFunctions = `
 emit() {
   case $2 in
   *'
-'*) printf '%s ' "$1"; printf '%s' "$2" | base64 -w0; echo;;
+'*) printf '%s ' "$1"; printf '%s' "$2" | base64 -w0 || exit 1; echo;;
   *) printf '%s =%s\\n' "$1" "$2";;
   esac
 }

@@ -17,21 +17,23 @@ import { lookAtExportFunctions } from "./exportLook.js";
 const lookingSeconds = 20;
 
 /**
- * `volumes`: what `lvsCommand` prints. `units`: the names of all exports and attachments, also of those that run without a file. By
- * its name, what a unit's own look prints. Left out is what could not be told, or not in time.
+ * `volumes`: what `lvsCommand` prints. `units`: the names of all exports and attachments, also of those that run without a file, of the
+ * root slice, which there always is, and `end`. By its name, what a unit's own look prints. Left out is what could not be told, or not in
+ * time.
  */
 const pictureScript = hostScript(
   "observe-host",
   "observe",
   `${emitFunctions}${unitFunctions}${lookAtExportFunctions}${lookAtAttachmentFunction}
 end=$(( $(date +%s) + ${lookingSeconds} ))
-running=$(systemctl list-units --all --plain --no-legend --no-pager 'lvm-nbd-export-*.service' 'lvm-nbd-attach-*.service') || exit 1
+cd /etc/systemd/system || exit 1
+running=$(systemctl list-units --all --plain --no-legend --no-pager -- -.slice 'lvm-nbd-export-*.service' 'lvm-nbd-attach-*.service') || exit 1
 if seen=$(timeout 30 ${quoteAll(lvsCommand())}); then emit volumes "$seen"; fi
 units=$({
   for file in /etc/systemd/system/lvm-nbd-export-*.service /etc/systemd/system/lvm-nbd-attach-*.service; do
     if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\\n' "\${file##*/}"; fi
   done
-  printf '%s\\n' "$running" | cut -d ' ' -f 1
+  printf '%s\\n' "$running" | cut -d ' ' -f 1 && echo end
 } | sort -u)
 emit units "$units"
 printf '%s\\n' "$units" | while IFS= read -r unit; do
@@ -95,11 +97,21 @@ function read(result: CommandResult): Fields | undefined {
 
 function fieldsOf(stdout: string): Fields | undefined {
   try {
-    return parseFields(stdout);
+    const fields = parseFields(stdout);
+    return namesAll(fields.get("units")?.split("\n") ?? []) ? fields : undefined;
   } catch {
     // As what is missing in it: each look by itself tells what it cannot read.
     return undefined;
   }
+}
+
+/**
+ * Whether what is not among them is not there: a program that was killed or is missing leaves some out, systemctl lists nothing
+ * in a chroot, and one that lists in another way than is asked for names nothing.
+ */
+function namesAll(units: readonly string[]): boolean {
+  const isKnown = (unit: string) => /^(?:lvm-nbd-.*|-\.slice|end)$/.test(unit);
+  return units.includes("end") && units.includes("-.slice") && units.every(isKnown);
 }
 
 /** What the unit's own look would print, `absent`, or `undefined` where it is to be looked at by itself. */

@@ -3,6 +3,7 @@ import { isDeepStrictEqual } from "node:util";
 import { afterEach, beforeEach, expect, it } from "vitest";
 import { attachUnitName } from "../../provider/linux/attachUnit.js";
 import { exportUnitName } from "../../provider/linux/exportUnit.js";
+import type { Tool } from "./machine.js";
 import { chain, furnishedWorld } from "./program.js";
 import type { FakeServer } from "./server.js";
 import { Stack } from "./stack.js";
@@ -103,4 +104,38 @@ it("what is looked at to be removed is not read", async () => {
   expect((await stack.up([])).errors).toEqual([]);
   expect(programs.get("systemctl")).toBeGreaterThan(chains.length);
   expect(reads()).toEqual([0, 0, 0]);
+});
+
+/** The first of those that the picture asks tells nothing. */
+const silent: Readonly<Record<string, (server: FakeServer) => void>> = {
+  "sort that is killed": ({ machine }) => failFirst(machine.tools, "sort"),
+  "cut that is killed": ({ machine }) => failFirst(machine.tools, "cut"),
+  "base64 that is killed": ({ machine }) => failFirst(machine.tools, "base64"),
+  "systemctl that lists nothing": ({ systemd }) => {
+    systemd.lists = "nothing";
+  },
+  "systemctl that lists in another way": ({ systemd }) => {
+    systemd.lists = "with bullets";
+  },
+};
+
+function failFirst(tools: Map<string, Tool>, name: string): void {
+  const tool = tools.get(name);
+  if (tool === undefined) throw new Error(`there is no ${name}`);
+  tools.set(name, () => {
+    tools.set(name, tool);
+    return 137;
+  });
+}
+
+it.each(Object.entries(silent))("a picture by a %s takes nothing for gone", async (_what, spoil) => {
+  // It runs all the same.
+  world.server2.files.remove(`/etc/systemd/system/${attachUnitName("vm1-2")}`);
+  for (const { systemd } of world.servers) systemd.lists = false;
+  const alone = await refreshed();
+  for (const server of world.servers) {
+    server.systemd.lists = true;
+    spoil(server);
+  }
+  expect((await refreshed()).told).toEqual(alone.told);
 });

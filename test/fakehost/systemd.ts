@@ -40,8 +40,8 @@ export class FakeSystemd {
   readonly units = new Map<string, Unit>();
   /** Whether the kernel obeys IPAddressDeny= of what systemd-run starts. */
   filters = true;
-  /** Whether it answers `list-units`. */
-  lists = true;
+  /** Whether, and how, it answers `list-units`. */
+  lists: boolean | "nothing" | "with bullets" = true;
 
   constructor(
     private readonly machine: Machine,
@@ -137,10 +137,12 @@ export class FakeSystemd {
         return this.show(process, rest);
       case "list-units":
         if (!this.lists) return 1;
+        if (this.lists === "nothing") return 0;
+        process.out("-.slice loaded active active Root Slice\n");
         for (const { name, text, state } of this.units.values())
           if (text !== undefined || state !== "inactive")
             process.out(
-              `${name} ${text === undefined ? "not-found" : "loaded"} ${state} ${state} what it is\n`,
+              `${this.lists === true ? "" : "* "}${name} ${text === undefined ? "not-found" : "loaded"} ${state} ${state} what it is\n`,
             );
         return 0;
       case "daemon-reload":
