@@ -99,6 +99,8 @@ class Look {
     this.queue.latest = this;
     if (changes.running === 0) this.#begun = { at: performance.now(), changes: changes.begun };
     const result = await this.host.run(command, this.#stop.signal);
+    // It may pass, as a lock of LVM's does.
+    if (result.exitCode !== 0) this.#failed = true;
     if (this.machine !== undefined && (await this.host.machineId(this.#stop.signal)) !== this.machine)
       this.machine = undefined;
     return result;

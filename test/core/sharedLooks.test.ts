@@ -7,6 +7,7 @@ import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/type
 class SlowHost implements Host {
   readonly name = "server1";
   machine: string | undefined = "one";
+  exitCode = 0;
   readonly running: { end(stdout: string | Error): void; readonly signal: AbortSignal | undefined }[] = [];
   count = 0;
 
@@ -18,7 +19,7 @@ class SlowHost implements Host {
     this.count++;
     return new Promise((resolve, reject) => {
       const end = (stdout: string | Error) =>
-        stdout instanceof Error ? reject(stdout) : resolve({ exitCode: 0, stdout, stderr: "" });
+        stdout instanceof Error ? reject(stdout) : resolve({ exitCode: this.exitCode, stdout, stderr: "" });
       signal?.addEventListener("abort", () => end(new Error("stopped")));
       this.running.push({ end, signal });
     });
@@ -82,6 +83,17 @@ it("what fails is told to all who share it, and the next one asks again", async 
   const asked = [host.run(look(20)), host.run(look(20))].map((one) => one.catch(String));
   await slow.end(new Error("no answer"));
   expect(await Promise.all(asked)).toEqual(["Error: no answer", "Error: no answer"]);
+  const again = told(host.run(look(20)));
+  await slow.end("told");
+  expect(await again).toBe("told");
+});
+
+it("an answer that is a failure serves nobody who asks later", async () => {
+  slow.exitCode = 5;
+  const failed = told(host.run(look(20)));
+  await slow.end("");
+  await failed;
+  slow.exitCode = 0;
   const again = told(host.run(look(20)));
   await slow.end("told");
   expect(await again).toBe("told");
