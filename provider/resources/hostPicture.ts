@@ -14,7 +14,11 @@ import { lookAtAttachmentFunction } from "./attachmentLook.js";
 import { lookAtExportFunctions } from "./exportLook.js";
 
 /** Seconds after which no further unit is looked at: each of those that do not answer takes as long as it may. */
-const lookingSeconds = 20;
+const lookingSeconds = 8;
+/** One that took longer is too old for nearly all who come after it, who would wait for the next one as long. */
+const slowSeconds = 10;
+/** How long a host is not asked for another one then, or after one that timed out. */
+const withoutSeconds = 600;
 
 /**
  * `volumes`: what `lvsCommand` prints. `units`: the names of all exports and attachments, also of those that run without a file, of the
@@ -59,7 +63,7 @@ export const absent = "absent";
 type Fields = ReadonlyMap<string, string>;
 
 const pictures = new WeakMap<CommandResult, Fields | undefined>();
-/** When a host gave none: it is not asked again for a while. */
+/** Until when a host is not asked for one. */
 const without = new WeakMap<object, number>();
 
 /** Codes of a look by one command that looks by themselves may do without. */
@@ -68,8 +72,7 @@ const partial = ["SUDO_DENIED", "COMMAND_TIMED_OUT", "OUTPUT_TOO_LARGE"] as cons
 /** `undefined`: it is not to be had, or something is to be done, for which everything is looked at by itself. */
 async function pictureOf(context: Context): Promise<Fields | undefined> {
   const { host, recentSeconds: oldestSeconds = 0 } = context;
-  const failedAt = without.get(host) ?? Number.NEGATIVE_INFINITY;
-  if (oldestSeconds === 0 || performance.now() - failedAt < oldestSeconds * 1000) return undefined;
+  if (oldestSeconds === 0 || performance.now() < (without.get(host) ?? 0)) return undefined;
   // Of a host that does not tell which machine it is, nothing is kept: everyone would take a picture of his own.
   if ((await host.machineId(context.signal)) === undefined) return undefined;
   const command: RemoteCommand = {
@@ -79,13 +82,16 @@ async function pictureOf(context: Context): Promise<Fields | undefined> {
     maxOutputBytes: 64 * 1024 * 1024,
     shared: { oldestSeconds },
   };
+  const asked = performance.now();
   let picture: Fields | undefined;
   try {
     picture = read(await host.run(command, context.signal));
   } catch (error) {
     if (!isLvmNbdError(error, ...partial)) throw error;
   }
-  if (picture === undefined) without.set(host, performance.now());
+  const now = performance.now();
+  if (now - asked > slowSeconds * 1000) without.set(host, now + withoutSeconds * 1000);
+  else if (picture === undefined) without.set(host, now + oldestSeconds * 1000);
   return picture;
 }
 
