@@ -85,7 +85,9 @@ reload_units() {
   ${openLock(7, "/run/lvm-nbd-reload.lock")} && flock -w 120 7 || { echo "systemd reads its units for more than 120 s" >&2; return 1; }
   now=$(reloads) || return
   if [ "$now" -lt "$((before + 2))" ]; then
-    systemctl daemon-reload && echo "$((now + 1))" >/run/lvm-nbd.reloads.new && mv -fT /run/lvm-nbd.reloads.new /run/lvm-nbd.reloads || return
+    systemctl daemon-reload || return
+    # One that is not counted, as where /run is full, only spares nobody another.
+    if echo "$((now + 1))" >/run/lvm-nbd.reloads.new; then mv -fT /run/lvm-nbd.reloads.new /run/lvm-nbd.reloads; fi
   fi
   exec 7>&-
 }

@@ -61,6 +61,11 @@ wait; [ "$(wc -l <FOLDER/done)" = 6 ]`;
   expect(reloadsOf(many, 7)).toEqual([...whole, ...whole]);
 });
 
+it("where it cannot be counted each reads them by itself", () => {
+  const uncounted = "mkdir /run/lvm-nbd.reloads.new; reload_units && reload_units";
+  expect(reloadsOf(uncounted.replace("/run/", "FOLDER/"))).toEqual([...whole, ...whole]);
+});
+
 it("each that comes after the other reads them by itself, as after one that failed or was killed", () => {
   expect(reloadsOf("reload_units && reload_units && reload_units")).toEqual([...whole, ...whole, ...whole]);
   expect(reloadsOf(": >FOLDER/broken; ! (reload_units) && rm FOLDER/broken && reload_units")).toEqual([
