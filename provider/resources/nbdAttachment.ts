@@ -377,7 +377,9 @@ done
 # A unit whose file was deleted may run all the same.
 [ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || systemctl stop "$unit" || exit 1
 if busy; then echo "$device is in use" >&2; exit 75; fi
-if [ -e "$file" ]; then is_new=; else is_new=new; fi
+# systemd keeps what it has read, also of a file that is gone, until it reads all anew: a removal may have been cut before that.
+is_new=
+if [ ! -e "$file" ] && [ "$(systemctl show -p LoadState --value "$unit")" = not-found ]; then is_new=new; fi
 while [ $# -gt 0 ]; do install_file "$1" "$2" || exit 1; shift 2; done
 udevadm control --reload || exit 1
 install_file "$file" "$new" && rm -rf "$file.d" || exit 1

@@ -2,6 +2,7 @@
 import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { isLvmNbdError } from "../../provider/core/errors.js";
 import { hostCommandOf } from "../../provider/core/hostCommands.js";
+import { attachUnitName } from "../../provider/linux/attachUnit.js";
 import {
   before,
   chain,
@@ -134,4 +135,19 @@ it("attachments that are made at once are tried with a device of their own each"
   expect((await stack.up(numbers.slice(1).flatMap((n) => chain(world, {}, n)))).errors).toEqual([]);
   expect((await stack.up(numbers.flatMap((n) => chain(world, {}, n)))).errors).toEqual([]);
   await expectConverged(world, [{ stack, program: numbers.flatMap((n) => chain(world, {}, n)) }]);
+});
+
+it("one whose removal was cut before systemd had read its units anew is made as it is declared then", async () => {
+  const { systemd, machine, files } = world.server2;
+  const stack = new Stack("one");
+  expect((await stack.up(chain(world))).errors).toEqual([]);
+  const systemctl = machine.tools.get("systemctl");
+  if (systemctl === undefined) throw new Error("there is no systemctl");
+  machine.tools.set("systemctl", (process) => (process.argv[1] === "daemon-reload" ? 1 : systemctl(process)));
+  expect((await stack.up(chain(world).slice(0, 2))).errors).toHaveLength(1);
+  machine.tools.set("systemctl", systemctl);
+  systemd.clockWentBack = true;
+  expect((await stack.up(chain(world, { attachment: { timeoutSeconds: 60 } }))).errors).toEqual([]);
+  const unit = attachUnitName("vm1-1");
+  expect(systemd.units.get(unit)?.text).toBe(files.read(`/etc/systemd/system/${unit}`));
 });

@@ -42,6 +42,8 @@ export class FakeSystemd {
   filters = true;
   /** Whether, and how, it answers `list-units`. */
   lists: boolean | "nothing" | "with bullets" = true;
+  /** The host's clock went back: what was written since looks older than what was read before. */
+  clockWentBack = false;
 
   constructor(
     private readonly machine: Machine,
@@ -205,7 +207,7 @@ export class FakeSystemd {
       ActiveState: unit.state,
       SubState: unit.state,
       UnitFileState: disk === undefined ? "" : this.isEnabled(name) ? "enabled" : "disabled",
-      NeedDaemonReload: unit.text !== disk ? "yes" : "no",
+      NeedDaemonReload: unit.text !== disk && !this.clockWentBack ? "yes" : "no",
       DropInPaths: dropIns.join(" "),
       MainPID: String(unit.mainPid),
       Job: unit.jobs.size === 0 ? "" : "1",
