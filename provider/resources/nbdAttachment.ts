@@ -625,7 +625,8 @@ async function takeDown(
       certificatesFolders(unit),
     ),
     kind: "change",
-    deadlineSeconds: 240,
+    // The lock (120 s), who holds it, the stop (60 s), and the lock of the reload (120 s).
+    deadlineSeconds: 400,
   };
   const result = await atMost(context.host, "removed attachments", removedAtOnce, () =>
     context.host.run(command, context.signal),

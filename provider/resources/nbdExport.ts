@@ -78,8 +78,6 @@ import {
   expectedMarks,
   giveUpSeconds,
   provenOnly,
-  reloadFunction,
-  removedAtOnce,
   unitFunctions,
 } from "../linux/unitScript.js";
 import { serverOf } from "../ssh/config.js";
@@ -752,7 +750,9 @@ if [ -z "$port" ]; then
 fi
 [ -z "$folder" ] || rm -f "$folder/${provenFile}" || exit 1
 [ -z "$config" ] || mv -fT "$conf.new" "$conf" || exit 1
-if [ -e "$file" ]; then is_new=; else is_new=new; fi
+# systemd keeps what it has read, also of a file that is gone, until it reads all anew: a removal may have been cut before that.
+is_new=
+if [ ! -e "$file" ] && [ "$(systemctl show -p LoadState --value "$unit")" = not-found ]; then is_new=new; fi
 mv -fT "$file.new" "$file" || exit 1
 watch "$file"
 if [ -z "$config" ]; then rm -f "$conf"; fi
@@ -953,13 +953,15 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
 const takeDownScript = hostScript(
   "take-down-export",
   "change",
-  `${unitFunctions}${endUnitFunction}${reloadFunction}${certificatesFunctions}
+  `${unitFunctions}${endUnitFunction}${certificatesFunctions}
 unit=$1 conf=$2 seen=$3 folders=$4 file=/etc/systemd/system/$1
 lock
 guard "$file" "$seen"
 end_unit "$unit" "$file" || exit 1
 rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
-reload_units || exit 1
+exec 9>&-
+# At once, and not with others: what systemd still holds would start when its device appears again.
+systemctl daemon-reload || exit 1
 systemctl reset-failed "$unit" 2>/dev/null
 exit 0
 `,
@@ -975,9 +977,10 @@ async function takeDown(
   const command: RemoteCommand = {
     argv: script(takeDownScript, unit, exportConfigPath(exportName), mark, certificatesFolders(unit)),
     kind: "change",
-    deadlineSeconds: 180,
+    // The lock (120 s), the stop (60 s), and the units read anew.
+    deadlineSeconds: 300,
   };
-  const result = await atMost(context.host, "removed exports", removedAtOnce, () =>
+  const result = await atMost(context.host, "removed exports", 2, () =>
     context.host.run(command, context.signal),
   );
   if (result.exitCode === 0) return;

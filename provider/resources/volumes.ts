@@ -207,7 +207,7 @@ export async function holdersOf(context: Context, lv: LogicalVolume): Promise<st
   const holders = await told(context, script(holdersScript, lv.path), lv.path);
   if (holders.length > 0) return holders;
   // udev itself has a device open for a moment after each change.
-  const [now] = identified(await volumes(context), lv);
+  const [now] = identified(await volumes({ ...context, recentSeconds: 0 }), lv);
   return now?.open === true ? ["by a program that has just closed it or is in another namespace"] : [];
 }
 

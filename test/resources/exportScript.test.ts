@@ -28,6 +28,7 @@ class ExportHost extends ShellHost {
           case "$*" in
           *slice*) cat "$SANDBOX/above" 2>/dev/null;;
           *ActiveState*) cat "$SANDBOX/state";;
+          "show -p LoadState --value "*) cat "$SANDBOX/loadState" 2>/dev/null || echo not-found;;
           *LoadState*) printf 'UnitFileState=disabled\\nLoadState=loaded\\nNeedDaemonReload=no\\n';;
           *UnitFileState*) if [ -e "$SANDBOX/enabled" ]; then echo enabled; else echo disabled; fi;;
           *MainPID*) ${atProof || ":"}; echo 7;;
@@ -158,6 +159,13 @@ it("an export is started, proven, and only then starts at boot", async () => {
   expect(await asked.start(["ours", ""])).toMatchObject({ exitCode: 0, stderr: "" });
   expect(asked.told("jobs")).toBe(begun + enabled + cutOff + begunAnew + enabled);
   expect(asked.told("state")).toBe("active\n");
+});
+
+it("what systemd still holds of one that was removed is never started in a new one's place", async () => {
+  const asked = host();
+  asked.set("loadState", "loaded\n");
+  expect(await asked.start()).toMatchObject({ exitCode: 0 });
+  expect(asked.told("jobs")).toBe(begunAnew + enabled);
 });
 
 it("one that is stopped before it was ever proven serves no more", async () => {
