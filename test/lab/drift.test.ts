@@ -1,5 +1,5 @@
 import { afterAll, beforeAll, beforeEach, describe, expect, it } from "vitest";
-import { nextDoor } from "./door.mts";
+import { nextDoor } from "./doorNames.mts";
 import type { Lab } from "./lab.mts";
 import { allowedInto, checksum, freshLab, LabStack, mainPid, makeOrigin } from "./support.mts";
 import { waitFor } from "./wait.mts";

@@ -9,7 +9,7 @@ import { expect } from "vitest";
 import { z } from "zod";
 import type { ErrorCode } from "../../../provider/core/errors.js";
 import { type ChildResult, runChild } from "../child.mts";
-import { type Door, labDoor } from "../door.mts";
+import { type Door, labDoor } from "../doorNames.mts";
 import { GUESTS } from "../image-contents.mts";
 import type { Lab } from "../lab.mts";
 import { ensurePulumi, PulumiStack } from "../pulumi.mts";
