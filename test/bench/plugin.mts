@@ -1,5 +1,5 @@
 /**
- * `node scripts/run.mjs test/bench/plugin.mts`: how long the plugin takes to its first answer, beside a bare Node that starts and ends;
+ * `npm run bench -- plugin`: how long the plugin takes to its first answer, beside a bare Node that starts and ends;
  * and how much memory it has at most while it makes, looks at and removes 1,000 snapshots of a fake host. Prints medians, and writes
  * them to results/plugin.json.
  */

@@ -1,5 +1,5 @@
 /**
- * `npm run bench`: what TLS costs a copy. Each server of NBD exports the same volume of server1, without and with `tls`, by `pulumi up`;
+ * `npm run bench -- tls`: what TLS costs a copy. Each server of NBD exports the same volume of server1, without and with `tls`, by `pulumi up`;
  * server2 reads it whole by `nbdcopy URI null:`, in turns. Prints medians, and writes them to results/tls.json.
  */
 import { writeFileSync } from "node:fs";
