@@ -119,7 +119,7 @@ describe("a snapshot", () => {
 
   it("that finds no space says so and leaves nothing", async () => {
     await lab.server1.run("lvcreate -qq -y -W n -l 100%FREE -n filler VgVm");
-    await expect(stack.up("LvSnapshot", "vm1", snapshot)).rejects.toMatchObject({ code: "NO_SPACE" });
+    await expect(stack.up("LvSnapshot", "vm1", snapshot)).rejects.toThrow("NO_SPACE: ");
     expect(await volumes()).toEqual(["LV-VM1", "filler"]);
     await lab.server1.run("lvremove -qq -f VgVm/filler");
   });
@@ -169,7 +169,7 @@ describe("quiesce", () => {
         "vm1",
         quiesced(`${noted("freeze")}; echo no guest agent >&2; exit 3`, noted("thaw")),
       ),
-    ).rejects.toMatchObject({ code: "QUIESCE_FAILED", message: expect.stringContaining("no guest agent") });
+    ).rejects.toThrow(/QUIESCE_FAILED: [\s\S]*no guest agent/);
     expect(await log()).toEqual(["freeze", "thaw"]);
     expect(await volumes()).toEqual(["LV-VM1"]);
   });
@@ -180,18 +180,16 @@ describe("quiesce", () => {
         ...snapshot,
         quiesce: { freeze: "sleep 300", thaw: noted("thaw"), timeoutSeconds: 2 },
       }),
-    ).rejects.toMatchObject({ code: "QUIESCE_FAILED" });
+    ).rejects.toThrow("QUIESCE_FAILED: ");
     expect(await log()).toEqual(["thaw"]);
     expect(await volumes()).toEqual(["LV-VM1"]);
   });
 
   it("thaws when lvcreate fails", async () => {
     await lab.server1.run("lvcreate -qq -y -W n -l 100%FREE -n filler VgVm");
-    await expect(
-      stack.up("LvSnapshot", "vm1", quiesced(noted("freeze"), noted("thaw"))),
-    ).rejects.toMatchObject({
-      code: "NO_SPACE",
-    });
+    await expect(stack.up("LvSnapshot", "vm1", quiesced(noted("freeze"), noted("thaw")))).rejects.toThrow(
+      "NO_SPACE: ",
+    );
     expect(await log()).toEqual(["freeze", "thaw"]);
     await lab.server1.run("lvremove -qq -f VgVm/filler");
   });
@@ -328,7 +326,7 @@ describe("an attachment", () => {
   /** Neither the detach nor a change that needs one goes through; both name the holder. */
   const detachRefused = async (holder: string) => {
     const failure = await stack.destroy("NbdAttachment", "vm1").catch((error: unknown) => error);
-    expect(failure).toMatchObject({ code: "DEVICE_IN_USE", message: expect.stringContaining(holder) });
+    for (const text of ["DEVICE_IN_USE: ", holder]) expect(String(failure)).toContain(text);
     const changed = stack.up("NbdAttachment", "vm1", { ...attachment(), blockSize: 4096 });
     await refused(changed, "DEVICE_IN_USE", holder);
   };
