@@ -17,6 +17,7 @@ const longest = [
   "lab/inPlace",
   "lab/attacks",
   "lab/configuredHosts",
+  "lab/yaml",
   "lab/restore",
   "lab/secrets",
   "lab/drift",
