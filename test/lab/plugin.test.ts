@@ -10,6 +10,7 @@ import {
   nbdExport,
   output,
   snapshot,
+  vmBackup,
   volumeCopy,
 } from "./faults/fault-stack.mts";
 import type { Lab } from "./lab.mts";
@@ -41,13 +42,14 @@ const volumes = () => on1("lvs --noheadings -o lv_name VgVm | xargs");
 /** The moment that server2 reads. */
 const attached = () => checksum(lab.server2, "/dev/lvm-nbd/vm1-attachment");
 
-/** Changes to LVM's metadata, starts of units, writes of their files, and the link of the device: the same where nothing was touched. */
+/** Changes to LVM's metadata, starts of units, writes of files, and the link of the device: the same where nothing was touched. */
 async function fingerprint(): Promise<string> {
   const unit = (name: string) =>
     `systemctl show -p InvocationID ${name}; stat -c '%n %Y %i' /etc/systemd/system/${name}`;
   const one = on1(`vgs --noheadings -o vg_seqno VgVm; lvs --noheadings -o lv_uuid VgVm; ${unit(exportUnit)}`);
   const link = "ss -Htn state established dport = :10809; cat /sys/block/nbd*/pid";
-  return (await Promise.all([one, on2(`${unit(attachUnit)}; ${link}`)])).join("\n");
+  const files = "find /backup -printf '%p %i %C@\\n' | sort";
+  return (await Promise.all([one, on2(`${unit(attachUnit)}; ${link}; ${files}`)])).join("\n");
 }
 
 beforeAll(async () => {
@@ -220,8 +222,24 @@ describe("a copy", () => {
   });
 });
 
+const backups = (day: number) =>
+  vmBackup("nightly", {}, [{ origin: "LV-VM1", size: "4M" }], {
+    ...{ folder: "/backup", keep: { daily: 2 }, now: `2026-11-0${day}T03:00:00` },
+  });
+
+it("a VM's backups are composed and made, and the next up finds nothing to do", async () => {
+  stack.declare(...(await stack.inputs()), backups(1));
+  (await stack.up()).succeeded("2 created", "7 unchanged");
+  expect(await on2("sha256sum </backup/nightly.VgVm.LV-VM1.2026-11-01.raw | cut -d' ' -f1")).toBe(moment);
+  await stack.isAsDeclared({ composed: 1 });
+});
+
 describe("a stack that moves", () => {
-  const types = async () => new Set([...(await stack.types()).values()].map((type) => type.split(":")[0]));
+  /** Whose the resources are. A component is of the same type in both. */
+  const types = async () => {
+    const resources = [...(await stack.types()).values()].filter((type) => !type.endsWith(":VmBackup"));
+    return new Set(resources.map((type) => type.split(":")[0]));
+  };
   const keepsSecrets = async () => {
     const { clientTls } = (await stack.state()).get("secured") ?? {};
     z.object({ ciphertext: z.string() }).parse(clientTls);
@@ -231,30 +249,30 @@ describe("a stack that moves", () => {
   it("to dynamic resources touches no server", async () => {
     const secured = nbdExport("secured", { device: output("vm1", "path"), port: 10810, tls: true });
     const copy = volumeCopy("copy", "vm1", { file: "/backup/vm1.raw" });
-    stack.declare(...chain({ size: "16M" }), secured, copy);
+    stack.declare(...chain({ size: "16M" }), secured, copy, backups(2));
     const uuid = await uuidOf("vm1");
     // Of what was imported only its mark knows the triggers: it is no other moment.
-    (await stack.up()).succeeded("1 created", "1 updated", "2 deleted");
+    (await stack.up()).succeeded("2 created", "1 updated", "2 deleted");
     expect(await uuidOf("vm1")).toBe(uuid);
     expect(await types()).toEqual(new Set(["lvm-nbd"]));
     before = await fingerprint();
     await keepsSecrets();
     stack.door = "dynamic";
     const preview = await stack.preview();
-    preview.succeeded("5 to update");
-    (await stack.up()).succeeded("5 updated");
+    preview.succeeded("7 to update");
+    (await stack.up()).succeeded("7 updated");
     expect(await types()).toEqual(new Set(["pulumi-nodejs"]));
     await keepsSecrets();
-    await stack.isAsDeclared();
+    await stack.isAsDeclared({ composed: 2 });
     expect(await fingerprint()).toBe(before);
   });
 
   it("and back to the plugin neither", async () => {
     stack.door = "plugin";
-    (await stack.up({ args: ["--expect-no-changes"] })).succeeded("6 unchanged");
+    (await stack.up({ args: ["--expect-no-changes"] })).succeeded("9 unchanged");
     expect(await types()).toEqual(new Set(["lvm-nbd"]));
     await keepsSecrets();
-    await stack.isAsDeclared();
+    await stack.isAsDeclared({ composed: 2 });
     expect(await fingerprint()).toBe(before);
     expect(await attached()).toBe(moment);
   });
@@ -262,7 +280,7 @@ describe("a stack that moves", () => {
 
 it("is removed with all it made, and nothing else", async () => {
   const origin = await checksum(lab.server1, "/dev/VgVm/LV-VM1");
-  (await stack.destroy()).succeeded("6 deleted");
+  (await stack.destroy()).succeeded("9 deleted");
   for (const server of [lab.server1, lab.server2]) expect(await leftovers(server)).toBe("");
   expect(await on2("ls /backup")).toBe("");
   expect(await checksum(lab.server1, "/dev/VgVm/LV-VM1")).toBe(origin);

@@ -254,10 +254,13 @@ export class FaultStack {
     await this.#stack.cancel();
   }
 
-  /** The world is as declared: a refresh sees no drift, and `up` after it has nothing to do. */
-  async isAsDeclared(): Promise<void> {
+  /**
+   * The world is as declared: a refresh sees no drift, and `up` after it has nothing to do. `composed`: how many resources components
+   * made beside what is declared.
+   */
+  async isAsDeclared({ composed = 0 } = {}): Promise<void> {
     const run = await this.up({ refresh: true, args: ["--expect-no-changes"] });
-    run.succeeded(`${this.#resources.length + 1} unchanged`);
+    run.succeeded(`${this.#resources.length + composed + 1} unchanged`);
     expect(run.text).not.toContain("warning:");
   }
 

@@ -1,11 +1,12 @@
 // Declares what the configuration lists: `resources` is a list of { type, name, args, dependsOn?, options? }. A value
 // { "$output": ["NAME", "PROPERTY"] } inside `args` is that output of a resource listed before, { "$env": "NAME" } what the
-// environment has. A VmBackup is told what there is in its folder, and may be told what day it is. LAB_DOOR chooses the
-// door: "plugin", or dynamic resources.
+// environment has. A VmBackup may be told what day it is; that of this language is told what there is in its folder. LAB_DOOR
+// chooses the door: "plugin", or dynamic resources.
 const pulumi = require("@pulumi/pulumi");
 const { listImages, ...own } = require("pulumi-lvm-nbd");
 
-const types = process.env.LAB_DOOR === "plugin" ? { ...own, ...require("./plugin.js") } : own;
+const isPlugin = process.env.LAB_DOOR === "plugin";
+const types = isPlugin ? require("./plugin.js") : own;
 
 const made = new Map();
 
@@ -31,6 +32,7 @@ module.exports = async () => {
   )) {
     const options = { ...more, dependsOn: dependsOn.map((other) => made.get(other)) };
     const known = resolved(args);
-    made.set(name, new types[type](name, type === "VmBackup" ? await backupArgs(known) : known, options));
+    const given = type === "VmBackup" && !isPlugin ? await backupArgs(known) : known;
+    made.set(name, new types[type](name, given, options));
   }
 };

@@ -1,4 +1,4 @@
-// The resources of the plugin, declared as by the SDK that Pulumi generates from the schema.
+// The resources of the plugin, and its components, declared as by the SDK that Pulumi generates from the schema.
 const pulumi = require("@pulumi/pulumi");
 const { resources } = require("pulumi-lvm-nbd/schema.json");
 
@@ -16,6 +16,16 @@ function resourceClass(token, { inputProperties, properties, aliases }) {
   };
 }
 
+function componentClass(token, { properties }) {
+  return class extends pulumi.ComponentResource {
+    constructor(name, args, options) {
+      const outputs = Object.fromEntries(Object.keys(properties).map((property) => [property, undefined]));
+      super(token, name, { ...outputs, ...args }, options, true);
+    }
+  };
+}
+
 for (const [token, resource] of Object.entries(resources)) {
-  if (!resource.isComponent) exports[token.split(":").at(-1)] = resourceClass(token, resource);
+  const declared = resource.isComponent ? componentClass : resourceClass;
+  exports[token.split(":").at(-1)] = declared(token, resource);
 }
