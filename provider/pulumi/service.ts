@@ -5,7 +5,7 @@
 import { isDeepStrictEqual } from "node:util";
 import type * as grpc from "@grpc/grpc-js";
 import type { Composed } from "../core/component.js";
-import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { isLvmNbdError, LvmNbdError, printable } from "../core/errors.js";
 import type { Answer } from "../core/functions.js";
 import type { Environment, Handlers } from "../core/handlers.js";
 import { keptInstead, organizationMissing } from "../core/owner.js";
@@ -435,12 +435,21 @@ function nameOf(request: providerProto.CheckRequest, { name }: Urn, old: unknown
   return autonaming.getMode() === DISABLE ? undefined : (old ?? autonaming.getProposedName());
 }
 
-/** Of a property that is named the engine prints the value, were it a key: then it is named in the text alone. */
+/** Of a property that is named the engine prints the value, were it a key or more than a line: then it is named in the text alone. */
 function failureOf({ property, reason }: Problem, { values, secrets }: Decoded): providerProto.CheckFailure {
   const failure = new providerProto.CheckFailure();
   const nested = property.includes(".");
-  const named = property !== "" && (nested || !holdsSecret(property, values[property], secrets));
+  const value = values[property];
+  const shown = nested || (isLine(value) && !holdsSecret(property, value, secrets));
+  const named = property !== "" && shown;
   failure.setProperty(named ? property : "");
   failure.setReason(named || property === "" ? reason : `${property}: ${reason}`);
   return failure;
+}
+
+/** True if all text in the value stays on its line and drives no terminal. */
+function isLine(value: unknown): boolean {
+  if (typeof value === "string") return !value.includes("\n") && printable(value) === value;
+  if (typeof value !== "object" || value === null) return true;
+  return Object.entries(value).every(([key, inner]) => isLine(key) && isLine(inner));
 }

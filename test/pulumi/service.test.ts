@@ -344,6 +344,24 @@ describe("check", () => {
     ]);
   });
 
+  it.each([
+    ["a line of its own", "a\nerror: b"],
+    ["a sequence for the terminal", "\u001b]0;owned\u0007"],
+    ["a mark that turns what is read", "a\u202eb"],
+    ["one in a list", [{ tag: "\u009b2J" }]],
+    ["one in a key", { "a\rb": 1 }],
+  ])("names a problem in its text alone where the engine would print %s", async (_, size) => {
+    overrides = {
+      check: async () => ({
+        inputs: {},
+        predicted: {},
+        problems: [{ property: "size", reason: "is wrong" }],
+      }),
+    };
+    const { failures } = await plugin.check(urn, { ...base, size });
+    expect(failures).toEqual([{ property: "", reason: "size: is wrong" }]);
+  });
+
   it("refuses an asset where it stands, once", async () => {
     const problems = [{ property: "device", reason: "is required" }];
     overrides = { check: async () => ({ inputs: {}, predicted: {}, problems }) };
