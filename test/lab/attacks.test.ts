@@ -6,6 +6,7 @@ import { exportConfigPath, exportUnitName } from "../../provider/linux/exportUni
 import { nbdServers } from "../../provider/linux/nbd.js";
 import { quote } from "../../provider/ssh/quoting.js";
 import { startFakeServer } from "../ssh/fakeServer.js";
+import { providerProgram } from "./doorNames.mts";
 import { attachment, FaultStack, nbdExport, output, type Run, snapshot } from "./faults/fault-stack.mts";
 import type { Guest, Lab } from "./lab.mts";
 import { checksum, freshLab, makeOrigin } from "./support.mts";
@@ -265,14 +266,14 @@ it("a man in the middle of the SSH port is told by his key, and neither greeted 
 
 /** The most memory, in MiB, that a provider's process of that session ever had so far. */
 function peak(session: number): number {
+  const program = providerProgram[stack.door];
   const peaks = readdirSync("/proc")
     .filter((name) => /^\d+$/.test(name))
     .map((pid) => {
       try {
         const inSession =
           readFileSync(`/proc/${pid}/stat`, "utf8").split(") ")[1]?.split(" ")[3] === String(session);
-        if (!inSession || !readFileSync(`/proc/${pid}/cmdline`, "utf8").includes("dynamic-provider"))
-          return 0;
+        if (!inSession || !readFileSync(`/proc/${pid}/cmdline`, "utf8").includes(program)) return 0;
         return Number(/^VmHWM:\s+(\d+)/m.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1] ?? 0) / 1024;
       } catch {
         // It has ended meanwhile.

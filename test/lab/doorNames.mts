@@ -15,3 +15,9 @@ function chosen(name: string): Door {
 export function nextDoor(door: Door): Door {
   return process.env.LAB_DOOR ? labDoor : (doors.find((other) => other !== door) ?? door);
 }
+
+/** What is in the command line of a provider's process, and in no other's. */
+export const providerProgram: Readonly<Record<Door, string>> = {
+  dynamic: "dynamic-provider",
+  plugin: "pulumi-resource-lvm-nbd",
+};

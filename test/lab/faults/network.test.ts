@@ -3,6 +3,7 @@ import { once } from "node:events";
 import { connect, type Socket } from "node:net";
 import { afterAll, beforeAll, expect, it, vi } from "vitest";
 import { runChild } from "../child.mts";
+import { providerProgram } from "../doorNames.mts";
 import type { Lab } from "../lab.mts";
 import { checksum, checksumSoon, freshLab, leftovers, mainPid, makeOrigin } from "../support.mts";
 import { waitFor } from "../wait.mts";
@@ -339,7 +340,8 @@ it("the provider's process is killed by SIGKILL in the middle of a create: the n
   stack.declare(...base, slow("orphan"));
   const { pid, end } = stack.startUp();
   await inTheMiddle("orphan");
-  const provider = (await family(pid)).findLast(({ command }) => command.includes("dynamic-provider"));
+  const program = providerProgram[stack.door];
+  const provider = (await family(pid)).findLast(({ command }) => command.includes(program));
   expect(provider).toBeDefined();
   process.kill(provider?.pid ?? 0, "SIGKILL");
   const run = await end;
