@@ -9,16 +9,14 @@ declare module "vitest" {
   }
 }
 
-/** The most workers vitest.config.mts allows. */
-const workers = 2;
-
 export default async function setup(project: TestProject): Promise<() => Promise<void>> {
   // Runs may go on beside each other, so each has labs of its own.
   const name = `test-${process.pid}`;
   await labUp({ name, log: (line) => process.stdout.write(`${line}\n`) });
   await labDown(name);
   project.provide("labName", name);
+  const { maxWorkers } = project.vitest.config;
   return async () => {
-    for (let worker = 1; worker <= workers; worker++) await labDown(`${name}-${worker}`);
+    for (let worker = 1; worker <= maxWorkers; worker++) await labDown(`${name}-${worker}`);
   };
 }
