@@ -32,7 +32,8 @@ const pictureScript = hostScript(
 end=$(( $(date +%s) + ${lookingSeconds} ))
 cd /etc/systemd/system || exit 1
 running=$(systemctl list-units --all --plain --no-legend --no-pager -- -.slice 'lvm-nbd-export-*.service' 'lvm-nbd-attach-*.service') || exit 1
-if seen=$(timeout 30 ${quoteAll(lvsCommand())}); then emit volumes "$seen"; fi
+# In a group of its own, which is ended here alone.
+if seen=$(timeout -k 5 30 ${quoteAll(lvsCommand())}); then emit volumes "$seen"; fi
 units=$({
   for file in /etc/systemd/system/lvm-nbd-export-*.service /etc/systemd/system/lvm-nbd-attach-*.service; do
     if [ -e "$file" ] || [ -L "$file" ]; then printf '%s\\n' "\${file##*/}"; fi
