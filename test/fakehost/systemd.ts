@@ -2,7 +2,10 @@
  * A small model of systemd on a fake server: units of ours as they are written to disk, started and kept running.
  * Jobs go on by themselves, as those of process 1 do, whatever happens to the `systemctl` that asked for them.
  */
+import { z } from "zod";
+import { isLoopback } from "../../provider/linux/addresses.js";
 import { isEnforcedElsewhere } from "../../provider/linux/exportUnit.js";
+import { ownDirective } from "../../provider/linux/systemd.js";
 import { clientsProof } from "../../provider/resources/clientsProof.js";
 import { directives } from "../support/units.js";
 import type { Machine, Process, Running, Tool } from "./machine.js";
@@ -245,6 +248,10 @@ export class FakeSystemd {
 
   private mayStartAtBoot(name: string, text: string): boolean {
     if (!name.startsWith("lvm-nbd-export-") || isEnforcedElsewhere(text)) return true;
+    const { listenAddress } = z
+      .object({ listenAddress: z.string() })
+      .parse(JSON.parse(ownDirective(text, "Plan") ?? ""));
+    if (isLoopback(listenAddress)) return true;
     const { files } = this.machine;
     return files.exists(clientsProof) && files.read(clientsProof).startsWith(files.read("/proc/version"));
   }
