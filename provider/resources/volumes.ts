@@ -26,13 +26,14 @@ export async function volumes(context: Context): Promise<readonly LogicalVolume[
     shared: { oldestSeconds: context.recentSeconds ?? 0 },
   };
   const what = "the logical volumes could not be listed";
-  const text =
+  const answer =
     (await picturedVolumes(context)) ??
-    (await succeed(context, command, what, (failed) => lvmFailure(failed.stderr))).stdout;
+    (await succeed(context, command, what, (failed) => lvmFailure(failed.stderr)));
+  const text = typeof answer === "string" ? answer : answer.stdout;
   const { host } = context;
   const last = parsed.get(host);
   if (last?.text === text) return last.all;
-  const all = parseOutput(context, command, text, parseLvs);
+  const all = parseOutput(context, command, answer, parseLvs);
   parsed.set(host, { text, all });
   return all;
 }

@@ -10,7 +10,7 @@ const host = {
   hostKey: "SHA256:47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU",
 };
 
-async function ask(lvs: string, args: object = {}, group: Answer = "  VgVm\n") {
+async function ask(lvs: Answer, args: object = {}, group: Answer = "  VgVm\n") {
   const asked = fakeHost(({ argv }) => (argv[0] === "lvs" ? lvs : group));
   const answer = await askFunction(
     getVolumes,
@@ -63,6 +63,8 @@ describe("the volumes of a host", () => {
 
   it("are an error where LVM's answer cannot be read, and no empty list", async () => {
     await expect(ask("{}")).rejects.toThrow(/OUTPUT_UNREADABLE: getVolumes/);
+    const answer = { stdout: "{}", stderr: "  WARNING: a metadata area is damaged" };
+    await expect(ask(answer)).rejects.toThrow(/metadata area is damaged/);
   });
 
   it("are not asked of what is no group", async () => {
