@@ -16,6 +16,7 @@ export const provenOnly = 75;
  * broke has cut it short. `read_anew UNIT new|"" enabled|disabled`: systemd has the unit as it is on
  * the disk. Reading all units again costs most of what a change does, and a new one it reads by itself; whether it has an older one, a clock
  * that went back would hide.
+ * `boot_links UNIT FILE`: it starts at boot, by all that is to start it; systemd itself only remembers how that was when it read the unit.
  * `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
 export const unitFunctions = `
@@ -44,6 +45,10 @@ read_anew() {
   [ "$2" = new ] && [ "$(systemctl show -p LoadState -p NeedDaemonReload -p UnitFileState "$1" | sort)" = "LoadState=loaded
 NeedDaemonReload=no
 UnitFileState=$3" ] || systemctl daemon-reload
+}
+boot_links() {
+  boot_targets=$(sed -n 's/^WantedBy=//p' "$2") && [ -n "$boot_targets" ] || return 1
+  for boot_target in $boot_targets; do [ -L "/etc/systemd/system/$boot_target.wants/$1" ] || return 1; done
 }
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
 `;

@@ -78,10 +78,12 @@ import {
   expectedMarks,
   giveUpSeconds,
   provenOnly,
+  reloadFunction,
+  removedAtOnce,
   unitFunctions,
 } from "../linux/unitScript.js";
 import { serverOf } from "../ssh/config.js";
-import type { NamedHosts, RemoteCommand } from "../ssh/types.js";
+import type { CommandResult, Host, NamedHosts, RemoteCommand } from "../ssh/types.js";
 import {
   clientsFailure,
   clientsFunctions,
@@ -91,7 +93,7 @@ import {
   warnOfClients,
 } from "./clientsProof.js";
 import { observeExportScript } from "./exportLook.js";
-import { absent, picturedUnit, purposeOf } from "./hostPicture.js";
+import { absent, lookAmongOthers, purposeOf } from "./hostPicture.js";
 import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
 import {
@@ -100,6 +102,7 @@ import {
   isName,
   lookAtUnit,
   readPlan,
+  tellSystemd,
   unitDrift,
   withCertificates,
   writtenMeanwhile,
@@ -245,8 +248,8 @@ interface Observed {
   readonly contentSizeBytes: number | undefined;
   /** Why the image may not be served as it is now, in a sentence. */
   readonly imageProblem: string | undefined;
-  /** False if a boot would not start it whenever its device appears. */
-  readonly wanted: boolean;
+  /** A boot starts it, whenever its device appears: by the links on the disk. systemd itself shows what it read when it last read all. */
+  readonly boots: boolean;
   readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
   /** `undefined` without TLS, and where they are not what the unit was made with. */
   readonly certificates: (SeenCertificates & { readonly client: ClientTls }) | undefined;
@@ -269,13 +272,9 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     kind: "read",
     deadlineSeconds: 90,
   };
-  const pictured = await picturedUnit(context, unit);
-  if (pictured === absent) return undefined;
-  const result =
-    pictured ??
-    (await lookAtUnit(context, command, unit, ({ exitCode }) =>
-      exitCode === 127 ? "PROGRAM_MISSING" : undefined,
-    ));
+  const missing = ({ exitCode }: CommandResult) => (exitCode === 127 ? "PROGRAM_MISSING" : undefined);
+  const result = await lookAmongOthers(context, unit, () => lookAtUnit(context, command, unit, missing));
+  if (result === absent) return undefined;
   const reachedBy = serverOf(wanted.host, context.namedHosts);
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout), reachedBy));
 }
@@ -293,7 +292,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
           edited: true,
           fileGone: true,
           show,
-          wanted: false,
+          boots: false,
           contentSizeBytes: undefined,
           imageProblem: undefined,
           probe: undefined,
@@ -324,7 +323,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
       hasDropIns(show),
     fileGone: false,
     show,
-    wanted: !fields.has("unwanted"),
+    boots: fields.has("boots"),
     contentSizeBytes: contentSize(plan, fields),
     imageProblem: plan && "file" in plan ? problemOfServed(plan, fields) : undefined,
     probe: Number.isSafeInteger(size)
@@ -471,11 +470,7 @@ function stateOf(seen: Observed, elsewhere: boolean): State["state"] {
   if (seen.imageProblem !== undefined) return "notServing";
   if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
   if (needsProof(seen.plan, seen, elsewhere)) return "unproven";
-  return isEnabled(seen) ? "serving" : "disabled";
-}
-
-function isEnabled({ show, wanted }: Observed): boolean {
-  return show.UnitFileState === "enabled" && wanted;
+  return seen.boots ? "serving" : "disabled";
 }
 
 /**
@@ -485,12 +480,12 @@ function isEnabled({ show, wanted }: Observed): boolean {
  */
 function wasProven(seen: Observed): boolean {
   const isBeyondLoopback = seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
-  return isEnabled(seen) && isBeyondLoopback && (!seen.elsewhere || seen.hostProven);
+  return seen.boots && isBeyondLoopback && (!seen.elsewhere || seen.hostProven);
 }
 
 /** It starts at boot, and may go on to while it is changed: nobody has to see first whom it keeps out, or has before. */
 function staysEnabled(plan: ExportPlan, seen: Observed | undefined, elsewhere: boolean): boolean {
-  if (seen === undefined || !isEnabled(seen)) return false;
+  if (seen === undefined || !seen.boots) return false;
   return clientsGuard(plan, elsewhere) !== "refuse" || wasProven(seen);
 }
 
@@ -529,8 +524,10 @@ emit_missing "$server" nbdinfo nbdcopy systemctl ss ip "$@"
 case $format in "") look_at_device;; *) look_at_file;; esac
 emit addresses "$(ip -o addr show to "$address")"
 emit route "$(ip -o route get to "$address" 2>/dev/null)"
-emit listeners "$(ss -Hltnp "sport = :$port")"
-emit pid "$(systemctl show -p MainPID --value "$unit")"
+listeners=$(ss -Hltnp "sport = :$port")
+emit listeners "$listeners"
+# Only where there is one, it may be the unit's own.
+case $listeners in ?*) emit pid "$(systemctl show -p MainPID --value "$unit")";; esac
 if [ -n "$tls" ]; then
   emit now "$(date +%s)"
   emit systemd "$(systemctl --version | sed -n '1s/^systemd \\([0-9]*\\).*/\\1/p')"
@@ -729,7 +726,7 @@ finish() {
   lock ${provenOnly}
   same "$file" || exit ${changedMeanwhile}
   tidy_certificates "$folders" || exit ${provenOnly}
-  [ -n "$port" ] || systemctl enable --quiet "$unit" || exit ${provenOnly}
+  [ -n "$port" ] || systemctl enable --quiet --no-reload "$unit" || exit ${provenOnly}
   exit 0
 }
 lock
@@ -737,7 +734,7 @@ guard "$file" "$mark" "$seen"
 # Removed since it was looked at.
 [ -e "$file" ] || case $seen in ""|absent) ;; *) exit ${changedMeanwhile};; esac
 # Disabled since it was looked at, it may be another one, which nobody has seen yet.
-[ -z "$port" ] || [ "$(systemctl show -p UnitFileState --value "$unit")" = enabled ] || exit ${changedMeanwhile}
+[ -z "$port" ] || boot_links "$unit" "$file" || exit ${changedMeanwhile}
 umask 022
 rm -f "$file.new" && receive "$file.new" "$bytes" || exit 1
 if [ -n "$config" ]; then
@@ -745,24 +742,30 @@ if [ -n "$config" ]; then
   mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" || exit 1
 fi
 # What nobody has seen to keep others out starts at no boot, and no server of before is taken for the one that is to be seen.
-if [ -z "$port" ]; then
-  [ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || cut_off "$unit" || exit 1
-fi
+# systemd keeps what it has read, also of a file that is gone, until it reads all anew: a removal may have been cut before that.
+is_new= state=
+[ -e "$file" ] || state=$(systemctl show -p ActiveState -p LoadState "$unit")
+case $state in *ActiveState=inactive*) case $state in *LoadState=not-found*) is_new=new;; esac;; *) [ -n "$port" ] || cut_off "$unit" || exit 1;; esac
 [ -z "$folder" ] || rm -f "$folder/${provenFile}" || exit 1
 [ -z "$config" ] || mv -fT "$conf.new" "$conf" || exit 1
-# systemd keeps what it has read, also of a file that is gone, until it reads all anew: a removal may have been cut before that.
-is_new=
-if [ ! -e "$file" ] && [ "$(systemctl show -p LoadState --value "$unit")" = not-found ]; then is_new=new; fi
 mv -fT "$file.new" "$file" || exit 1
 watch "$file"
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-# The one also where links were left of a file that is gone. The other has systemd read all units, too.
-if [ -z "$port" ]; then systemctl disable --quiet --no-reload "$unit" && read_anew "$unit" "$is_new" disabled
-else systemctl enable --quiet "$unit"; fi || exit 1
+linked() { for link in /etc/systemd/system/*.wants/"$1" /etc/systemd/system/*.requires/"$1"; do [ ! -L "$link" ] || return 0; done; return 1; }
+if [ -z "$port" ]; then
+  # Also what was left of a file that is gone.
+  ! linked "$unit" || systemctl disable --quiet --no-reload "$unit" || exit 1
+  # A new one systemd reads by itself, and only then: all of them cost most of what a change does.
+  is_read() { [ "$is_new" = new ] && show_with_slices "$unit" -p LoadState -p NeedDaemonReload -p UnitFileState && case $shown in *LoadState=loaded*) ;; *) return 1;; esac && case $shown in *NeedDaemonReload=no*) ;; *) return 1;; esac && case $shown in *UnitFileState=disabled*) ;; *) return 1;; esac; }
+  is_read || { shown=; systemctl daemon-reload || exit 1; }
+else
+  systemctl enable --quiet "$unit" || exit 1
+  shown=
+fi
 # What cannot be told now is asked when it serves.
-if [ "$clients" = refuse ] && shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit"); then
-  clients_allowed "$shown" "$file"
+if [ "$clients" = refuse ] && { [ -n "$shown" ] || show_with_slices "$unit"; }; then
+  clients_allowed "$file"
   [ $? != 1 ] || { cut_off "$unit" || end_unproven 74; end_unproven 71; }
 fi
 [ -n "$port" ] || trap 'give_up "$unit" "$file"' HUP INT TERM
@@ -801,8 +804,39 @@ interface Prepared {
   readonly files: CertificateFiles | undefined;
 }
 
+/** On a host. */
+interface Applying {
+  /** How many exports are being written and proven. */
+  now: number;
+  /** One of those was enabled, which systemd does not know yet. */
+  enabled: boolean;
+}
+const applying = new WeakMap<Host, Applying>();
+
 /** `seen`: what was there when it was looked at. `elsewhere`: `clientsEnforcedElsewhere`. */
 async function apply(
+  context: Context,
+  prepared: Prepared,
+  seen: Observed | undefined,
+  elsewhere: boolean,
+): Promise<void> {
+  const all = applying.get(context.host) ?? { now: 0, enabled: false };
+  applying.set(context.host, all);
+  all.now++;
+  try {
+    await applyOne(context, prepared, seen, elsewhere);
+    all.enabled ||= !staysEnabled(prepared.plan, seen, elsewhere);
+  } finally {
+    all.now--;
+    // Once for all of them: it costs as much as all else that is done for one.
+    if (all.now === 0 && all.enabled) {
+      all.enabled = false;
+      await tellSystemd(context);
+    }
+  }
+}
+
+async function applyOne(
   context: Context,
   { plan, files }: Prepared,
   seen: Observed | undefined,
@@ -912,7 +946,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 /** What starts at boot without proof says so: it is written anew for that. */
 function tellsWhy({ listenAddress, clientsEnforcedElsewhere }: Inputs, seen: Observed): boolean {
   if (clientsGuard({ listenAddress }, clientsEnforcedElsewhere) !== "elsewhere") return true;
-  return seen.elsewhere || seen.clientsProven || isEnabled(seen);
+  return seen.elsewhere || seen.clientsProven || seen.boots;
 }
 
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
@@ -927,7 +961,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   if (asDeclared && (state === "serving" || state === "unproven" || state === "disabled")) {
     // A run that was cut may not have come to it; nor has one for which something else enforces the clients.
     await prove(context, seen.plan, seen, wanted.clientsEnforcedElsewhere);
-    if (!isEnabled(seen))
+    if (!seen.boots)
       await enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner), seen.plan);
     return;
   }
@@ -946,24 +980,30 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
   if (!seen.clientsProven && clientsGuard(plan, elsewhere) !== "none")
     await proveClients(context, plan, elsewhere, wasProven(seen));
   if (hasTls(plan) && !seen.proven && seen.certificates !== undefined)
-    await proveTls(context, plan, seen.certificates.client.caCertificate, isEnabled(seen));
+    await proveTls(context, plan, seen.certificates.client.caCertificate, seen.boots);
 }
 
-/** The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. */
+/**
+ * The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. By then systemd has forgotten
+ * what was to start it: while it remembers, it would start it when its device appears again. What neither runs nor is wanted by anything
+ * it does not keep.
+ */
 const takeDownScript = hostScript(
   "take-down-export",
   "change",
-  `${unitFunctions}${endUnitFunction}${certificatesFunctions}
+  `${unitFunctions}${endUnitFunction}${reloadFunction}${certificatesFunctions}
 unit=$1 conf=$2 seen=$3 folders=$4 file=/etc/systemd/system/$1
 lock
 guard "$file" "$seen"
+was_there=
+if [ -e "$file" ]; then was_there=yes; watch "$file"; fi
 end_unit "$unit" "$file" || exit 1
-rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
-exec 9>&-
-# At once, and not with others: what systemd still holds would start when its device appears again.
-systemctl daemon-reload || exit 1
+reload_units || exit 1
+lock
+# Another one may have been written meanwhile.
+if [ -n "$was_there" ]; then same "$file"; else [ ! -e "$file" ]; fi || exit ${changedMeanwhile}
 systemctl reset-failed "$unit" 2>/dev/null
-exit 0
+rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file"
 `,
 );
 
@@ -977,10 +1017,10 @@ async function takeDown(
   const command: RemoteCommand = {
     argv: script(takeDownScript, unit, exportConfigPath(exportName), mark, certificatesFolders(unit)),
     kind: "change",
-    // The lock (120 s), the stop (60 s), and the units read anew.
-    deadlineSeconds: 300,
+    // Twice the lock (120 s), the stop (60 s), and the lock of the reload (120 s).
+    deadlineSeconds: 500,
   };
-  const result = await atMost(context.host, "removed exports", 2, () =>
+  const result = await atMost(context.host, "removed exports", removedAtOnce, () =>
     context.host.run(command, context.signal),
   );
   if (result.exitCode === 0) return;

@@ -12,7 +12,7 @@ import {
   certificatesFunctions,
   certificatesInput,
 } from "../linux/tls.js";
-import { changedMeanwhile, unitFunctions } from "../linux/unitScript.js";
+import { changedMeanwhile, reloadFunction, unitFunctions } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 
 /** As `succeed`, of a look at a unit: it may be just being removed, by a run that was cut, so that its file vanishes. */
@@ -113,6 +113,24 @@ export async function enable(context: Context, unit: string, mark: string, plan?
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   if (result.exitCode !== 0)
     throw failure(context, command, result, `the unit ${unit} could not be enabled`, "COMMAND_FAILED");
+}
+
+const reloadScript = hostScript("reload-units", "change", `${reloadFunction}\nreload_units\n`);
+
+/**
+ * Has systemd read all units, after some were enabled without that. A boot starts them whatever becomes of this; until it is done
+ * systemd shows them as disabled, and does not start them when their device disappears and comes back.
+ */
+export async function tellSystemd(context: Context): Promise<void> {
+  // Its lock (120 s), and the reading.
+  const command: RemoteCommand = { argv: script(reloadScript), kind: "change", deadlineSeconds: 180 };
+  try {
+    await succeed(context, command, "systemd could not read its units anew");
+  } catch (error) {
+    context.warn(
+      `until \`systemctl daemon-reload\` is run there, systemd shows new exports as disabled: ${firstLine(error)}`,
+    );
+  }
 }
 
 /** Arguments: unit, the two marks of `guard`, folder, names and lengths of the files. */

@@ -152,6 +152,8 @@ interface World {
   systemd?: string;
   /** Exit code of the proof. */
   proof?: number;
+  /** What systemd says when it is to read all units. */
+  reload?: Answer;
   proven?: boolean;
   nbdkitTls?: string;
   /** Seconds since 1970. */
@@ -165,11 +167,14 @@ interface World {
 /** What only the proof of the clients by itself has. */
 const proof = '\nprove_clients "$1"';
 
-/** A host with that unit; answers the look, the preflight and the changes of an export. */
+const reload = /\nreload_units\n$/;
+
+/** A host with that unit; answers the look, the preflight and the changes of an export. `changes`: without those of systemd's memory. */
 function world(at: World) {
   let taken = false;
-  return fakeHost(({ argv, kind, stdin }) => {
+  const asked = fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
+    if (reload.test(argv[2] ?? "")) return at.reload ?? "";
     if (kind === "change") {
       const { applied } = at;
       if (applied instanceof LvmNbdError) return text.includes("systemctl restart") ? applied : "";
@@ -216,7 +221,8 @@ function world(at: World) {
       ...(at.conf === undefined ? {} : { conf: at.conf }),
       ...(at.hostProven === false ? {} : { hostProven: "yes" }),
       ...(at.clientsProven === false || at.unenforced !== undefined ? {} : { clientsProven: "yes" }),
-      show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
+      show: `LoadState=loaded\nActiveState=${active}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
+      ...(at.enabled === "disabled" ? {} : { boots: "yes" }),
       ...(at.deviceSize === null || at.image ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
       ...(at.image && imageFields(at)),
       ...(at.certificates && {
@@ -239,6 +245,15 @@ function world(at: World) {
       end: "",
     });
   });
+  return {
+    ...asked,
+    get changes() {
+      return asked.changes.filter(({ argv }) => !reload.test(argv[2] ?? ""));
+    },
+    get reloads() {
+      return asked.changes.filter(({ argv }) => reload.test(argv[2] ?? "")).length;
+    },
+  };
 }
 
 function broughtCertificates(parts: readonly string[], stdin: string): Record<string, string> {
@@ -353,6 +368,19 @@ describe("create finds out first what would make it fail", () => {
     const { id, state: made } = await handlersOn("NbdExport", asked).create(complete);
     expect(asked.changes).toEqual([]);
     expect({ id, made }).toEqual({ id: "192.0.2.1/vm1", made: state });
+  });
+
+  it("tells systemd once of all that were made at about the same time, and is made also where that fails", async () => {
+    const at: World = { reload: { exitCode: 1, stderr: "Failed to reload daemon" } };
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const [one, other] = await Promise.all([handlers.create(complete), handlers.create(complete)]);
+    expect([one.state, other.state]).toMatchObject([{ state: "serving" }, { state: "serving" }]);
+    expect([asked.changes.length, asked.reloads]).toEqual([2, 1]);
+    expect(handlers.warnings.filter((line) => line.includes("systemctl daemon-reload"))).toHaveLength(1);
+    // The next one again; one that only goes on serving, never.
+    await handlers.update({ ...one.state }, { ...complete, clients: ["10.0.0.3"] });
+    expect(asked.reloads).toBe(1);
   });
 
   it("makes an absent one", async () => {
