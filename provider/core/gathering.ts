@@ -5,8 +5,8 @@ import { serially } from "./serial.js";
 
 /** How things of a kind are looked at. */
 export interface Looks<Answer> {
-  /** At one that nobody else asks beside. */
-  readonly alone: () => Promise<Answer>;
+  /** At one that nobody else asks beside, if that is another look. */
+  readonly alone?: () => Promise<Answer>;
   /** At several. What is missing in the answer could not be told, or not in time. */
   readonly together: (items: readonly string[], signal: AbortSignal) => Promise<ReadonlyMap<string, Answer>>;
   /** So many at once. */
@@ -60,7 +60,7 @@ export class Gathering<Answer> {
 function begin<Answer>(
   owner: object,
   key: string,
-  { together }: Looks<Answer>,
+  { together }: Pick<Looks<Answer>, "together">,
   batches: Map<string, Batch<Answer>>,
 ): Batch<Answer> {
   const items: Batch<Answer>["items"] = new Map();
@@ -71,7 +71,7 @@ function begin<Answer>(
     if (batches.get(key) === batch) batches.delete(key);
     stop.signal.throwIfAborted();
     const [only, another] = items;
-    if (only !== undefined && another === undefined) return new Map([[only[0], await only[1]()]]);
+    if (another === undefined && only?.[1] !== undefined) return new Map([[only[0], await only[1]()]]);
     return together([...items.keys()], stop.signal);
   });
   const batch: Batch<Answer> = { items, answer, stop, askers: 0 };

@@ -8,6 +8,7 @@ import { makeCertificates } from "../core/certificateAuthority.js";
 import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
+import { Gathering } from "../core/gathering.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, refusing, replaces, secret, triggersInput } from "../core/inputs.js";
 import { declareInstead, digest, ownerMark } from "../core/owner.js";
@@ -78,8 +79,6 @@ import {
   expectedMarks,
   giveUpSeconds,
   provenOnly,
-  reloadFunction,
-  removedAtOnce,
   unitFunctions,
 } from "../linux/unitScript.js";
 import { serverOf } from "../ssh/config.js";
@@ -984,45 +983,89 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
 }
 
 /**
- * The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. By then systemd has forgotten
- * what was to start it: while it remembers, it would start it when its device appears again. What neither runs nor is wanted by anything
- * it does not keep.
+ * Arguments, for each export: unit, configuration, the mark that was seen, what its folders of certificates begin with. Prints, by the
+ * unit's name, an exit code, and as `UNIT.said` what was said. A unit's file goes last: until then what a cut leaves is found by its mark,
+ * and removed by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device
+ * appears again. What neither runs nor is wanted by anything it does not keep. It reads all units once for all of them.
  */
 const takeDownScript = hostScript(
-  "take-down-export",
+  "take-down-exports",
   "change",
-  `${unitFunctions}${endUnitFunction}${reloadFunction}${certificatesFunctions}
-unit=$1 conf=$2 seen=$3 folders=$4 file=/etc/systemd/system/$1
+  `${emitFunctions}${unitFunctions}${endUnitFunction}${certificatesFunctions}
+failed=' '
+each() { each_do=$1; shift; while [ $# -gt 0 ]; do case $failed in *" $1 "*) ;; *) "$each_do" "$1" "$2" "$3" "$4";; esac; shift 4; done; }
+# What one of them cannot do is told of that one, and the others go on.
+attempt() {
+  attempt_unit=$1; shift
+  said=$("$@" 2>&1) && return
+  attempt_rc=$?
+  failed="$failed$attempt_unit "
+  emit "$attempt_unit" "$attempt_rc"
+  emit "$attempt_unit.said" "$said"
+}
+see() { attempt "$1" guard "/etc/systemd/system/$1" "$3"; }
+collect() { if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi; }
+end() { attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
+remove() { attempt "$1" remove_files "/etc/systemd/system/$1" "$2" "$4"; }
+remove_files() { rm -f "$2" "$2.new" && rm -rf "$1.d" && tidy_certificates "$3" && rm -f "$1.new" "$1"; }
+done_with() { emit "$1" 0; }
 lock
-guard "$file" "$seen"
-was_there=
-if [ -e "$file" ]; then was_there=yes; watch "$file"; fi
-end_unit "$unit" "$file" || exit 1
-reload_units || exit 1
-lock
-# Another one may have been written meanwhile.
-if [ -n "$was_there" ]; then same "$file"; else [ ! -e "$file" ]; fi || exit ${changedMeanwhile}
-systemctl reset-failed "$unit" 2>/dev/null
-rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file"
+each see "$@"
+units=
+each collect "$@"
+# One question for all; where that fails, each is asked for.
+[ -z "$units" ] || systemctl disable --quiet --now --no-reload $units 2>/dev/null || each end "$@"
+systemctl daemon-reload || exit 1
+[ -z "$units" ] || systemctl reset-failed $units 2>/dev/null
+each remove "$@"
+each done_with "$@"
+emit end ""
 `,
 );
 
-/** `mark`: what the unit's file carries, "" for none. */
+const takeDowns = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();
+
+/** `mark`: what the unit's file carries, "" for none. Those that are to go at about the same time go by one command. */
 async function takeDown(
   context: Context,
   { exportName }: Pick<ExportPlan, "exportName">,
   mark: string,
 ): Promise<void> {
   const unit = exportUnitName(exportName);
-  const command: RemoteCommand = {
-    argv: script(takeDownScript, unit, exportConfigPath(exportName), mark, certificatesFolders(unit)),
-    kind: "change",
-    // Twice the lock (120 s), the stop (60 s), and the lock of the reload (120 s).
-    deadlineSeconds: 500,
+  const item = [unit, exportConfigPath(exportName), mark, certificatesFolders(unit)] as const;
+  const together = async (items: readonly string[], signal: AbortSignal) => {
+    const all: string[][] = items.map((one) => JSON.parse(one));
+    const command: RemoteCommand = {
+      argv: script(takeDownScript, ...all.flat()),
+      kind: "change",
+      // The lock (120 s), the units read anew, and the stops (10 s, and once more each by itself).
+      deadlineSeconds: 300 + 20 * all.length,
+    };
+    const result = await context.host.run(command, signal);
+    const told =
+      result.exitCode === 0 ? parseOutput(context, command, result, parseFields) : new Map<string, string>();
+    return new Map(
+      items.flatMap((one, at) => {
+        const name = all[at]?.[0] ?? "";
+        const exitCode = result.exitCode === 0 ? told.get(name) : result.exitCode;
+        const stderr = told.get(`${name}.said`) ?? result.stderr;
+        return exitCode === undefined
+          ? []
+          : [[one, { command, result: { ...result, exitCode: Number(exitCode), stderr } }] as const];
+      }),
+    );
   };
-  const result = await atMost(context.host, "removed exports", removedAtOnce, () =>
-    context.host.run(command, context.signal),
+  const looks = { together, most: 20 };
+  const done = await takeDowns.ask(
+    context.host,
+    "removed exports",
+    JSON.stringify(item),
+    looks,
+    context.signal,
   );
+  if (done === undefined)
+    throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${unit} was removed`);
+  const { command, result } = done;
   if (result.exitCode === 0) return;
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");

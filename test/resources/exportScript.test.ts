@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from 
 import { dirname, join } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { hostCommands } from "../../provider/core/hostCommands.js";
+import { parseFields } from "../../provider/linux/fields.js";
 import { changedMeanwhile, provenOnly } from "../../provider/linux/unitScript.js";
 import "../../provider/resources/nbdExport.js";
 import { clientsProof } from "../../provider/resources/clientsProof.js";
@@ -44,6 +45,8 @@ class ExportHost extends ShellHost {
           enable*|restart*) holds_lock || echo "without the lock" >>"$SANDBOX/jobs";;
           esac
           case "$*" in
+          "disable --quiet --now --no-reload "*broken*) exit 1;;
+          daemon-reload) [ ! -e "$SANDBOX/deaf" ];;
           restart*) echo active >"$SANDBOX/state";;
           *--now*) echo inactive >"$SANDBOX/state";;
           esac`,
@@ -117,6 +120,14 @@ class ExportHost extends ShellHost {
       mkdirSync(join(this.folder, "units", `${target}.wants`), { recursive: true });
       symlinkSync("/nowhere", join(this.folder, "units", `${target}.wants`, unit));
     }
+  }
+
+  /** Each with the mark that was seen. */
+  takeDown(...all: readonly (readonly [name: string, mark: string])[]): Promise<CommandResult | undefined> {
+    const args = all.flatMap(([name, mark]) => [
+      ...[name, join(this.folder, `${name}.conf`), mark, join(this.folder, `${name}~`)],
+    ]);
+    return this.run("take-down-exports", args);
   }
 
   proveClients(): Promise<CommandResult | undefined> {
@@ -321,4 +332,38 @@ it("one that somebody else has written anew meanwhile may let in who has no cert
   asked.set("open", "");
   expect(await asked.proveTls("enabled")).toMatchObject({ exitCode: changedMeanwhile });
   expect(asked.told("jobs")).toBe("");
+});
+
+it("exports are removed together: stopped at once, systemd reads its units once, and then their files go", async () => {
+  const asked = host();
+  const names = ["one", "two", "theirs", "broken"].map((name) => `lvm-nbd-export-${name}.service`);
+  const path = (name = "") => join(asked.root, "units", name);
+  for (const name of names)
+    writeFileSync(path(name), text.replace("Mark=ours", `Mark=${name.slice(15, -8)}`));
+  mkdirSync(path(`${names[0]}.d`));
+  const [one = "", two = "", theirs = "", broken = ""] = names;
+  const gone = "lvm-nbd-export-gone.service";
+  const result = await asked.takeDown([one, "one"], [theirs, "ours"], [two, "two"], [gone, ""]);
+  expect(result?.exitCode).toBe(0);
+  const told = parseFields(result?.stdout ?? "");
+  expect([one, two, gone, theirs].map((name) => told.get(name))).toEqual(["0", "0", "0", "77"]);
+  expect(names.map((name) => existsSync(path(name)))).toEqual([false, false, true, true]);
+  expect(existsSync(path(`${one}.d`))).toBe(false);
+  expect(asked.told("jobs")).toBe(
+    `disable --quiet --now --no-reload ${one} ${two}\ndaemon-reload\nreset-failed ${one} ${two}\n`,
+  );
+  // One that cannot be stopped does not keep the others, and its file stays.
+  writeFileSync(path(one), text);
+  const again = await asked.takeDown([broken, "broken"], [one, "ours"]);
+  const then = parseFields(again?.stdout ?? "");
+  expect([broken, one].map((name) => then.get(name))).toEqual(["1", "0"]);
+  expect([broken, one].map((name) => existsSync(path(name)))).toEqual([true, false]);
+});
+
+it("no file goes where systemd does not read its units anew: it would start what it remembers", async () => {
+  const asked = host();
+  asked.set("deaf", "");
+  asked.holds("{}");
+  expect(await asked.takeDown([unit, "ours"])).toMatchObject({ exitCode: 1 });
+  expect(existsSync(join(asked.root, "units", unit))).toBe(true);
 });

@@ -152,6 +152,8 @@ interface World {
   systemd?: string;
   /** Exit code of the proof. */
   proof?: number;
+  /** Exit code of its removal. */
+  removal?: number;
   /** What systemd says when it is to read all units. */
   reload?: Answer;
   proven?: boolean;
@@ -191,8 +193,11 @@ function world(at: World) {
         return { exitCode: applied ?? 0, stdout: told, stderr: "the log" };
       }
       if (text.includes(proof)) return { exitCode: applied ?? 0, stdout: told, stderr: "got in" };
-      if (text.includes('end_unit "$unit"')) taken = true;
-      else if (text.includes("systemctl enable")) {
+      if (text.includes('end_unit "$1"')) {
+        if (!at.removal) taken = true;
+        return `${argv[4]} =${at.removal ?? 0}\n${argv[4]}.said =the log\nend =\n`;
+      }
+      if (text.includes("systemctl enable")) {
         at.enabled = "enabled";
         return { exitCode: applied ?? 0, stderr: "the log" };
       }
@@ -317,7 +322,7 @@ describe("create finds out first what would make it fail", () => {
       /EXPORT_NOT_SERVING.*the log/s,
     );
     expect(asked.changes).toHaveLength(2);
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it("what was not known to serve when its time was over is taken down again, whatever still goes on", async () => {
@@ -326,7 +331,7 @@ describe("create finds out first what would make it fail", () => {
     });
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(/COMMAND_TIMED_OUT/);
     expect(asked.changes).toHaveLength(2);
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it("an export whose clients the host does not enforce is stopped and taken down", async () => {
@@ -334,7 +339,7 @@ describe("create finds out first what would make it fail", () => {
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
       /CLIENTS_NOT_ENFORCED.*everybody/s,
     );
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it("an export of whose clients that cannot be told is taken down, and not said to be open to everybody", async () => {
@@ -342,7 +347,7 @@ describe("create finds out first what would make it fail", () => {
     const made = handlersOn("NbdExport", asked).create(complete);
     await expect(made).rejects.toThrow(/COMMAND_FAILED.*whether the host enforces them cannot be told/s);
     await expect(made).rejects.not.toThrow(/everybody/);
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it.each([
@@ -1176,7 +1181,7 @@ describe("with TLS", () => {
       /TLS_NOT_ENFORCED.*without TLS/s,
     );
     const down = asked.changes.at(-1)?.argv.join("\n");
-    expect(down).toContain('end_unit "$unit"');
+    expect(down).toContain('end_unit "$1"');
     expect(down).toContain("tidy_certificates");
   });
 
