@@ -14,8 +14,8 @@ export interface Looks<Answer> {
 }
 
 interface Batch<Answer> {
-  /** How each is looked at alone. */
-  readonly items: Map<string, Looks<Answer>["alone"]>;
+  /** How each is looked at alone, and who asks for it. */
+  readonly items: Map<string, { readonly alone: Looks<Answer>["alone"]; askers: number }>;
   readonly answer: Promise<ReadonlyMap<string, Answer>>;
   readonly stop: AbortController;
   askers: number;
@@ -43,12 +43,17 @@ export class Gathering<Answer> {
       batch = begin(owner, key, looks, batches);
       batches.set(key, batch);
     }
-    batch.items.set(item, looks.alone);
+    const asked = batch.items.get(item) ?? { alone: looks.alone, askers: 0 };
+    batch.items.set(item, asked);
+    asked.askers++;
     batch.askers++;
     try {
       return (await unlessCancelled(batch.answer, signal, owner.name)).get(item);
     } finally {
       batch.askers--;
+      asked.askers--;
+      // While it has not begun. What is to be changed is not changed for nobody.
+      if (asked.askers === 0 && signal.aborted && batches.get(key) === batch) batch.items.delete(item);
       if (batch.askers === 0 && signal.aborted) {
         batch.stop.abort();
         if (batches.get(key) === batch) batches.delete(key);
@@ -71,7 +76,8 @@ function begin<Answer>(
     if (batches.get(key) === batch) batches.delete(key);
     stop.signal.throwIfAborted();
     const [only, another] = items;
-    if (another === undefined && only?.[1] !== undefined) return new Map([[only[0], await only[1]()]]);
+    const alone = another === undefined ? only?.[1].alone : undefined;
+    if (only !== undefined && alone !== undefined) return new Map([[only[0], await alone()]]);
     return together([...items.keys()], stop.signal);
   });
   const batch: Batch<Answer> = { items, answer, stop, askers: 0 };

@@ -16,7 +16,10 @@ export const provenOnly = 75;
  * broke has cut it short. `read_anew UNIT new|"" enabled|disabled`: systemd has the unit as it is on
  * the disk. Reading all units again costs most of what a change does, and a new one it reads by itself; whether it has an older one, a clock
  * that went back would hide.
- * `boot_links UNIT FILE`: it starts at boot, by all that is to start it; systemd itself only remembers how that was when it read the unit.
+ * `boot_links UNIT FILE`: it starts at boot, by all that is to start it, 1 if not, 2 where that cannot be told; systemd itself only
+ * remembers how that was when it read the unit.
+ * `outdated SHOWN`, with `emit`: tells where `NeedDaemonReload=yes` says nothing of the unit: since systemd 255 all have it once any was
+ * enabled.
  * `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
 export const unitFunctions = `
@@ -47,8 +50,13 @@ NeedDaemonReload=no
 UnitFileState=$3" ] || systemctl daemon-reload
 }
 boot_links() {
-  boot_targets=$(sed -n 's/^WantedBy=//p' "$2") && [ -n "$boot_targets" ] || return 1
+  boot_targets=$(sed -n 's/^WantedBy=//p' "$2") || return 2
+  [ -n "$boot_targets" ] || return 1
   for boot_target in $boot_targets; do [ -L "/etc/systemd/system/$boot_target.wants/$1" ] || return 1; done
+}
+outdated() {
+  case $1 in *NeedDaemonReload=yes*) ;; *) return 0;; esac
+  [ "$(systemctl show -p NeedDaemonReload --value -- -.slice)" != yes ] || emit outdated yes
 }
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
 `;
@@ -104,7 +112,7 @@ export const removedAtOnce = 4;
 /** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */
 export const endUnitFunction = `
 end_unit() {
-  if [ -e "$2" ]; then systemctl disable --quiet --now --no-reload "$1"
+  if [ -e "$2" ]; then systemctl disable --quiet --now --no-reload "$1" >/dev/null
   else [ "$(systemctl show -p ActiveState --value "$1")" = inactive ] || systemctl stop "$1"; fi
 }
 `;

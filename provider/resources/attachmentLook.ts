@@ -1,6 +1,6 @@
 /** How an attachment is looked at. */
 import { hostScript } from "../core/hostCommands.js";
-import { emitFunctions } from "../linux/fields.js";
+import { emitFunctions, vanished } from "../linux/fields.js";
 import { certificatesFunctions } from "../linux/tls.js";
 import { unitFunctions } from "../linux/unitScript.js";
 
@@ -23,13 +23,13 @@ look_at_attachment() {
     sleep 0.2
     show=$(show_attachment "$unit") || exit 1
   done
-  emit show "$show"
   link=$(readlink "$path")
   device=
   if [ -e "$file" ]; then device=$(own Device "$file"); fi
   [ -n "$device" ] || device=$link
   if [ -e "$file" ]; then
-    if boot_links "$unit" "$file"; then emit boots yes; fi
+    boot_links "$unit" "$file"
+    case $? in 0) emit boots yes;; 1) ;; *) [ -e "$file" ] || exit ${vanished}; exit 1;; esac
     folder=$(own Certificates "$file")
     if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
       emit_file ca "$folder/ca-cert.pem"
@@ -45,11 +45,20 @@ look_at_attachment() {
   if [ -n "$sys" ] && [ -d "$sys" ]; then
     emit size "$(cat "$sys/size")"
     emit ro "$(cat "$sys/ro")"
-    if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
+    if [ -e "$sys/pid" ]; then
+      pid=$(cat "$sys/pid")
+      emit pid "$pid"
+      # The link may have been made anew since systemd was asked: it is not another one's for that.
+      case "$show
+" in *"MainPID=$pid
+"*) ;; *) show=$(show_attachment "$unit") || exit 1;; esac
+    fi
     if [ -z "$purpose" ] && [ "$(cat "$sys/size")" != 0 ]; then
       emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
     fi
   fi
+  emit show "$show"
+  outdated "$show"
 }
 `;
 

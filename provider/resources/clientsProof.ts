@@ -66,11 +66,12 @@ show_with_slices() {
 "*}
 }
 clients_allowed() {
-  denied=$(printf '%s\n' "$shown" | sed -n 's/^IPAddressDeny=//p')
-  allowed=$(printf '%s\n' "$shown" | sed -n 's/^IPAddressAllow=//p')
+  # Nothing is what a sed that failed tells, too.
+  denied=$(printf '%s\\n' "$shown" | sed -n 's/^IPAddressDeny=//p') &&
+    allowed=$(printf '%s\\n' "$shown" | sed -n 's/^IPAddressAllow=//p') &&
+    wider=$(printf '%s\\n' "$above" | sed -n 's/^IPAddressAllow=//p') || { why="sed does not tell what systemctl shows"; return 2; }
   declared=$(sed -n 's/^IPAddressAllow=//p' "$1") || { why="$1 cannot be read"; return 2; }
   case $above in *IPAddressAllow=*IPAddressAllow=*) ;; *) why="systemctl does not tell what the slices above the unit allow"; return 2;; esac
-  wider=$(printf '%s\n' "$above" | sed -n 's/^IPAddressAllow=//p')
   case " $denied " in
   *" 0.0.0.0/0 "*"::/0 "*|*" ::/0 "*"0.0.0.0/0 "*) ;;
   *) why="what the unit denies (IPAddressDeny=) is overridden on this host"; return 1;;

@@ -16,6 +16,7 @@ look_at_export() {
   if [ -e "$conf" ]; then emit_file conf "$conf"; fi
   show_with_slices "$unit" -p LoadState -p ActiveState -p NeedDaemonReload -p DropInPaths || exit 1
   emit show "$shown"
+  outdated "$shown"
   if [ -e "$file" ]; then
     if [ -e ${clientsProof} ]; then emit hostProven yes; fi
     if clients_proven; then
@@ -27,7 +28,8 @@ look_at_export() {
       esac
     fi
     # Enabling makes several links, and may have been cut between them.
-    if boot_links "$unit" "$file"; then emit boots yes; fi
+    boot_links "$unit" "$file"
+    case $? in 0) emit boots yes;; 1) ;; *) [ -e "$file" ] || exit ${vanished}; exit 1;; esac
     device=$(own Device "$file")
     uri=$(own ProbeUri "$file")
     folder=$(own Certificates "$file")

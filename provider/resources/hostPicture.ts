@@ -82,7 +82,7 @@ block_of() {
   [ "$block_end" != "$all" ] || return 1
   block=\${all%%"\${line}Id=$1$line"*}
   case $block in *"$line") block=;; *) block=\${block##*"$line$line"}$line;; esac
-  block=$block\${block_end%%"$line$line"*}
+  case $block_end in "$line"*) ;; *) block=$block\${block_end%%"$line$line"*};; esac
 }
 block_of system.slice && slice=$block && block_of -.slice || exit 1
 above=$slice$line$line$block
@@ -189,7 +189,7 @@ function namesAll(fields: Fields): boolean {
 }
 
 /** Units that one command looks at. */
-const mostUnits = 50;
+const mostUnits = 15;
 
 const unitLooks = new Gathering<CommandResult | string>();
 

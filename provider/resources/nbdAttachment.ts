@@ -199,7 +199,7 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
       plan === undefined ||
       fields.has("linked") ||
       renderAttachUnit(plan) !== text ||
-      show.NeedDaemonReload === "yes" ||
+      (show.NeedDaemonReload === "yes" && !fields.has("outdated")) ||
       hasDropIns(show),
     fileGone: text === undefined,
     show,
@@ -387,7 +387,7 @@ udevadm control --reload || exit 1
 install_file "$file" "$new" && rm -rf "$file.d" || exit 1
 modprobe nbd || exit 1
 fail() { echo "$1" >&2; last_words "$unit" 15; exit 70; }
-systemctl enable --quiet --no-reload "$unit" && read_anew "$unit" "$is_new" enabled && systemctl start "$unit" || fail "the unit did not start"
+systemctl enable --root=/ --quiet "$unit" && read_anew "$unit" "$is_new" enabled && systemctl start "$unit" || fail "the unit did not start"
 size=$(( $(cat "$sys/size") * 512 ))
 [ "$size" = "$expected" ] || fail "the device has $size bytes, the export $expected"
 timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 || fail "no sector could be read"

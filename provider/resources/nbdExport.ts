@@ -318,7 +318,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
       fields.has("linked") ||
       renderExportUnit(plan, elsewhere) !== text ||
       (config !== undefined && config !== fields.get("conf")) ||
-      show.NeedDaemonReload === "yes" ||
+      (show.NeedDaemonReload === "yes" && !fields.has("outdated")) ||
       hasDropIns(show),
     fileGone: false,
     show,
@@ -725,7 +725,7 @@ finish() {
   lock ${provenOnly}
   same "$file" || exit ${changedMeanwhile}
   tidy_certificates "$folders" || exit ${provenOnly}
-  [ -n "$port" ] || systemctl enable --quiet --no-reload "$unit" || exit ${provenOnly}
+  [ -n "$port" ] || systemctl enable --root=/ --quiet "$unit" || exit ${provenOnly}
   exit 0
 }
 lock
@@ -823,8 +823,9 @@ async function apply(
   applying.set(context.host, all);
   all.now++;
   try {
-    await applyOne(context, prepared, seen, elsewhere);
+    // Also if it fails: its script may go on.
     all.enabled ||= !staysEnabled(prepared.plan, seen, elsewhere);
+    await applyOne(context, prepared, seen, elsewhere);
   } finally {
     all.now--;
     // Once for all of them: it costs as much as all else that is done for one.
@@ -1004,19 +1005,19 @@ attempt() {
   emit "$attempt_unit.said" "$said"
 }
 see() { attempt "$1" guard "/etc/systemd/system/$1" "$3"; }
-collect() { if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi; }
+collect() { ended="$ended $1"; if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi; }
 end() { attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
 remove() { attempt "$1" remove_files "/etc/systemd/system/$1" "$2" "$4"; }
 remove_files() { rm -f "$2" "$2.new" && rm -rf "$1.d" && tidy_certificates "$3" && rm -f "$1.new" "$1"; }
 done_with() { emit "$1" 0; }
 lock
 each see "$@"
-units=
+units= ended=
 each collect "$@"
 # One question for all; where that fails, each is asked for.
-[ -z "$units" ] || systemctl disable --quiet --now --no-reload $units 2>/dev/null || each end "$@"
+[ -z "$units" ] || systemctl disable --quiet --now --no-reload $units >/dev/null 2>&1 || each end "$@"
 systemctl daemon-reload || exit 1
-[ -z "$units" ] || systemctl reset-failed $units 2>/dev/null
+[ -z "$ended" ] || systemctl reset-failed $ended >/dev/null 2>&1
 each remove "$@"
 each done_with "$@"
 emit end ""
@@ -1055,7 +1056,8 @@ async function takeDown(
       }),
     );
   };
-  const looks = { together, most: 20 };
+  // Others wait for the units' lock for 120 s, and a stop may take 10.
+  const looks = { together, most: 8 };
   const done = await takeDowns.ask(
     context.host,
     "removed exports",

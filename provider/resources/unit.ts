@@ -125,7 +125,12 @@ export async function tellSystemd(context: Context): Promise<void> {
   // Its lock (120 s), and the reading.
   const command: RemoteCommand = { argv: script(reloadScript), kind: "change", deadlineSeconds: 180 };
   try {
-    await succeed(context, command, "systemd could not read its units anew");
+    // Also after a cancel: it is for those that are done.
+    await succeed(
+      { ...context, signal: AbortSignal.timeout(90_000) },
+      command,
+      "systemd could not read its units anew",
+    );
   } catch (error) {
     context.warn(
       `until \`systemctl daemon-reload\` is run there, systemd shows new exports as disabled: ${firstLine(error)}`,

@@ -170,16 +170,26 @@ export class FakeSystemd {
     const unit = this.unit(name);
     switch (verb) {
       case "enable":
-        return yield* this.enable(process, name, !options.includes("--no-reload"));
-      case "disable":
-        if (this.onDisk(name) === undefined) {
-          process.err(`Failed to disable unit: Unit file ${name} does not exist.\n`);
+        return yield* this.enable(
+          process,
+          name,
+          !options.includes("--no-reload") && !options.includes("--root=/"),
+        );
+      case "disable": {
+        const names = rest.filter((argument) => argument.endsWith(".service"));
+        const missing = names.find((one) => this.onDisk(one) === undefined);
+        if (missing !== undefined) {
+          process.err(`Failed to disable unit: Unit file ${missing} does not exist.\n`);
           return 1;
         }
-        yield* this.disable(process, name);
+        for (const one of names) yield* this.disable(process, one);
         if (!options.includes("--no-reload")) this.reload();
-        if (options.includes("--now")) yield* this.job(process, unit, this.stop(unit));
+        if (!options.includes("--now")) return 0;
+        // At once.
+        const told = names.map((one) => this.enqueue(this.unit(one), this.stop(this.unit(one))));
+        yield process.wait({ ready: () => told.every((code) => code() !== undefined) });
         return 0;
+      }
       case "stop":
         if (this.onDisk(name) === undefined && unit.text === undefined && unit.state === "inactive") {
           process.err(`Failed to stop ${name}: Unit ${name} not loaded.\n`);

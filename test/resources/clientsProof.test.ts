@@ -36,6 +36,7 @@ class ProofHost extends ShellHost {
           *) echo asked >>"$SANDBOX/asked"; echo 1048576; exit "$(cat "$SANDBOX/free.$(wc -l <"$SANDBOX/asked").rc" 2>/dev/null || echo 0)";;
           esac`,
         ss: `echo "$*" >>"$SANDBOX/listed"; cat "$SANDBOX/connected" 2>/dev/null; exit "$(cat "$SANDBOX/ss.rc" 2>/dev/null || echo 0)"`,
+        sed: `[ ! -e "$SANDBOX/broken" ] || exit 137; PATH=\${PATH#*:}; exec sed "$@"`,
         // Between two looks.
         sleep: `[ ! -e "$SANDBOX/rewritten" ] || { ${writtenAnew}; }`,
       },
@@ -179,6 +180,7 @@ describe("whether the host's kernel enforces the clients", () => {
       /a slice above the unit allows more/,
     ],
     ["a slice above is not told of", 72, { above: "\nIPAddressAllow=\n" }, /what the slices above the unit/],
+    ["a sed is killed", 72, { broken: "" }, /sed does not tell/],
     ["no slice is told of", 72, { above: "" }, /nor the slices above it/],
     ["systemd does not answer", 72, { silent: "" }, /systemctl does not tell/],
     ["what the unit denies is overridden", 71, { denied: "" }, /IPAddressDeny=\) is overridden/],

@@ -170,7 +170,7 @@ afterEach(() => {
 const begun = `restart --no-block ${unit}\n`;
 const begunAnew = `daemon-reload\n${begun}`;
 const cutOff = `disable --quiet --now ${unit}\n`;
-const enabled = `enable --quiet --no-reload ${unit}\n`;
+const enabled = `enable --root=/ --quiet ${unit}\n`;
 const stillEnabled = `enable --quiet ${unit}\n`;
 const allTargets = ["multi-user.target", "dev-vm1.device"];
 
@@ -350,7 +350,7 @@ it("exports are removed together: stopped at once, systemd reads its units once,
   expect(names.map((name) => existsSync(path(name)))).toEqual([false, false, true, true]);
   expect(existsSync(path(`${one}.d`))).toBe(false);
   expect(asked.told("jobs")).toBe(
-    `disable --quiet --now --no-reload ${one} ${two}\ndaemon-reload\nreset-failed ${one} ${two}\n`,
+    `disable --quiet --now --no-reload ${one} ${two}\ndaemon-reload\nreset-failed ${one} ${two} ${gone}\n`,
   );
   // One that cannot be stopped does not keep the others, and its file stays.
   writeFileSync(path(one), text);

@@ -152,6 +152,8 @@ interface World {
   systemd?: string;
   /** Exit code of the proof. */
   proof?: number;
+  /** All units of systemd look as if they were to be read anew. */
+  outdated?: boolean;
   /** Exit code of its removal. */
   removal?: number;
   /** What systemd says when it is to read all units. */
@@ -228,6 +230,7 @@ function world(at: World) {
       ...(at.clientsProven === false || at.unenforced !== undefined ? {} : { clientsProven: "yes" }),
       show: `LoadState=loaded\nActiveState=${active}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
       ...(at.enabled === "disabled" ? {} : { boots: "yes" }),
+      ...(at.outdated ? { outdated: "yes" } : {}),
       ...(at.deviceSize === null || at.image ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
       ...(at.image && imageFields(at)),
       ...(at.certificates && {
@@ -692,6 +695,14 @@ describe("refresh", () => {
     expect(warnings).toEqual([expect.stringContaining(`is ${expected}`)]);
     const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(seen ?? {}, complete, none);
     expect(changes).toEqual([{ property: "state", effect: "update" }]);
+  });
+
+  it("a unit that systemd has not read as it is counts as edited, unless that says nothing of it", async () => {
+    const at: World = { unit: renderExportUnit(plan), show: "NeedDaemonReload=yes\n" };
+    const handlers = handlersOn("NbdExport", world(at));
+    expect(await handlers.read({ ...state })).toMatchObject({ state: "edited" });
+    at.outdated = true;
+    expect(await handlers.read({ ...state })).toMatchObject({ state: "serving" });
   });
 
   it("a unit that only would not start at boot is enabled, and nothing is restarted", async () => {
