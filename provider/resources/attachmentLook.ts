@@ -1,6 +1,6 @@
 /** How an attachment is looked at. */
 import { hostScript } from "../core/hostCommands.js";
-import { emitFunctions, vanished } from "../linux/fields.js";
+import { emitFunctions } from "../linux/fields.js";
 import { certificatesFunctions } from "../linux/tls.js";
 import { unitFunctions } from "../linux/unitScript.js";
 
@@ -28,8 +28,7 @@ look_at_attachment() {
   if [ -e "$file" ]; then device=$(own Device "$file"); fi
   [ -n "$device" ] || device=$link
   if [ -e "$file" ]; then
-    boot_links "$unit" "$file"
-    case $? in 0) emit boots yes;; 1) ;; *) [ -e "$file" ] || exit ${vanished}; exit 1;; esac
+    tell_boots "$unit" "$file"
     folder=$(own Certificates "$file")
     if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
       emit_file ca "$folder/ca-cert.pem"

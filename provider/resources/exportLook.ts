@@ -28,8 +28,7 @@ look_at_export() {
       esac
     fi
     # Enabling makes several links, and may have been cut between them.
-    boot_links "$unit" "$file"
-    case $? in 0) emit boots yes;; 1) ;; *) [ -e "$file" ] || exit ${vanished}; exit 1;; esac
+    tell_boots "$unit" "$file"
     device=$(own Device "$file")
     uri=$(own ProbeUri "$file")
     folder=$(own Certificates "$file")

@@ -756,8 +756,8 @@ if [ -z "$port" ]; then
   # Also what was left of a file that is gone.
   ! linked "$unit" || systemctl disable --quiet --no-reload "$unit" || exit 1
   # A new one systemd reads by itself, and only then: all of them cost most of what a change does.
-  is_read() { [ "$is_new" = new ] && show_with_slices "$unit" -p LoadState -p NeedDaemonReload -p UnitFileState && case $shown in *LoadState=loaded*) ;; *) return 1;; esac && case $shown in *NeedDaemonReload=no*) ;; *) return 1;; esac && case $shown in *UnitFileState=disabled*) ;; *) return 1;; esac; }
-  is_read || { shown=; systemctl daemon-reload || exit 1; }
+  [ "$is_new" = new ] && show_with_slices "$unit" -p LoadState -p NeedDaemonReload -p UnitFileState && is_read "$shown" disabled ||
+    { shown=; systemctl daemon-reload || exit 1; }
 else
   systemctl enable --quiet "$unit" || exit 1
   shown=

@@ -122,19 +122,21 @@ const reloadScript = hostScript("reload-units", "change", `${reloadFunction}\nre
  * systemd shows them as disabled, and does not start them when their device disappears and comes back.
  */
 export async function tellSystemd(context: Context): Promise<void> {
-  // Its lock (120 s), and the reading.
-  const command: RemoteCommand = { argv: script(reloadScript), kind: "change", deadlineSeconds: 180 };
+  await afterwards(
+    context,
+    script(reloadScript),
+    "systemd could not read its units anew",
+    "until `systemctl daemon-reload` is run there, systemd shows new exports as disabled",
+  );
+}
+
+/** Also after a cancel: it is for what was done before. Its failure is told as a warning. It takes one of the locks (120 s). */
+async function afterwards(context: Context, argv: string[], what: string, warning: string): Promise<void> {
+  const command: RemoteCommand = { argv, kind: "change", deadlineSeconds: 180 };
   try {
-    // Also after a cancel: it is for those that are done.
-    await succeed(
-      { ...context, signal: AbortSignal.timeout(90_000) },
-      command,
-      "systemd could not read its units anew",
-    );
+    await succeed({ ...context, signal: AbortSignal.timeout(90_000) }, command, what);
   } catch (error) {
-    context.warn(
-      `until \`systemctl daemon-reload\` is run there, systemd shows new exports as disabled: ${firstLine(error)}`,
-    );
+    context.warn(`${warning}: ${firstLine(error)}`);
   }
 }
 
@@ -166,20 +168,12 @@ exit 0
 
 /** Removes what was put there for a unit that then was not written. */
 async function withdrawCertificates(context: Context, unit: string, folder: string): Promise<void> {
-  const command: RemoteCommand = {
-    argv: script(withdrawScript, unit, folder),
-    kind: "change",
-    deadlineSeconds: 180,
-  };
-  try {
-    await succeed(
-      { ...context, signal: AbortSignal.timeout(90_000) },
-      command,
-      "certificates could not be removed",
-    );
-  } catch (error) {
-    context.warn(`certificates that were put on the host are left there: ${firstLine(error)}`);
-  }
+  await afterwards(
+    context,
+    script(withdrawScript, unit, folder),
+    "certificates could not be removed",
+    "certificates that were put on the host are left there",
+  );
 }
 
 /** Puts the certificates of a unit on its host and writes that; they go again if it fails. `marks`: those that `guard` lets pass. */
