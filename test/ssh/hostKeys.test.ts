@@ -3,15 +3,8 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import {
-  fingerprint,
-  hostKeyError,
-  judge,
-  keyType,
-  knownTypes,
-  matchesWildcard,
-  pinProblem,
-} from "../../provider/ssh/hostKeys.js";
+import { fingerprint, hostKeyError, judge, knownTypes, pinProblem } from "../../provider/ssh/hostKeys.js";
+import { keyType, matchesWildcard } from "../../provider/ssh/knownHosts.js";
 
 const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-keys-"));
 afterAll(() => rmSync(folder, { recursive: true }));
