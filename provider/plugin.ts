@@ -20,6 +20,12 @@ let pool: HostPool | undefined;
 /** What every call about a resource needs. Kept, since Node looks for a module anew each time that it is imported. */
 let forResources: ReturnType<typeof loadForResources> | undefined;
 
+/** Another try for the next one. */
+function loadAgain(error: unknown): never {
+  forResources = undefined;
+  throw error;
+}
+
 async function loadForResources() {
   const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
     import("./core/handlers.js"),
@@ -30,7 +36,7 @@ async function loadForResources() {
 }
 
 async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
-  forResources ??= loadForResources();
+  forResources ??= loadForResources().catch(loadAgain);
   const { createHandlers, resourceType } = await forResources;
   return createHandlers(resourceType(type), { ...environment, openHost: await opener(environment) });
 }
@@ -49,7 +55,7 @@ async function ask(
 
 /** All share one connection a host. */
 async function opener({ namedHosts }: Pick<Environment, "namedHosts">): Promise<Environment["openHost"]> {
-  forResources ??= loadForResources();
+  forResources ??= loadForResources().catch(loadAgain);
   const { createHostPool } = await forResources;
   pool ??= createHostPool();
   const { get } = pool;

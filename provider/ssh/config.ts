@@ -3,7 +3,9 @@
  * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there; its
  * own jumps too: the names of the provider's configuration mean nothing to that.
  */
+
 import { execFile } from "node:child_process";
+import { createHmac, randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
 import { isIP } from "node:net";
 import { homedir, hostname, userInfo } from "node:os";
@@ -624,15 +626,18 @@ function parsedKey(
 
 type ParsedKeys = ReturnType<typeof utils.parseKey>;
 
-/** By their texts and passphrases. */
-const parsedKeys = new Map<string, Map<string | undefined, ParsedKeys>>();
+const memory = randomBytes(32);
+/** By their texts, and by what tells a passphrase from another without holding it. */
+const parsedKeys = new Map<string, Map<string, ParsedKeys>>();
 
 /** To decrypt a key takes half a second, and a host is resolved for every resource on it. */
 export function parseOnce(privateKey: string, passphrase: string | undefined): ParsedKeys {
-  const ofText = parsedKeys.get(privateKey) ?? new Map<string | undefined, ParsedKeys>();
+  const ofText = parsedKeys.get(privateKey) ?? new Map<string, ParsedKeys>();
   parsedKeys.set(privateKey, ofText);
-  const parsed = ofText.get(passphrase) ?? utils.parseKey(privateKey, passphrase);
-  ofText.set(passphrase, parsed);
+  const id =
+    passphrase === undefined ? "without" : createHmac("sha256", memory).update(passphrase).digest("hex");
+  const parsed = ofText.get(id) ?? utils.parseKey(privateKey, passphrase);
+  ofText.set(id, parsed);
   return parsed;
 }
 

@@ -34,20 +34,26 @@ export function linesFor(
 const mostTexts = 16;
 const texts = new Map<string, KnownHosts>();
 
+const digests = new Map<string, string>();
+
 /** Tells one text from another. */
 export function digestOf(text: string): string {
-  return knownHostsOf(text).digest;
+  return keptOf(digests, text, () => hash("sha256", text));
 }
 
 function knownHostsOf(text: string): KnownHosts {
-  let lines = texts.get(text);
-  if (lines === undefined) {
-    lines = new KnownHosts(text);
-    const [oldest] = texts.keys();
-    if (texts.size >= mostTexts && oldest !== undefined) texts.delete(oldest);
-    texts.set(text, lines);
-  }
-  return lines;
+  return keptOf(texts, text, () => new KnownHosts(text));
+}
+
+/** What is made of a text, once while it is in use. */
+function keptOf<T>(all: Map<string, T>, text: string, make: () => T): T {
+  const made = all.get(text) ?? make();
+  // The one that was used last comes last.
+  all.delete(text);
+  all.set(text, made);
+  const [oldest] = all.keys();
+  if (all.size > mostTexts && oldest !== undefined) all.delete(oldest);
+  return made;
 }
 
 /** A text, in which a host that is named as it is in most files is found without a look at the others. */
@@ -58,10 +64,8 @@ class KnownHosts {
   private readonly hashed: { readonly line: KnownKey; readonly name: HashedName }[] = [];
   private readonly patterned: KnownKey[] = [];
   private readonly found = new Map<string, readonly KnownKey[]>();
-  readonly digest: string;
 
   constructor(text: string) {
-    this.digest = hash("sha256", text);
     for (const line of parseKnownHosts(text)) {
       this.places.set(line, this.places.size);
       if (line.patterns.startsWith("|1|")) this.hashed.push({ line, name: hashedName(line.patterns) });
