@@ -17,12 +17,27 @@ import type { HostPool } from "./ssh/pool.js";
 const packageFolder = join(__dirname, "..");
 
 let pool: HostPool | undefined;
+/** What every call about a resource needs. Kept, since Node looks for a module anew each time that it is imported. */
+let forResources: ReturnType<typeof loadForResources> | undefined;
 
-async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
-  const [{ createHandlers }, { resourceType }] = await Promise.all([
+/** Another try for the next one. */
+function loadAgain(error: unknown): never {
+  forResources = undefined;
+  throw error;
+}
+
+async function loadForResources() {
+  const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
     import("./core/handlers.js"),
     import("./core/registry.js"),
+    import("./ssh/pool.js"),
   ]);
+  return { createHandlers, resourceType, createHostPool };
+}
+
+async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
+  forResources ??= loadForResources().catch(loadAgain);
+  const { createHandlers, resourceType } = await forResources;
   return createHandlers(resourceType(type), { ...environment, openHost: await opener(environment) });
 }
 
@@ -40,7 +55,8 @@ async function ask(
 
 /** All share one connection a host. */
 async function opener({ namedHosts }: Pick<Environment, "namedHosts">): Promise<Environment["openHost"]> {
-  const { createHostPool } = await import("./ssh/pool.js");
+  forResources ??= loadForResources().catch(loadAgain);
+  const { createHostPool } = await forResources;
   pool ??= createHostPool();
   const { get } = pool;
   return (host) => get(host, namedHosts?.());

@@ -25,7 +25,6 @@ import {
   hostKeyAlgorithms,
   hostKeyError,
   judge,
-  keyType,
   knownKeys,
   knownTypes,
   limitsOf,
@@ -33,6 +32,8 @@ import {
   portlessNames,
   type Verdict,
 } from "./hostKeys.js";
+import { keyType } from "./knownHosts.js";
+import { prepareKeys, sendTogether } from "./packets.js";
 import { enforceWindow, leastChunk } from "./receiveWindow.js";
 import { isRevokedIn } from "./revokedKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
@@ -139,6 +140,8 @@ export class Connection {
     client.on("error", (error) => this.lose(error.message));
     client.on("end", () => this.lose("the host closed the connection"));
     client.on("close", () => this.lose("the host closed the connection"));
+    // Keys are exchanged again from time to time.
+    client.on("handshake", () => prepareKeys(client));
     // An idle connection does not keep the process alive; a running command does.
     socket.unref();
   }
@@ -635,6 +638,7 @@ function openSocket({ address, port }: ResolvedHost, timing: Timing): Promise<So
       clearTimeout(timer);
       socket.removeAllListeners("error");
       socket.setNoDelay(true);
+      sendTogether(socket);
       socket.setKeepAlive(true, timing.keepalive);
       resolve(socket);
     });
@@ -779,7 +783,7 @@ function logIn<T>(
     client.once("end", closed);
     client.once("close", closed);
     client.once("handshake", (negotiated) => {
-      if (!isTerrapin(client, negotiated)) return;
+      if (!isTerrapin(client, negotiated)) return prepareKeys(client);
       const why = `it takes no cipher but ${chacha20}, which is not safe without the strict key exchange that it does not know`;
       fail(
         new DialFailed(`${host.address}:${host.port}: ${why}: update its sshd, or have it take AES`, false),
