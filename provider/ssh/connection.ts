@@ -3,6 +3,7 @@ import { getCiphers, randomUUID } from "node:crypto";
 import { connect, createServer, isIP, type Socket } from "node:net";
 import { constants } from "node:os";
 import type { Duplex } from "node:stream";
+import { StringDecoder } from "node:string_decoder";
 import {
   type CipherAlgorithm,
   Client,
@@ -382,7 +383,8 @@ export class Connection {
     const grace = command.graceSeconds ?? defaultGraceSeconds;
     // Before it is sent: an answer that is read late must not make a command that timed out look quick.
     const started = performance.now();
-    const out: Buffer[] = [];
+    const out = new StringDecoder("utf8");
+    let stdout = "";
     const err: Buffer[] = [];
     let size = 0;
     let errSize = 0;
@@ -459,13 +461,14 @@ export class Connection {
         const why = this.lostBecause ?? "the link was lost";
         finish(() => reject(stopping === undefined ? new LinkLost(true, why) : unconfirmed(stopping)));
       };
-      const collect = (into: Buffer[]) => (chunk: Buffer) => {
+      const collect = (into: Buffer[] | StringDecoder) => (chunk: Buffer) => {
         if (finished) return;
         if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
         const counted = Math.max(chunk.length, leastChunk);
         size += counted;
         if (into === err) errSize += counted;
-        into.push(chunk);
+        if (into === out) stdout += out.write(chunk);
+        else err.push(chunk);
         // Not of each piece: a host may send each byte by itself, and it is all looked through.
         if (stopping !== undefined && errSize <= mostBeforePid && chunk.includes("\n")) killWhenKnown();
         if (stopping === undefined && size > maxOutput)
@@ -481,7 +484,7 @@ export class Connection {
         const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
         const result = {
           exitCode: exitCode ?? 128 + signalNumber(exitSignal),
-          stdout: Buffer.concat(out).toString("utf8"),
+          stdout: stdout + out.end(),
           stderr,
         };
         if (pid === undefined) return reject(this.notStarted(result));

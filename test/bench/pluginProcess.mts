@@ -47,8 +47,9 @@ export async function startPlugin({
   stderr,
 }: PluginOptions = {}): Promise<PluginProcess> {
   const [interpreter = ""] = readFileSync(join(root, "dist/plugin.js"), "utf8").split("\n", 1);
-  // #!/usr/bin/env -S node OPTION...
-  const child = spawn(process.execPath, [...interpreter.split(" ").slice(3), program], {
+  // #!/usr/bin/env -S VARIABLE=VALUE... node OPTION...
+  const [env = "", option = "", ...words] = interpreter.slice(2).split(" ");
+  const child = spawn(env, [option, words.join(" "), program], {
     stdio: ["pipe", "pipe", stderr ?? "inherit"],
     env: { ...process.env, ...environment },
   });
