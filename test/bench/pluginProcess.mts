@@ -7,6 +7,7 @@ import { join } from "node:path";
 import { createInterface } from "node:readline";
 import * as grpc from "@grpc/grpc-js";
 import type * as Proto from "../../provider/pulumi/proto.js";
+import { pluginCommand } from "../support/pluginCommand.mts";
 
 export const root = join(import.meta.dirname, "..", "..");
 const { providerGrpc }: typeof Proto = createRequire(import.meta.url)(join(root, "dist/pulumi/proto.js"));
@@ -46,12 +47,10 @@ export async function startPlugin({
   environment = {},
   stderr,
 }: PluginOptions = {}): Promise<PluginProcess> {
-  const [interpreter = ""] = readFileSync(join(root, "dist/plugin.js"), "utf8").split("\n", 1);
-  // #!/usr/bin/env -S VARIABLE=VALUE... node OPTION...
-  const [env = "", option = "", ...words] = interpreter.slice(2).split(" ");
-  const child = spawn(env, [option, words.join(" "), program], {
+  const { file, args, env } = pluginCommand();
+  const child = spawn(file, [...args.slice(0, -1), program], {
     stdio: ["pipe", "pipe", stderr ?? "inherit"],
-    env: { ...process.env, ...environment },
+    env: { ...env, ...environment },
   });
   const port = await firstLine(child);
   const client = new providerGrpc.ResourceProviderClient(
