@@ -1,8 +1,9 @@
-#!/usr/bin/env -S MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=32768 MALLOC_TRIM_THRESHOLD_=65536 node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16
+#!/usr/bin/env -S node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16
 /**
  * `pulumi-resource-lvm-nbd`: started by Pulumi's engine with its address as the last argument, it prints the port of its
- * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 and
- * malloc are to take the little memory that it needs (glibc's malloc gives back what a large answer took; others know no such variable).
+ * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 is
+ * to take the little memory that it needs. The first line has no variables, which shims of package managers take for the program, and
+ * less than 127 bytes, of which kernels before 5.1 cut the rest.
  */
 import { fstatSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
