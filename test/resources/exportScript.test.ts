@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from 
 import { dirname, join } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { hostCommands } from "../../provider/core/hostCommands.js";
+import { modulesLoad, udevRule } from "../../provider/linux/attachUnit.js";
 import { parseFields } from "../../provider/linux/fields.js";
 import { changedMeanwhile, provenOnly } from "../../provider/linux/unitScript.js";
 import "../../provider/resources/nbdExport.js";
@@ -57,18 +58,24 @@ class ExportHost extends ShellHost {
           echo 1048576`,
         flock: `[ ! -e "$SANDBOX/busy" ] || exit 1; PATH=\${PATH#*:}; exec flock "$@"`,
         nbdcopy: "head -c 4096 /dev/zero",
+        udevadm: 'echo "$*" >>"$SANDBOX/udev"',
         sleep: ":",
       },
       [],
     );
     mkdirSync(join(this.folder, "units"));
     this.set("state", "inactive\n");
+    this.set("shared", "kept\n");
   }
 
   protected inside(path: string): string {
     return path
       .replaceAll(dirname(clientsProof), join(this.folder, "seen"))
       .replaceAll("/etc/systemd/system", join(this.folder, "units"))
+      .replaceAll("[ -b ", "[ -f ")
+      .replaceAll(udevRule.path, join(this.folder, "shared"))
+      .replaceAll(modulesLoad.path, join(this.folder, "modules"))
+      .replaceAll("/dev/lvm-nbd", join(this.folder, "links"))
       .replaceAll("/run/lvm-nbd.lock", join(this.folder, "lock"))
       .replaceAll("/run/lvm-nbd-proof", join(this.folder, "proof"));
   }
@@ -122,12 +129,17 @@ class ExportHost extends ShellHost {
     }
   }
 
-  /** Each with the mark that was seen. */
-  takeDown(...all: readonly (readonly [name: string, mark: string])[]): Promise<CommandResult | undefined> {
-    const args = all.flatMap(([name, mark]) => [
+  /** Each with the mark that was seen, and the device that must not be held: the one called `held` is. */
+  takeDown(
+    ...all: readonly (readonly [name: string, mark: string, device?: string])[]
+  ): Promise<CommandResult | undefined> {
+    const args = all.flatMap(([name, mark, device = ""]) => [
       ...[name, join(this.folder, `${name}.conf`), mark, join(this.folder, `${name}~`)],
+      device && join(this.folder, device),
     ]);
-    return this.run("take-down-exports", args);
+    const holders =
+      'case $1 in */held) echo "mount L21udA==";; */unknown) echo "who knows" >&2; exit 3;; esac';
+    return this.run("take-down-units", [holders, ...args]);
   }
 
   proveClients(): Promise<CommandResult | undefined> {
@@ -358,6 +370,42 @@ it("exports are removed together: stopped at once, systemd reads its units once,
   const then = parseFields(again?.stdout ?? "");
   expect([broken, one].map((name) => then.get(name))).toEqual(["1", "0"]);
   expect([broken, one].map((name) => existsSync(path(name)))).toEqual([true, false]);
+});
+
+it("an attachment is stopped as soon as nobody holds its device; one that is held, or may be, is left alone", async () => {
+  const asked = host();
+  const names = ["one", "held", "unknown", "two"].map((name) => `lvm-nbd-attach-${name}.service`);
+  const [one = "", held = "", unknown = "", two = ""] = names;
+  const path = (name: string) => join(asked.root, "units", name);
+  for (const name of names) {
+    writeFileSync(path(name), text);
+    writeFileSync(join(asked.root, `${name}.conf`), "");
+  }
+  for (const device of ["nbd0", "nbd1", "held", "unknown"]) asked.set(device, "");
+  const result = await asked.takeDown(
+    ...([
+      [one, "ours", "nbd0"],
+      [held, "ours", "held"],
+      [unknown, "ours", "unknown"],
+    ] as const),
+    [two, "ours", "nbd1"],
+  );
+  const told = parseFields(result?.stdout ?? "");
+  expect(names.map((name) => told.get(name))).toEqual(["0", "75", "1", "0"]);
+  expect([told.get(`${held}.said`), told.get(`${unknown}.said`)]).toEqual(["mount L21udA==", "who knows"]);
+  expect(names.map((name) => existsSync(path(name)))).toEqual([false, true, true, false]);
+  expect(names.map((name) => existsSync(join(asked.root, `${name}.conf`)))).toEqual([
+    false,
+    true,
+    true,
+    false,
+  ]);
+  expect(asked.told("jobs")).toBe(
+    `${[one, two].map((name) => `stop --no-block ${name}\nunder the lock\n`).join("")}disable --quiet --now --no-reload ${one} ${two}\ndaemon-reload\nreset-failed ${one} ${two}\n`,
+  );
+  expect(asked.told("udev")).toBe("control --reload\n");
+  // What all attachments share stays while there is another.
+  expect(asked.told("shared")).toBe("kept\n");
 });
 
 it("no file goes where systemd does not read its units anew: it would start what it remembers", async () => {

@@ -1,0 +1,143 @@
+/** Units of ours that are to go from a host at about the same time go by one command, each with an outcome of its own. */
+import { failure, parseOutput, refusal } from "../core/command.js";
+import { Gathering } from "../core/gathering.js";
+import { hostScript, script } from "../core/hostCommands.js";
+import type { Context } from "../core/resource.js";
+import { tidyFunction } from "../linux/attachUnit.js";
+import { emitFunctions, parseFields } from "../linux/fields.js";
+import { holdersScript, parseHolders } from "../linux/holders.js";
+import { certificatesFolders, certificatesFunctions } from "../linux/tls.js";
+import { changedMeanwhile, endUnitFunction, unitFunctions } from "../linux/unitScript.js";
+import type { CommandResult, RemoteCommand } from "../ssh/types.js";
+import { writtenMeanwhile } from "./unit.js";
+
+/** Exit code of one whose device is held, by whom is named. */
+const held = 75;
+
+/**
+ * Arguments: the script that names who holds a device, and for each unit: unit, its configuration or, of an attachment, its path, the
+ * mark that was seen, what its folders of certificates begin with, and the device that must not be held or "". Prints, by the unit's name,
+ * an exit code, and as `UNIT.said` what was said. A unit's file goes last: until then what a cut leaves is found by its mark, and removed
+ * by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device appears
+ * again. What neither runs nor is wanted by anything it does not keep. It reads all units once for all of them.
+ */
+const takeDownScript = hostScript(
+  "take-down-units",
+  "change",
+  `${emitFunctions}${unitFunctions}${endUnitFunction}${tidyFunction}${certificatesFunctions}
+holders=$1; shift
+failed=' '
+each() {
+  each_do=$1; shift
+  while [ $# -gt 0 ]; do
+    case $failed in *" $1 "*) ;; *) "$each_do" "$1" "$2" "$3" "$4" "$5";; esac
+    shift 5
+  done
+}
+# What one of them cannot do is told of that one, and the others go on.
+attempt() {
+  attempt_unit=$1; shift
+  said=$("$@" 2>&1) && return
+  attempt_rc=$?
+  failed="$failed$attempt_unit "
+  emit "$attempt_unit" "$attempt_rc"
+  emit "$attempt_unit.said" "$said"
+}
+see() { attempt "$1" see_unit "$1" "$3" "$5"; }
+see_unit() {
+  guard "/etc/systemd/system/$1" "$2"
+  [ -b "$3" ] || return 0
+  held=$(sh -c "$holders" sh "$3" "$1") || return 1
+  [ -z "$held" ] || { printf '%s\\n' "$held"; return ${held}; }
+  # At once, so that nobody slips in while the others are looked at. What comes of it is seen below, where it is waited for.
+  systemctl stop --no-block "$1" >/dev/null 2>&1
+  return 0
+}
+collect() {
+  ended="$ended $1"
+  case $1 in lvm-nbd-attach-*) attached=yes;; esac
+  if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi
+}
+end() { attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
+remove() { attempt "$1" remove_files "$1" "/etc/systemd/system/$1" "$2" "$4"; }
+remove_files() {
+  case $1 in
+  lvm-nbd-attach-*) rm -f "$3" && tidy "$2";;
+  *) rm -f "$3" "$3.new";;
+  esac && rm -rf "$2.d" && tidy_certificates "$4" && rm -f "$2.new" "$2"
+}
+done_with() { emit "$1" 0; }
+lock
+each see "$@"
+units= ended= attached=
+each collect "$@"
+# One question for all; where that fails, each is asked for.
+[ -z "$units" ] || systemctl disable --quiet --now --no-reload $units >/dev/null 2>&1 || each end "$@"
+systemctl daemon-reload || exit 1
+[ -z "$ended" ] || systemctl reset-failed $ended >/dev/null 2>&1
+each remove "$@"
+[ -z "$attached" ] || udevadm control --reload || exit 1
+each done_with "$@"
+emit end ""
+`,
+);
+
+/** Others wait for the lock of units for 120 s, and a stop takes a moment each, or 10 s. */
+const mostAtOnce = 8;
+
+const removals = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();
+
+/** A unit that is to go. */
+export interface UnwantedUnit {
+  readonly unit: string;
+  /** Its configuration, or an attachment's stable path. */
+  readonly path: string;
+  /** What its file carries, "" for none. */
+  readonly mark: string;
+  /** What must not be held. */
+  readonly device?: string | undefined;
+}
+
+/** Returns who holds its device: then nothing was done. */
+export async function removeUnit(
+  context: Context,
+  { unit, path, mark, device = "" }: UnwantedUnit,
+): Promise<readonly string[]> {
+  const item = [unit, path, mark, certificatesFolders(unit), device] as const;
+  const looks = {
+    together: (items: readonly string[], signal: AbortSignal) => removeTogether(context, items, signal),
+    most: mostAtOnce,
+  };
+  const done = await removals.ask(context.host, "removed units", JSON.stringify(item), looks, context.signal);
+  if (done === undefined)
+    throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${unit} was removed`);
+  const { command, result } = done;
+  if (result.exitCode === 0) return [];
+  if (result.exitCode === held) return parseOutput(context, command, result, parseHolders);
+  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
+  throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
+}
+
+async function removeTogether(context: Context, items: readonly string[], signal: AbortSignal) {
+  const all: string[][] = items.map((one) => JSON.parse(one));
+  const command: RemoteCommand = {
+    argv: script(takeDownScript, holdersScript, ...all.flat()),
+    kind: "change",
+    // The lock (120 s) and the units read anew; for each who holds it, and the stop (10 s, or 60 of an attachment) by itself.
+    deadlineSeconds: 300 + 80 * all.length,
+  };
+  const result = await context.host.run(command, signal);
+  const told = result.exitCode === 0 ? parseOutput(context, command, result, parseFields) : undefined;
+  return new Map(
+    items.flatMap((one, at) => {
+      const name = all[at]?.[0] ?? "";
+      if (told === undefined) return [[one, { command, result }] as const];
+      const exitCode = told.get(name);
+      if (exitCode === undefined) return [];
+      const said = told.get(`${name}.said`) ?? "";
+      return [
+        [one, { command, result: { exitCode: Number(exitCode), stdout: said, stderr: said } }] as const,
+      ];
+    }),
+  );
+}
