@@ -19,7 +19,7 @@ const held = 75;
  * mark that was seen, what its folders of certificates begin with, and the device that must not be held or "". Prints, by the unit's name,
  * an exit code, and as `UNIT.said` what was said. A unit's file goes last: until then what a cut leaves is found by its mark, and removed
  * by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device appears
- * again. What neither runs nor is wanted by anything it does not keep. It reads all units once for all of them.
+ * again. It reads all units once for all of them, and once more where another unit, as a mount that needs one, has kept one in its memory.
  */
 const takeDownScript = hostScript(
   "take-down-units",
@@ -34,38 +34,41 @@ each() {
     shift 5
   done
 }
+tell_failed() { failed="$failed$1 "; emit "$1" "$rc"; emit "$1.said" "$said"; }
 # What one of them cannot do is told of that one, and the others go on.
 attempt() {
   attempt_unit=$1; shift
-  said=$("$@" 2>&1) && return
-  attempt_rc=$?
-  failed="$failed$attempt_unit "
-  emit "$attempt_unit" "$attempt_rc"
-  emit "$attempt_unit.said" "$said"
+  said=$("$@" 2>&1) || { rc=$?; tell_failed "$attempt_unit"; }
 }
-see() { attempt "$1" see_unit "$1" "$3" "$5"; }
+is_attachment() { case $1 in lvm-nbd-attach-*) ;; *) return 1;; esac; }
+see() { attempt "$1" see_unit "$1" "/etc/systemd/system/$1" "$3" "$5"; }
 see_unit() {
-  guard "/etc/systemd/system/$1" "$2"
-  [ -b "$3" ] || return 0
-  held=$(sh -c "$holders" sh "$3" "$1") || return 1
-  [ -z "$held" ] || { printf '%s\\n' "$held"; return ${held}; }
-  # At once, so that nobody slips in while the others are looked at. What comes of it is seen below, where it is waited for.
-  systemctl stop --no-block "$1" >/dev/null 2>&1
-  return 0
+  guard "$2" "$3"
+  is_attachment "$1" || return 0
+  if [ -b "$4" ]; then
+    held=$(exec 3>&1; noise=$(sh -c "$holders" sh "$4" "$1" 2>&1 >&3) || { printf '%s\n' "$noise" >&2; exit 1; }) || return 1
+    [ -z "$held" ] || { printf '%s\n' "$held"; return ${held}; }
+  fi
+  # At once, so that nobody slips in while others are looked at.
+  end_unit "$1" "$2"
 }
 collect() {
   ended="$ended $1"
-  case $1 in lvm-nbd-attach-*) attached=yes;; esac
-  if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi
+  if is_attachment "$1"; then attached=yes; elif [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi
 }
-end() { attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
+end() { is_attachment "$1" || attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
 remove() { attempt "$1" remove_files "$1" "/etc/systemd/system/$1" "$2" "$4"; }
 remove_files() {
-  case $1 in
-  lvm-nbd-attach-*) rm -f "$3" && tidy "$2";;
-  *) rm -f "$3" "$3.new";;
-  esac && rm -rf "$2.d" && tidy_certificates "$4" && rm -f "$2.new" "$2"
+  if is_attachment "$1"; then rm -f "$3" && tidy "$2"; else rm -f "$3" "$3.new"; fi &&
+    rm -rf "$2.d" && tidy_certificates "$4" && rm -f "$2.new" "$2"
 }
+gone() { removed="$removed $1"; }
+is_remembered() {
+  load_states=$(systemctl show -p LoadState --value -- "$@") || return 0
+  for load_state in $load_states; do [ "$load_state" = not-found ] || return 0; done
+  return 1
+}
+tell_failed_attachment() { ! is_attachment "$1" || tell_failed "$1"; }
 done_with() { emit "$1" 0; }
 lock
 each see "$@"
@@ -73,16 +76,19 @@ units= ended= attached=
 each collect "$@"
 # One question for all; where that fails, each is asked for.
 [ -z "$units" ] || systemctl disable --quiet --now --no-reload $units >/dev/null 2>&1 || each end "$@"
-systemctl daemon-reload || exit 1
+said=$(systemctl daemon-reload 2>&1) || { rc=1; each tell_failed "$@"; }
 [ -z "$ended" ] || systemctl reset-failed $ended >/dev/null 2>&1
 each remove "$@"
-[ -z "$attached" ] || udevadm control --reload || exit 1
+removed=
+each gone "$@"
+[ -z "$removed" ] || ! is_remembered $removed || said=$(systemctl daemon-reload 2>&1) || { rc=1; each tell_failed "$@"; }
+[ -z "$attached" ] || said=$(udevadm control --reload 2>&1) || { rc=1; each tell_failed_attachment "$@"; }
 each done_with "$@"
 emit end ""
 `,
 );
 
-/** Others wait for the lock of units for 120 s, and a stop takes a moment each, or 10 s. */
+/** Others wait for the lock of units for 120 s, and a stop takes a moment each; or 10 s, and an attachment's 60, where something hangs. */
 const mostAtOnce = 8;
 
 const removals = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();

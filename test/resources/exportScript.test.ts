@@ -34,6 +34,9 @@ class ExportHost extends ShellHost {
           *ActiveState*) cat "$SANDBOX/state";;
           *MainPID*) ${atProof || ":"}; echo 7;;
           "show -p Job"*) ;;
+          "show -p LoadState --value"*) shift 5; for one; do
+            if [ -e "$SANDBOX/remembered" ] || [ -e "$SANDBOX/units/$one" ]; then echo loaded; else echo not-found; fi
+            echo; done;;
           show*) if [ -e "$SANDBOX/silent" ]; then rm "$SANDBOX/silent"; exit 1; fi
             case "$*" in *LoadState*) printf 'UnitFileState=disabled\\nLoadState=loaded\\nNeedDaemonReload=no\\n';; esac
             echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0"
@@ -58,7 +61,8 @@ class ExportHost extends ShellHost {
           echo 1048576`,
         flock: `[ ! -e "$SANDBOX/busy" ] || exit 1; PATH=\${PATH#*:}; exec flock "$@"`,
         nbdcopy: "head -c 4096 /dev/zero",
-        udevadm: 'echo "$*" >>"$SANDBOX/udev"',
+        udevadm: `echo "$*, of $(ls "$SANDBOX/units" | grep -c attach)" >>"$SANDBOX/udev"
+          [ ! -e "$SANDBOX/unshielded" ] || { echo "no udev" >&2; exit 1; }`,
         sleep: ":",
       },
       [],
@@ -138,7 +142,7 @@ class ExportHost extends ShellHost {
       device && join(this.folder, device),
     ]);
     const holders =
-      'case $1 in */held) echo "mount L21udA==";; */unknown) echo "who knows" >&2; exit 3;; esac';
+      'case $1 in */held) echo "Timed out for waiting the udev queue" >&2; echo "mount L21udA==";; */unknown) echo "who knows" >&2; exit 3;; esac';
     return this.run("take-down-units", [holders, ...args]);
   }
 
@@ -372,46 +376,82 @@ it("exports are removed together: stopped at once, systemd reads its units once,
   expect([broken, one].map((name) => existsSync(path(name)))).toEqual([true, false]);
 });
 
-it("an attachment is stopped as soon as nobody holds its device; one that is held, or may be, is left alone", async () => {
-  const asked = host();
-  const names = ["one", "held", "unknown", "two"].map((name) => `lvm-nbd-attach-${name}.service`);
-  const [one = "", held = "", unknown = "", two = ""] = names;
-  const path = (name: string) => join(asked.root, "units", name);
+/** Attachments of that host, each with a mark, its device and its path: `NAME.conf`. */
+function attached(asked: ExportHost, ...all: readonly string[]) {
+  const names = all.map((name) => `lvm-nbd-attach-${name}.service`);
+  const unitPath = (name: string) => join(asked.root, "units", name);
+  const pathOf = (name: string) => join(asked.root, `${name}.conf`);
   for (const name of names) {
-    writeFileSync(path(name), text);
-    writeFileSync(join(asked.root, `${name}.conf`), "");
+    writeFileSync(unitPath(name), text);
+    writeFileSync(pathOf(name), "");
+    asked.set(`${name}.dev`, "");
   }
-  for (const device of ["nbd0", "nbd1", "held", "unknown"]) asked.set(device, "");
+  const left = () => names.map((name) => [existsSync(unitPath(name)), existsSync(pathOf(name))]);
+  return { names, left };
+}
+
+it("an attachment is stopped when nobody holds its device; one that is held, or may be, or another's is left alone", async () => {
+  const asked = host();
+  const { names, left } = attached(asked, "one", "held", "unknown", "theirs", "two");
+  const [one = "", held = "", unknown = "", theirs = "", two = ""] = names;
+  for (const device of ["held", "unknown"]) asked.set(device, "");
+  asked.set(`${one}.conf.new`, "");
   const result = await asked.takeDown(
     ...([
-      [one, "ours", "nbd0"],
+      [one, "ours", `${one}.dev`],
       [held, "ours", "held"],
       [unknown, "ours", "unknown"],
     ] as const),
-    [two, "ours", "nbd1"],
+    ...([
+      [theirs, "mine", `${theirs}.dev`],
+      [two, "ours"],
+    ] as const),
   );
   const told = parseFields(result?.stdout ?? "");
-  expect(names.map((name) => told.get(name))).toEqual(["0", "75", "1", "0"]);
+  expect(names.map((name) => told.get(name))).toEqual(["0", "75", "1", "77", "0"]);
   expect([told.get(`${held}.said`), told.get(`${unknown}.said`)]).toEqual(["mount L21udA==", "who knows"]);
-  expect(names.map((name) => existsSync(path(name)))).toEqual([false, true, true, false]);
-  expect(names.map((name) => existsSync(join(asked.root, `${name}.conf`)))).toEqual([
-    false,
-    true,
-    true,
-    false,
-  ]);
+  const [gone, there] = [
+    [false, false],
+    [true, true],
+  ];
+  expect(left()).toEqual([gone, there, there, there, gone]);
+  // That may be another's path.
+  expect(existsSync(join(asked.root, `${one}.conf.new`))).toBe(true);
   expect(asked.told("jobs")).toBe(
-    `${[one, two].map((name) => `stop --no-block ${name}\nunder the lock\n`).join("")}disable --quiet --now --no-reload ${one} ${two}\ndaemon-reload\nreset-failed ${one} ${two}\n`,
+    `${[one, two].map((name) => `disable --quiet --now --no-reload ${name}\n`).join("")}daemon-reload\nreset-failed ${one} ${two}\n`,
   );
-  expect(asked.told("udev")).toBe("control --reload\n");
-  // What all attachments share stays while there is another.
+  expect(asked.told("udev")).toBe("control --reload, of 3\n");
+  // What all attachments share stays while there is another, and goes with the last.
   expect(asked.told("shared")).toBe("kept\n");
+  await asked.takeDown([held, "ours"], [unknown, "ours"], [theirs, "ours"]);
+  expect([asked.told("shared"), asked.told("modules")]).toEqual(["", ""]);
+});
+
+it("exports and attachments go together; what systemd does not do for all of them is told of those it was for", async () => {
+  const asked = host();
+  asked.holds("{}");
+  const { names, left } = attached(asked, "one");
+  const [one = ""] = names;
+  asked.set("unshielded", "");
+  const result = await asked.takeDown([one, "ours", `${one}.dev`], [unit, "ours"]);
+  const told = parseFields(result?.stdout ?? "");
+  expect([told.get(one), told.get(unit), told.get(`${one}.said`)]).toEqual(["1", "0", "no udev"]);
+  expect(left()).toEqual([[false, false]]);
+});
+
+it("what another unit has systemd remember is read once more when its file is gone", async () => {
+  const asked = host();
+  const { names } = attached(asked, "one");
+  const [one = ""] = names;
+  asked.set("remembered", "");
+  expect(parseFields((await asked.takeDown([one, "ours"]))?.stdout ?? "").get(one)).toBe("0");
+  expect(asked.told("jobs")).toMatch(/daemon-reload\nreset-failed \S+\ndaemon-reload\n$/);
 });
 
 it("no file goes where systemd does not read its units anew: it would start what it remembers", async () => {
   const asked = host();
   asked.set("deaf", "");
   asked.holds("{}");
-  expect(await asked.takeDown([unit, "ours"])).toMatchObject({ exitCode: 1 });
+  expect(parseFields((await asked.takeDown([unit, "ours"]))?.stdout ?? "").get(unit)).toBe("1");
   expect(existsSync(join(asked.root, "units", unit))).toBe(true);
 });
