@@ -14,10 +14,13 @@ import { writtenMeanwhile } from "./unit.js";
 /** Exit code of one whose device is held, by whom is named. */
 const held = 75;
 
+/** Others wait for the lock of units for 120 s: what was not begun after so many seconds is left to the next command. */
+const lockedSeconds = 30;
+
 /**
  * Arguments: the script that names who holds a device, and for each unit: unit, its configuration or, of an attachment, its path, the
  * mark that was seen, what its folders of certificates begin with, and the device that must not be held or "". Prints, by the unit's name,
- * an exit code, and as `UNIT.said` what was said. A unit's file goes last: until then what a cut leaves is found by its mark, and removed
+ * an exit code, and as `UNIT.said` what was said; nothing of those that it had no time for. A unit's file goes last: until then what a cut leaves is found by its mark, and removed
  * by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device appears
  * again. It reads all units once for all of them, and once more where another unit, as a mount that needs one, has kept one in its memory.
  */
@@ -41,7 +44,9 @@ attempt() {
   said=$("$@" 2>&1) || { rc=$?; tell_failed "$attempt_unit"; }
 }
 is_attachment() { case $1 in lvm-nbd-attach-*) ;; *) return 1;; esac; }
-see() { attempt "$1" see_unit "$1" "/etc/systemd/system/$1" "$3" "$5"; }
+see() {
+  if [ "$(date +%s)" -lt "$end" ]; then attempt "$1" see_unit "$1" "/etc/systemd/system/$1" "$3" "$5"; else failed="$failed$1 "; fi
+}
 see_unit() {
   guard "$2" "$3"
   is_attachment "$1" || return 0
@@ -59,7 +64,11 @@ collect() {
 end() { is_attachment "$1" || attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
 remove() { attempt "$1" remove_files "$1" "/etc/systemd/system/$1" "$2" "$4"; }
 remove_files() {
-  if is_attachment "$1"; then rm -f "$3" && tidy "$2"; else rm -f "$3" "$3.new"; fi &&
+  if is_attachment "$1"; then
+    # A mount that needs it may have had it started again since.
+    case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) echo "it was started again meanwhile" >&2; return 1;; esac
+    rm -f "$3" && tidy "$2"
+  else rm -f "$3" "$3.new"; fi &&
     rm -rf "$2.d" && tidy_certificates "$4" && rm -f "$2.new" "$2"
 }
 gone() { removed="$removed $1"; }
@@ -71,12 +80,13 @@ is_remembered() {
 tell_failed_attachment() { ! is_attachment "$1" || tell_failed "$1"; }
 done_with() { emit "$1" 0; }
 lock
+end=$(( $(date +%s) + ${lockedSeconds} ))
 each see "$@"
 units= ended= attached=
 each collect "$@"
 # One question for all; where that fails, each is asked for.
 [ -z "$units" ] || systemctl disable --quiet --now --no-reload $units >/dev/null 2>&1 || each end "$@"
-said=$(systemctl daemon-reload 2>&1) || { rc=1; each tell_failed "$@"; }
+[ -z "$ended" ] || said=$(systemctl daemon-reload 2>&1) || { rc=1; each tell_failed "$@"; }
 [ -z "$ended" ] || systemctl reset-failed $ended >/dev/null 2>&1
 each remove "$@"
 removed=
@@ -88,8 +98,9 @@ emit end ""
 `,
 );
 
-/** Others wait for the lock of units for 120 s, and a stop takes a moment each; or 10 s, and an attachment's 60, where something hangs. */
 const mostAtOnce = 8;
+/** Each command does at least the first of those that it was given. */
+const mostCommands = 2 * mostAtOnce;
 
 const removals = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();
 
@@ -114,7 +125,9 @@ export async function removeUnit(
     together: (items: readonly string[], signal: AbortSignal) => removeTogether(context, items, signal),
     most: mostAtOnce,
   };
-  const done = await removals.ask(context.host, "removed units", JSON.stringify(item), looks, context.signal);
+  const ask = () => removals.ask(context.host, "removed units", JSON.stringify(item), looks, context.signal);
+  let done = await ask();
+  for (let commands = 1; done === undefined && commands < mostCommands; commands++) done = await ask();
   if (done === undefined)
     throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${unit} was removed`);
   const { command, result } = done;

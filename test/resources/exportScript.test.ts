@@ -50,7 +50,7 @@ class ExportHost extends ShellHost {
           esac
           case "$*" in
           "disable --quiet --now --no-reload "*broken*) exit 1;;
-          daemon-reload) [ ! -e "$SANDBOX/deaf" ];;
+          daemon-reload) [ ! -e "$SANDBOX/needed" ] || echo active >"$SANDBOX/state"; [ ! -e "$SANDBOX/deaf" ];;
           restart*) echo active >"$SANDBOX/state";;
           *--now*) echo inactive >"$SANDBOX/state";;
           esac`,
@@ -64,6 +64,8 @@ class ExportHost extends ShellHost {
         udevadm: `echo "$*, of $(ls "$SANDBOX/units" | grep -c attach)" >>"$SANDBOX/udev"
           [ ! -e "$SANDBOX/unshielded" ] || { echo "no udev" >&2; exit 1; }`,
         sleep: ":",
+        date: `if [ -e "$SANDBOX/clock" ]; then echo $(($(cat "$SANDBOX/clock") + 20)) >"$SANDBOX/clock"; cat "$SANDBOX/clock"
+          else PATH=\${PATH#*:}; exec date "$@"; fi`,
       },
       [],
     );
@@ -437,6 +439,34 @@ it("exports and attachments go together; what systemd does not do for all of the
   const told = parseFields(result?.stdout ?? "");
   expect([told.get(one), told.get(unit), told.get(`${one}.said`)]).toEqual(["1", "0", "no udev"]);
   expect(left()).toEqual([[false, false]]);
+});
+
+it("what was not begun in time is left to another command, and what was started again to another run", async () => {
+  const asked = host();
+  const { names, left } = attached(asked, "one", "two", "three");
+  const [one = "", two = "", three = ""] = names;
+  // Each time that it is looked at, 20 s have passed.
+  asked.set("clock", "0\n");
+  const first = parseFields(
+    (await asked.takeDown([one, "ours"], [two, "ours"], [three, "ours"]))?.stdout ?? "",
+  );
+  expect(names.map((name) => first.get(name))).toEqual(["0", undefined, undefined]);
+  asked.set("needed", "");
+  const second = parseFields((await asked.takeDown([two, "ours"]))?.stdout ?? "");
+  expect([second.get(two), second.get(`${two}.said`)]).toEqual(["1", "it was started again meanwhile"]);
+  expect(left()).toEqual([
+    [false, false],
+    [true, true],
+    [true, true],
+  ]);
+});
+
+it("nothing of systemd's is read anew where nothing was done", async () => {
+  const asked = host();
+  const { names } = attached(asked, "held");
+  asked.set("held", "");
+  await asked.takeDown([names[0] ?? "", "ours", "held"]);
+  expect([asked.told("jobs"), asked.told("udev")]).toEqual(["", ""]);
 });
 
 it("what another unit has systemd remember is read once more when its file is gone", async () => {
