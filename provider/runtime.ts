@@ -34,17 +34,23 @@ export async function configure({ config }: pulumi.dynamic.ConfigureRequest): Pr
 
 /** The handlers of a resource type for Pulumi's dynamic provider; one SSH pool for the whole process. */
 export function handlers(type: string): pulumi.dynamic.ResourceProvider {
-  const provider = made.get(type) ?? whenAsked(type);
+  environment ??= createEnvironment();
+  const provider = made.get(type) ?? whenAsked(type, environment);
   made.set(type, provider);
   return provider;
 }
 
 /** What a type needs is loaded when it is first asked something. */
-function whenAsked(type: string): DynamicProvider {
-  let loaded: DynamicProvider | undefined;
-  const own = async () => {
-    loaded ??= await load(type);
-    return loaded;
+function whenAsked(type: string, ours: Environment): DynamicProvider {
+  let loading: Promise<DynamicProvider> | undefined;
+  const load = async () => toDynamicProvider(createHandlers(await loadResourceType(type), ours), ours.warn);
+  // One for all: it knows what this run has made.
+  const own = () => {
+    loading ??= load().catch((error: unknown) => {
+      loading = undefined;
+      throw error;
+    });
+    return loading;
   };
   return {
     check: async (...asked) => (await own()).check(...asked),
@@ -54,12 +60,6 @@ function whenAsked(type: string): DynamicProvider {
     update: async (...asked) => (await own()).update(...asked),
     delete: async (...asked) => (await own()).delete(...asked),
   };
-}
-
-async function load(type: string): Promise<DynamicProvider> {
-  const found = await loadResourceType(type);
-  environment ??= createEnvironment();
-  return toDynamicProvider(createHandlers(found, environment), environment.warn);
 }
 
 function createEnvironment(): Environment {
