@@ -12,38 +12,26 @@ import { setFlagsFromString } from "node:v8";
 import * as grpc from "@grpc/grpc-js";
 import type { Answer } from "./core/functions.js";
 import type { Environment, Handlers } from "./core/handlers.js";
-import type { AnyResourceType } from "./core/resource.js";
+import { once } from "./core/once.js";
 import { anySize, providerGrpc } from "./pulumi/proto.js";
 import { createService, type Parts } from "./pulumi/service.js";
-import type { HostPool } from "./ssh/pool.js";
 
 const packageFolder = join(__dirname, "..");
 
-let pool: HostPool | undefined;
-/** What every call about a resource needs. Kept, since Node looks for a module anew each time that it is imported. */
-let forResources: ReturnType<typeof loadForResources> | undefined;
-const types = new Map<string, AnyResourceType>();
-
-/** Another try for the next one. */
-function loadAgain(error: unknown): never {
-  forResources = undefined;
-  throw error;
-}
-
-async function loadForResources() {
+/** What makes it is loaded when a host is first to be reached. */
+const pool = once(async () => (await import("./ssh/pool.js")).createHostPool());
+/** What every call about a resource needs. */
+const forResources = once(async () => {
   const [{ createHandlers }, { loadResourceType }] = await Promise.all([
     import("./core/handlers.js"),
     import("./core/lazyRegistry.js"),
   ]);
   return { createHandlers, loadResourceType };
-}
+});
 
-async function handlers(name: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
-  forResources ??= loadForResources().catch(loadAgain);
-  const { createHandlers, loadResourceType } = await forResources;
-  const type = types.get(name) ?? (await loadResourceType(name));
-  types.set(name, type);
-  return createHandlers(type, { ...environment, openHost: opener(environment) });
+async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
+  const { createHandlers, loadResourceType } = await forResources();
+  return createHandlers(await loadResourceType(type), { ...environment, openHost: opener(environment) });
 }
 
 async function ask(
@@ -58,15 +46,9 @@ async function ask(
   return askFunction(functionType(name), args, { ...environment, openHost: opener(environment) });
 }
 
-/** All share one connection a host. What makes them is loaded when a host is first to be reached. */
+/** All share one connection a host. */
 function opener({ namedHosts }: Pick<Environment, "namedHosts">): Environment["openHost"] {
-  return async (host) => {
-    if (pool === undefined) {
-      const { createHostPool } = await import("./ssh/pool.js");
-      pool ??= createHostPool();
-    }
-    return pool.get(host, namedHosts?.());
-  };
+  return async (host) => (await pool()).get(host, namedHosts?.());
 }
 
 const compose: Parts["compose"] = async (type, environment, ...declared) => {

@@ -6,14 +6,15 @@ import type * as pulumi from "@pulumi/pulumi";
 import { namedHosts } from "./core/configuration.js";
 import { createHandlers, type Environment } from "./core/handlers.js";
 import { loadResourceType } from "./core/lazyRegistry.js";
+import { once } from "./core/once.js";
 import { cancelSignal } from "./pulumi/cancellation.js";
 import { type DynamicProvider, toDynamicProvider } from "./pulumi/dynamicProvider.js";
 import { connectEngineLog } from "./pulumi/engine.js";
-import type { HostPool } from "./ssh/pool.js";
 import type { NamedHosts } from "./ssh/types.js";
 
 let environment: Environment | undefined;
-let pool: HostPool | undefined;
+/** Not before a host is to be reached: ssh2 takes longer to load than all that a check needs. */
+const pool = once(async () => (await import("./ssh/pool.js")).createHostPool());
 const made = new Map<string, pulumi.dynamic.ResourceProvider>();
 /** `lvm-nbd:hosts` of the stack, and what it says once it was read. */
 let configured: string | undefined;
@@ -42,16 +43,10 @@ export function handlers(type: string): pulumi.dynamic.ResourceProvider {
 
 /** What a type needs is loaded when it is first asked something. */
 function whenAsked(type: string, ours: Environment): DynamicProvider {
-  let loading: Promise<DynamicProvider> | undefined;
-  const load = async () => toDynamicProvider(createHandlers(await loadResourceType(type), ours), ours.warn);
   // One for all: it knows what this run has made.
-  const own = () => {
-    loading ??= load().catch((error: unknown) => {
-      loading = undefined;
-      throw error;
-    });
-    return loading;
-  };
+  const own = once(async () =>
+    toDynamicProvider(createHandlers(await loadResourceType(type), ours), ours.warn),
+  );
   return {
     check: async (...asked) => (await own()).check(...asked),
     diff: async (...asked) => (await own()).diff(...asked),
@@ -70,14 +65,7 @@ function createEnvironment(): Environment {
     return hosts;
   };
   return {
-    openHost: async (host) => {
-      // Not before a host is to be reached: ssh2 takes longer to load than all that a check needs.
-      if (pool === undefined) {
-        const { createHostPool } = await import("./ssh/pool.js");
-        pool ??= createHostPool();
-      }
-      return pool.get(host, named());
-    },
+    openHost: async (host) => (await pool()).get(host, named()),
     namedHosts: named,
     progress: log.progress,
     warn: log.warn,

@@ -10,6 +10,7 @@ import { nbdExport } from "../resources/nbdExport.js";
 import { volumeCopy } from "../resources/volumeCopy.js";
 import type { AnyComponentType } from "./component.js";
 import { LvmNbdError } from "./errors.js";
+import { unknownResource } from "./lazyRegistry.js";
 import type { AnyResourceType } from "./resource.js";
 
 export const resourceTypes: readonly AnyResourceType[] = [
@@ -28,11 +29,7 @@ export const componentTypes: readonly AnyComponentType[] = [vmBackup];
 /** The type of that name. Throws for a name that no version of this package knows. */
 export function resourceType(name: string): AnyResourceType {
   const found = resourceTypes.find((candidate) => candidate.type === name);
-  if (found === undefined) {
-    throw new Error(
-      `pulumi-lvm-nbd has no resource "${name}": the stack was made with a newer version of the package`,
-    );
-  }
+  if (found === undefined) throw unknownResource(name);
   return found;
 }
 

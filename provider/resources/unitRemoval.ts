@@ -20,9 +20,10 @@ const lockedSeconds = 30;
 /**
  * Arguments: the script that names who holds a device, and for each unit: unit, its configuration or, of an attachment, its path, the
  * mark that was seen, what its folders of certificates begin with, and the device that must not be held or "". Prints, by the unit's name,
- * an exit code, and as `UNIT.said` what was said; nothing of those that it had no time for. A unit's file goes last: until then what a cut leaves is found by its mark, and removed
- * by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device appears
- * again. It reads all units once for all of them, and once more where another unit, as a mount that needs one, has kept one in its memory.
+ * an exit code, and as `UNIT.said` what was said; nothing of those that it had no time for. A unit's file goes last: until then what a cut
+ * leaves is found by its mark, and removed by the next run. By then systemd has forgotten what was to start it: while it remembers, it
+ * would start it when its device appears again. It reads all units once for all of them, and once more where another unit, as a mount
+ * that needs one, has kept one in its memory.
  */
 const takeDownScript = hostScript(
   "take-down-units",

@@ -3,7 +3,6 @@
  * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there; its
  * own jumps too: the names of the provider's configuration mean nothing to that.
  */
-
 import { execFile } from "node:child_process";
 import { createHmac, randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
