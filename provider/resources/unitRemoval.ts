@@ -67,7 +67,8 @@ remove() { attempt "$1" remove_files "$1" "/etc/systemd/system/$1" "$2" "$4"; }
 remove_files() {
   if is_attachment "$1"; then
     # A mount that needs it may have had it started again since.
-    case $(systemctl show -p ActiveState --value "$1") in inactive|failed) ;; *) echo "it was started again meanwhile" >&2; return 1;; esac
+    runs=$(systemctl show -p ActiveState --value "$1") || return 1
+    case $runs in inactive|failed) ;; *) echo "it was started again meanwhile, and is $runs" >&2; return 1;; esac
     rm -f "$3" && tidy "$2"
   else rm -f "$3" "$3.new"; fi &&
     rm -rf "$2.d" && tidy_certificates "$4" && rm -f "$2.new" "$2"
@@ -100,10 +101,13 @@ emit end ""
 );
 
 const mostAtOnce = 8;
-/** Each command does at least the first of those that it was given. */
-const mostCommands = 2 * mostAtOnce;
 
-const removals = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();
+interface Removal {
+  readonly command: RemoteCommand;
+  readonly result: CommandResult;
+}
+
+const removals = new Gathering<Removal>();
 
 /** A unit that is to go. */
 export interface UnwantedUnit {
@@ -126,11 +130,10 @@ export async function removeUnit(
     together: (items: readonly string[], signal: AbortSignal) => removeTogether(context, items, signal),
     most: mostAtOnce,
   };
-  const ask = () => removals.ask(context.host, "removed units", JSON.stringify(item), looks, context.signal);
-  let done = await ask();
-  for (let commands = 1; done === undefined && commands < mostCommands; commands++) done = await ask();
-  if (done === undefined)
-    throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${unit} was removed`);
+  // Each command tells of at least one of those that it was given, or fails: so others' come to their end before this one.
+  let done: Removal | undefined;
+  while (done === undefined)
+    done = await removals.ask(context.host, "removed units", JSON.stringify(item), looks, context.signal);
   const { command, result } = done;
   if (result.exitCode === 0) return [];
   if (result.exitCode === held) return parseOutput(context, command, result, parseHolders);
@@ -148,16 +151,15 @@ async function removeTogether(context: Context, items: readonly string[], signal
   };
   const result = await context.host.run(command, signal);
   const told = result.exitCode === 0 ? parseOutput(context, command, result, parseFields) : undefined;
-  return new Map(
-    items.flatMap((one, at) => {
-      const name = all[at]?.[0] ?? "";
-      if (told === undefined) return [[one, { command, result }] as const];
-      const exitCode = told.get(name);
-      if (exitCode === undefined) return [];
-      const said = told.get(`${name}.said`) ?? "";
-      return [
-        [one, { command, result: { exitCode: Number(exitCode), stdout: said, stderr: said } }] as const,
-      ];
-    }),
-  );
+  const outcomes = items.flatMap((one, at): [string, Removal][] => {
+    const name = all[at]?.[0] ?? "";
+    if (told === undefined) return [[one, { command, result }]];
+    const exitCode = told.get(name);
+    if (exitCode === undefined) return [];
+    const said = told.get(`${name}.said`) ?? "";
+    return [[one, { command, result: { exitCode: Number(exitCode), stdout: said, stderr: said } }]];
+  });
+  if (outcomes.length > 0) return new Map(outcomes);
+  const units = all.map(([name]) => name).join(", ");
+  throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${units} was removed`);
 }

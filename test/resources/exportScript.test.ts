@@ -453,7 +453,10 @@ it("what was not begun in time is left to another command, and what was started 
   expect(names.map((name) => first.get(name))).toEqual(["0", undefined, undefined]);
   asked.set("needed", "");
   const second = parseFields((await asked.takeDown([two, "ours"]))?.stdout ?? "");
-  expect([second.get(two), second.get(`${two}.said`)]).toEqual(["1", "it was started again meanwhile"]);
+  expect([second.get(two), second.get(`${two}.said`)]).toEqual([
+    "1",
+    "it was started again meanwhile, and is active",
+  ]);
   expect(left()).toEqual([
     [false, false],
     [true, true],
