@@ -7,6 +7,7 @@ import { say } from "./figures.mts";
 const benches: Readonly<Record<string, string>> = {
   plugin: "the plugin's start and memory (2 minutes)",
   tls: "what TLS costs a copy (5 minutes)",
+  copies: "copies beside dd, nbdcopy and qemu-img (25 minutes)",
   chains: "chains beside a hand-written script and the engine alone (30 minutes)",
 };
 
