@@ -185,19 +185,27 @@ own_folder() {
 /**
  * Shell functions of a job, beside `sumOf`; its `uri`, `bits`, `connections`, `verify` and `run` are set, `undo` drops what it
  * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND [plain]`: runs that with the source's uri in
- * `source`, for a program that knows no TLS a "plain" one. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
+ * `source`, for a program that knows no TLS a "plain" one. `map_source`: of what is in `extents` (see `extentList`) nothing is asked that is
+ * a hole, until `mapped` is empty again; where nbdkit cannot do that, all is. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
  * then `require_same SUM`: so it is read a second time, and must have this checksum.
  */
 export const jobFunctions = `
+mapped=
 phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
 fail() { undo; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
 with_source() {
   command=$1; export command
   case $uri in nbds:*) secured="tls-certificates=\${uri#*\\?tls-certificates=}";; *) secured=;; esac
-  if [ -z "$bits" ] && { [ -z "$secured" ] || [ "\${2-}" != plain ]; }; then source=$uri; export source; sh -c "$command"; return; fi
+  if [ -z "$bits$mapped" ] && { [ -z "$secured" ] || [ "\${2-}" != plain ]; }; then source=$uri; export source; sh -c "$command"; return; fi
   source=
-  nbdkit -U - -r --exit-with-parent \${bits:+--filter=rate} nbd uri="\${uri%%\\?*}" $secured \${bits:+rate="$bits"} \\
+  nbdkit -U - -r --exit-with-parent \${mapped:+--filter=extentlist} \${bits:+--filter=rate} nbd uri="\${uri%%\\?*}" $secured \\
+    \${bits:+rate="$bits"} \${mapped:+extentlist="$mapped"} \\
     --run 'source=$uri; export source; sh -c "$command"'
+}
+map_source() {
+  [ -n "\${extents-}" ] && command -v nbdkit >/dev/null && printf %s "$extents" >"$run/extents" || return 0
+  nbdkit -U - -r --filter=extentlist null "$size" extentlist="$run/extents" --run true 2>/dev/null && mapped=$run/extents
+  return 0
 }
 read_source() {
   with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &

@@ -54,7 +54,15 @@ import {
 import { withoutTls } from "../linux/nbd.js";
 import { missingPrograms } from "../linux/programs.js";
 import { type CopyIdentity, runCopy } from "./copyRun.js";
-import { type CopySource, certifySize, explained, refused, sourceSize } from "./copySource.js";
+import {
+  type CopySource,
+  certifySize,
+  emptyRanges,
+  explained,
+  refused,
+  sourceSize,
+  sourceSumOf,
+} from "./copySource.js";
 import {
   changeVolumeByScript,
   type DeviceCopyRecord,
@@ -428,6 +436,7 @@ export async function copyToVolume(
   }
   let sizeBytes = 0;
   let extents = 0;
+  let empty = "";
   const [verified, told] = await runCopy(context, {
     target: path,
     unfinished: partOf(volume).name,
@@ -439,6 +448,7 @@ export async function copyToVolume(
       refuseAside(context, volume, seen);
       if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
+      empty = await emptyRanges(context, wanted, sizeBytes);
       const told: DeviceCopyRecord = { generation, verify };
       return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
     },
@@ -452,12 +462,13 @@ export async function copyToVolume(
       part = await makePart(context, volume, extents, tags);
       context.progress(`copying ${uri} to ${path}`);
       try {
-        await startDeviceCopy(context, job, part, planOf(wanted), newRecord, sizeBytes);
+        await startDeviceCopy(context, job, part, planOf(wanted), newRecord, sizeBytes, empty);
       } catch (error) {
         if (isLvmNbdError(error, "COMMAND_FAILED")) await discard(context, volume, runTagOf(newDigest));
         throw error;
       }
     },
+    sourceSum: verify ? sourceSumOf(wanted) : undefined,
     certify: async (done) => {
       const lv = await certifySize(context, wanted, done.sizeBytes);
       if (part === undefined) throw new Error("a copy without its volume");
@@ -499,8 +510,16 @@ function identityTags(
   return [ownerMark(owner), generation, ...copyTags(copyId, facts)];
 }
 
-function planOf({ uri, tls, connections, bandwidthLimit, verify }: VolumeWanted): DeviceCopyPlan {
+function planOf({
+  uri,
+  tls,
+  snapshot,
+  connections,
+  bandwidthLimit,
+  verify: asked,
+}: VolumeWanted): DeviceCopyPlan {
   const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
+  const verify = asked && snapshot === undefined;
   // What an earlier volume left there is nobody's to read.
   return { uri, tls, connections, verify, bandwidthLimit: limit, rest: "zero" };
 }

@@ -44,6 +44,11 @@ export interface CopyRun<T> {
   prepare(): Promise<string>;
   /** Starts the job of the record, which has this digest. */
   start(record: string, recordDigest: string): Promise<void>;
+  /**
+   * SHA-256 of the source, read on its own host while the job runs: bytes that never cross the network, and a processor that is not the
+   * one that copies. `undefined`: the job itself reads the source again, if anybody does.
+   */
+  readonly sourceSum?: ((context: Context) => Promise<string>) | undefined;
   /** Certifies what the job has read. Returns the verified copy, which has yet to get its name. */
   certify(result: CopyResult, recordDigest: string): Promise<T>;
   /** Ends the job of the record and removes what it made. */
@@ -76,7 +81,7 @@ export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> 
       recordDigest = digest(record, 64);
       await run.start(record, recordDigest);
     } else context.progress(`a copy to ${run.target} is on its way: going on with it`);
-    const result = await follow(context, run, recordDigest, (now) => {
+    const result = await followed(context, run, recordDigest, (now) => {
       progress = now;
     });
     return await run.certify(result, recordDigest);
@@ -116,6 +121,36 @@ export async function discardAfter(
 export function longestSeconds(sizeBytes: number, bandwidthLimit: number | undefined): number {
   const slowest = Math.min(bandwidthLimit ?? Number.POSITIVE_INFINITY, 5 * 1024 ** 2);
   return Math.max(7 * 24 * 3600, Math.ceil((4 * sizeBytes) / slowest));
+}
+
+/** What the job found, compared with the source where that is read on its own host. Raises COPY_MISMATCH. */
+async function followed(
+  context: Context,
+  run: Pick<CopyRun<unknown>, "following" | "whenFull" | "sourceSum">,
+  recordDigest: string,
+  report: (progress: CopyProgress) => void,
+): Promise<CopyResult> {
+  const ended = new AbortController();
+  const signal = AbortSignal.any([context.signal, ended.signal]);
+  // Its failure is told when the job has ended: that goes on.
+  const reading = Promise.allSettled(
+    run.sourceSum === undefined ? [] : [run.sourceSum({ ...context, signal })],
+  );
+  try {
+    const result = await follow(context, run, recordDigest, report);
+    if (run.sourceSum === undefined || result.verified) return result;
+    context.progress("the copy was read back; waiting for the checksum of its source");
+    const [source] = await reading;
+    if (source?.status === "rejected") throw source.reason;
+    if (source?.value === result.sha256) return { ...result, verified: true };
+    throw new LvmNbdError("COPY_MISMATCH", {
+      message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source?.value}`,
+      host: context.host.name,
+      resource: context.resource,
+    });
+  } finally {
+    ended.abort();
+  }
 }
 
 const pollSeconds = { first: 0.2, most: 2 };

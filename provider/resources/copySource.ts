@@ -2,12 +2,17 @@
  * The source of a copy: an export, and the snapshot behind it where that is known. It is asked for its size before
  * anything is changed, and its snapshot is seen to be valid after the last byte.
  */
+import { parseOutput, succeed } from "../core/command.js";
 import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { bytesPhrase, type CopyProgress } from "../linux/copyJob.js";
 import { clockCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume } from "../linux/lvm.js";
 import type { ClientTls } from "../linux/tls.js";
+import { extentList, parseZeroRanges, zeroRangesScript, zeroSeconds } from "../linux/zeroRanges.js";
+import type { RemoteCommand } from "../ssh/types.js";
+import { deviceSum } from "./deviceCopy.js";
 import { certify, type SnapshotReference, volumes } from "./volumes.js";
 
 /** What is copied. */
@@ -61,8 +66,7 @@ export async function certifySize(
 ): Promise<LogicalVolume | undefined> {
   if (snapshot === undefined) return undefined;
   const lv = await certify(context, snapshot);
-  // A thin snapshot has a size of its own, and its origin may have grown since.
-  const size = lv.kind === "cow" ? lv.originSizeBytes : lv.sizeBytes;
+  const size = visibleBytes(lv);
   if (size === sizeBytes) return lv;
   throw new LvmNbdError("COPY_MISMATCH", {
     message: `uri: ${uri} serves ${sizeBytes} bytes, the snapshot ${lv.volumeGroup}/${lv.name} has ${size}: it is not what this export serves`,
@@ -71,6 +75,56 @@ export async function certifySize(
     property: "uri",
     advice: "Give the `uri` of the NbdExport whose `device` is that snapshot's `path`.",
   });
+}
+
+/** Bytes that a reader of it sees. A thin snapshot has a size of its own, and its origin may have grown since. */
+function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): number {
+  return kind === "cow" ? (originSizeBytes ?? sizeBytes) : sizeBytes;
+}
+
+/** How a snapshot is read on its own host; `undefined` for a source of which only the `uri` is known. */
+export function sourceSumOf({
+  snapshot,
+}: Pick<CopySource, "snapshot">): ((context: Context) => Promise<string>) | undefined {
+  if (snapshot === undefined) return undefined;
+  return async (context) => {
+    const lv = await certify(context, snapshot);
+    const there = { ...context, host: await context.open(snapshot.host) };
+    const sum = await deviceSum(there, lv.path, visibleBytes(lv));
+    if (sum !== undefined) return sum;
+    throw new LvmNbdError("COPY_FAILED", {
+      message: `the source ${lv.path} could not be read a second time`,
+      host: there.host.name,
+      resource: context.resource,
+    });
+  };
+}
+
+/**
+ * What of the source is known to be zero, for a job; "" where nothing is. Only a read-only snapshot's: of another one that may be
+ * written to before it is copied. It is looked for right at the snapshot, so that only what is not zero crosses the network. That the
+ * `uri` serves this snapshot is the program's word: what it says of another one shows when the copy is verified.
+ */
+export async function emptyRanges(
+  context: Context,
+  { snapshot }: CopySource,
+  sizeBytes: number,
+): Promise<string> {
+  if (snapshot === undefined) return "";
+  const lv = await certify(context, snapshot);
+  if (!lv.readOnly || !lv.active) return "";
+  const host = await context.open(snapshot.host);
+  context.progress(`looking on ${host.name} for what of ${lv.path} is empty`);
+  const command: RemoteCommand = {
+    argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
+    kind: "read",
+    deadlineSeconds: zeroSeconds + 120,
+  };
+  const there = { ...context, host };
+  const result = await succeed(there, command, `${lv.path} could not be read`);
+  return parseOutput(there, command, result, (text) =>
+    extentList(parseZeroRanges(text, sizeBytes), sizeBytes),
+  );
 }
 
 /** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */

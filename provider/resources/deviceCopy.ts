@@ -22,6 +22,7 @@ import {
 } from "../linux/deviceCopy.js";
 import { parseFields } from "../linux/fields.js";
 import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
+import { withExtents } from "../linux/zeroRanges.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
 import { jobText } from "./tls.js";
@@ -61,7 +62,7 @@ export function followingOf({ unit, run }: DeviceJob, following = followCopyScri
 }
 
 /**
- * Starts the copy of `sizeBytes` bytes onto the volume; `record` is what `observeDeviceJob` finds again. Raises VOLUME_IN_USE
+ * Starts the copy of `sizeBytes` bytes onto the volume; `empty`: see `emptyRanges`; `record` is what `observeDeviceJob` finds again. Raises VOLUME_IN_USE
  * if the volume is open, and is `ChangedMeanwhile` if its name is another volume's.
  */
 export async function startDeviceCopy(
@@ -71,6 +72,7 @@ export async function startDeviceCopy(
   plan: DeviceCopyPlan,
   record: string,
   sizeBytes: number,
+  empty: string,
 ): Promise<void> {
   const { volumeGroup, name, uuid, path } = volume;
   const runtime = String(longestSeconds(sizeBytes, plan.bandwidthLimit));
@@ -84,7 +86,7 @@ export async function startDeviceCopy(
       ...[record, description, runtime],
     ),
     [volume],
-    jobText(job.run, plan.tls, deviceCopyArguments(job, path, plan), deviceCopyJob),
+    jobText(job.run, plan.tls, deviceCopyArguments(job, path, plan), withExtents(empty, deviceCopyJob)),
   );
 }
 

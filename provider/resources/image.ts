@@ -46,6 +46,7 @@ import { parseFields } from "../linux/fields.js";
 import { fileProblem, imageFormats } from "../linux/imageFile.js";
 import type { LogicalVolume } from "../linux/lvm.js";
 import { missingPrograms } from "../linux/programs.js";
+import { withExtents } from "../linux/zeroRanges.js";
 import { hostName } from "../ssh/config.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import {
@@ -60,10 +61,12 @@ import {
 import {
   type CopySource,
   certifySize,
+  emptyRanges,
   explained,
   refused,
   type SizeAnswer,
   sourceSize,
+  sourceSumOf,
 } from "./copySource.js";
 import { asking, jobText } from "./tls.js";
 
@@ -238,7 +241,8 @@ const quick = { deadlineSeconds: 60, kind: "read" } as const;
 function planOf(wanted: CopyWanted): CopyPlan {
   const { uri, tls, format, compress, connections, verify, bandwidthLimit } = wanted;
   return {
-    ...{ uri, tls, format, compress, connections, verify },
+    ...{ uri, tls, format, compress, connections },
+    verify: verify && wanted.snapshot === undefined,
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
   };
 }
@@ -548,6 +552,7 @@ export async function verifiedCopy(
     part = undefined;
   }
   let sizeBytes = 0;
+  let empty = "";
   return runCopy(context, {
     target: wanted.file,
     unfinished: paths.part,
@@ -556,11 +561,13 @@ export async function verifiedCopy(
     following: scriptOn(paths, followCopyScript),
     prepare: async () => {
       sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
+      empty = await emptyRanges(context, wanted, sizeBytes);
       const { owner, verify } = wanted;
       const generation = partGeneration(wanted, identity);
       return `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
     },
-    start: (record) => start(context, paths, wanted, seen, record, sizeBytes),
+    start: (record) => start(context, paths, wanted, seen, record, sizeBytes, empty),
+    sourceSum: wanted.verify ? sourceSumOf(wanted) : undefined,
     certify: async (result, recordDigest) => {
       const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes));
       const manifest = manifestOf(wanted, identity, result, snapshot);
@@ -642,6 +649,7 @@ async function start(
   seen: ImageObservation,
   record: string,
   sizeBytes: number,
+  empty: string,
 ): Promise<void> {
   const { file } = paths;
   const plan = planOf(wanted);
@@ -654,7 +662,7 @@ async function start(
       ...[paths, startCopyScript, seen.facts, seen.manifestDigest, record, description],
       String(longestSeconds(sizeBytes, plan.bandwidthLimit)),
     ),
-    jobText(paths.run, plan.tls, copyArguments(paths, plan, digest(record, 64)), copyJob),
+    jobText(paths.run, plan.tls, copyArguments(paths, plan, digest(record, 64)), withExtents(empty, copyJob)),
   );
 }
 

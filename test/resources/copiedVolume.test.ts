@@ -67,8 +67,10 @@ afterEach(() => destination.close());
 
 function handlers(): Handlers {
   [cancel, warnings, lines] = [new AbortController(), [], []];
-  const source = fakeHost(({ argv }) =>
-    argv[0] === "date" ? String(Number(recorded.lv_time) + 100) : volumes,
+  const source = fakeHost(
+    (command) =>
+      destination.sourceAnswer(command) ??
+      (command.argv[0] === "date" ? String(Number(recorded.lv_time) + 100) : volumes),
   );
   return createHandlers(resourceType("VolumeCopy"), {
     openHost: async (host) =>

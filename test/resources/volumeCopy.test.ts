@@ -70,6 +70,8 @@ function handlers(): Handlers {
   [cancel, warnings, lines] = [new AbortController(), [], []];
   const source: Host = fakeHost((command) => {
     if (command.argv[0] === "date") return String(Number(recorded.lv_time) + 100);
+    const answer = destination.sourceAnswer(command);
+    if (answer !== undefined) return answer;
     if (command.argv[0] === "vgs")
       return { exitCode: 5, stderr: `Volume group "${recorded.vg_name}" not found` };
     return volumes;

@@ -3,12 +3,14 @@
  * findmnt are stand-ins of a few lines, everything else is the machine's. For cuts that a lab cannot make one by one.
  */
 import { spawn, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
+import { checkDeviceScript, deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
 import { holdersScript } from "../../provider/linux/holders.js";
+import { zeroRangesScript } from "../../provider/linux/zeroRanges.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { lvmStandIns } from "./lvmStandIns.js";
 import { ShellHost } from "./shellHost.js";
@@ -68,6 +70,11 @@ const standIns: Readonly<Record<string, string>> = {
       */dev/*) [ "$(stat -c %s "$SANDBOX/source")" -le "$(stat -c %s "$target")" ] && dd if="$SANDBOX/source" of="$target" bs=64K conv=notrunc status=none;;
       *) cp --sparse=always "$SANDBOX/source" "$target";;
     esac`,
+  "qemu-img": `
+    [ "$1" != --version ] || { echo "qemu-img version 7.2.22"; exit; }
+    echo "    (50.00/100%)"
+    for target; do :; done
+    exec nbdcopy "$target" 3>/dev/null`,
   ...lvmStandIns,
 };
 
@@ -111,6 +118,15 @@ export class CopyHost extends ShellHost implements Host {
   /** What the export serves; `undefined` when nothing answers. */
   serve(content: string | undefined): void {
     this.set("source", content);
+  }
+
+  /** What the source's host prints for a script that only a copy from a snapshot runs there; `undefined` of any other. */
+  sourceAnswer({ argv }: RemoteCommand): string | undefined {
+    if (argv[2] === zeroRangesScript) return "";
+    if (argv[2] !== checkDeviceScript) return undefined;
+    const [again, first] = ["reread", "source"].map((file) => join(this.folder, file));
+    const served = again !== undefined && existsSync(again) ? again : (first ?? "");
+    return `${createHash("sha256").update(readFileSync(served)).digest("hex")}\n`;
   }
 
   /** An export of an image is up, to which no client is connected. */
