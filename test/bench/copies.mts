@@ -165,7 +165,11 @@ function sides({ server1, server2 }: Lab, made: Resources): readonly Side[] {
   const sumOn2 = async (path: string) =>
     (await server2.run(`dd if=${path} bs=4M iflag=direct status=none | sha256sum`, limit)).stdout;
   const require = async (source: Source, path: string) => {
-    if ((await sumOn1(source)) !== (await sumOn2(path))) throw new Error(`${path} is not what was served`);
+    const [served, copied] = [await sumOn1(source), await sumOn2(path)];
+    if (served !== copied)
+      throw new Error(
+        `${path} is not what was served, ${served.trim()}, but ${copied.trim()}; read once more ${await sumOn1(source)} and ${await sumOn2(path)}`,
+      );
   };
   const command = (name: string, knowsTls: boolean, text: (source: Source) => string): Side => ({
     ...{ name, knowsTls },
