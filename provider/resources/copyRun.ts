@@ -140,17 +140,28 @@ async function followed(
     const result = await follow(context, run, recordDigest, report);
     if (run.sourceSum === undefined || result.verified) return result;
     context.progress("the copy was read back; waiting for the checksum of its source");
-    const [source] = await reading;
-    if (source?.status === "rejected") throw source.reason;
-    if (source?.value === result.sha256) return { ...result, verified: true };
+    const [read] = await reading;
+    // What was cut off long ago is tried again, now that nothing else is left to do.
+    const source =
+      read?.status === "fulfilled" ? read.value : await readAgain(context, run.sourceSum, read?.reason);
+    if (source === result.sha256) return { ...result, verified: true };
     throw new LvmNbdError("COPY_MISMATCH", {
-      message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source?.value}`,
+      message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source}`,
       host: context.host.name,
       resource: context.resource,
     });
   } finally {
     ended.abort();
   }
+}
+
+function readAgain(
+  context: Context,
+  sourceSum: (context: Context) => Promise<string>,
+  reason: unknown,
+): Promise<string> {
+  if (!isLvmNbdError(reason, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT")) throw reason;
+  return sourceSum(context);
 }
 
 const pollSeconds = { first: 0.2, most: 2 };

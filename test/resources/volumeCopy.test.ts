@@ -334,6 +334,11 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
     await fails("COPY_MISMATCH", new RegExp(sha256(later)));
   });
 
+  it("its snapshot reads as something else on its own host", async () => {
+    destination.set("reread", later);
+    await fails("COPY_MISMATCH", new RegExp(sha256(later)), { snapshot });
+  });
+
   it("the snapshot overflows while it is copied: said with a size that would do", async () => {
     destination.set("broken", "Input/output error\n");
     destination.onCommand = ({ argv }) => {
@@ -893,6 +898,17 @@ describe("whatever cuts it, the next up finishes the work", () => {
     await handlers().create(wanted);
     expect(destination.started).toBe(1);
     expect(destination.left()).toEqual(complete);
+  });
+
+  it("the source is read a second time on its own host, not over the network; cut off there, it is read once more", async () => {
+    destination.set("broken-reread", "");
+    let cuts = 1;
+    destination.onSource = () => {
+      if (cuts-- > 0) throw new LvmNbdError("LINK_LOST", { message: "connection reset" });
+    };
+    expect(await made({ snapshot })).toMatchObject({ state: "complete", verified: true });
+    expect(cuts).toBe(-1);
+    expect(destination.started).toBe(1);
   });
 
   it("a host that does not answer for a while is waited for: its job goes on", async () => {

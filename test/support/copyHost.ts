@@ -101,6 +101,8 @@ export class CopyHost extends ShellHost implements Host {
   readonly commands: RemoteCommand[] = [];
   /** Called with each command before it runs; may throw. What it returns is called when the command has run. */
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
+  /** Called before the source is read on its own host; may throw. */
+  onSource: () => void = () => undefined;
   /** Where images go. */
   readonly disk: string;
   /** What `holdersScript` prints. */
@@ -124,6 +126,7 @@ export class CopyHost extends ShellHost implements Host {
   sourceAnswer({ argv }: RemoteCommand): string | undefined {
     if (argv[2] === zeroRangesScript) return "";
     if (argv[2] !== checkDeviceScript) return undefined;
+    this.onSource();
     const [again, first] = ["reread", "source"].map((file) => join(this.folder, file));
     const served = again !== undefined && existsSync(again) ? again : (first ?? "");
     return `${createHash("sha256").update(readFileSync(served)).digest("hex")}\n`;
