@@ -245,7 +245,7 @@ export class GuestMachine {
       // cache=unsafe: the disks live as long as the instance, and powerOff() lets QEMU close them.
       ...["-drive", `if=none,id=root,file=${this.name}.root.qcow2,format=qcow2,cache=unsafe`],
       ...["-device", "virtio-blk-pci,drive=root,serial=root"],
-      ...["-drive", `if=none,id=data,file=${this.name}.data.qcow2,format=qcow2,cache=unsafe,discard=unmap`],
+      ...["-drive", `if=none,id=data,file=${this.name}.data.qcow2,format=qcow2,cache=unsafe`],
       ...["-device", "virtio-blk-pci,drive=data,serial=data"],
       ...["-netdev", `user,id=management,restrict=on,hostfwd=tcp:127.0.0.1:${port}-:22`],
       ...["-device", `virtio-net-pci,netdev=management,mac=${macAddress(suffix, "management")},romfile=`],
