@@ -127,9 +127,14 @@ export class CopyHost extends ShellHost implements Host {
     if (argv[2] === zeroRangesScript) return "";
     if (argv[2] !== checkDeviceScript) return undefined;
     this.onSource();
-    const [again, first] = ["reread", "source"].map((file) => join(this.folder, file));
-    const served = again !== undefined && existsSync(again) ? again : (first ?? "");
-    return `${createHash("sha256").update(readFileSync(served)).digest("hex")}\n`;
+    return this.servedSum();
+  }
+
+  /** SHA-256 of what is served, the second time where that is another, as a script prints it. */
+  servedSum(): string {
+    const [again = "", first = ""] = ["reread", "source"].map((file) => join(this.folder, file));
+    const served = readFileSync(existsSync(again) ? again : first);
+    return `${createHash("sha256").update(served).digest("hex")}\n`;
   }
 
   /** An export of an image is up, to which no client is connected. */
