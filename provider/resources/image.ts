@@ -100,7 +100,7 @@ export const imageInputs = {
     .min(1)
     .max(16)
     .default(4)
-    .describe("NBD connections to the source, for `raw`."),
+    .describe("NBD connections to the source at most, for `raw`."),
   bandwidthLimit: z
     .union([z.string(), z.number()])
     .superRefine(readableBy(parseRate))
@@ -112,7 +112,8 @@ export const imageInputs = {
     .boolean()
     .default(true)
     .describe(
-      "Whether the source is read a second time and its SHA-256 compared with that of the image, which is read from the disk.",
+      "Whether the source is read a second time and its SHA-256 compared with that of the image, which is read from the disk. Where the " +
+        "snapshot behind it is known, it is read on its own host, while the copy runs; else over the network, afterwards.",
     ),
   deepCheck: z
     .boolean()
