@@ -9,6 +9,9 @@ import { deviceNodeFunction } from "./deviceCopy.js";
 /** Ranges of so many bytes are looked at: a request of nbdcopy's is a quarter of that, and a file system's data seldom lies closer. */
 const stepBytes = 1024 ** 2;
 
+/** So many ranges at most are told: shorter ones than this share of a large volume are copied. */
+const mostRanges = 16_384;
+
 /** After which the look ends at the latest, with what was found until then. */
 export const zeroSeconds = 1800;
 
@@ -35,7 +38,11 @@ sub zero {
   my $read = sysread($device, my $bytes, $length);
   return defined($read) && $read == $length && $bytes eq substr($zeros, 0, $length);
 }
-sub tell_until { my $to = shift; print "$from ", $to - $from, "\\n" if defined $from; undef $from; }
+sub tell_until {
+  my $to = shift;
+  print "$from ", $to - $from, "\\n" if defined $from && $to - $from >= $size / ${mostRanges};
+  undef $from;
+}
 sub forget { system("dd", "if=$path", "iflag=nocache", "count=0", "status=none"); $seen = 0; }
 my $at = 0;
 while ($at < $size) {

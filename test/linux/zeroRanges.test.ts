@@ -20,7 +20,12 @@ beforeAll(() => {
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 /** What the script prints of a file of that size with these bytes at these places, and what it left with. */
-function zerosOf(sizeBytes: number, bytes: Readonly<Record<number, string>>, environment = process.env) {
+function zerosOf(
+  sizeBytes: number,
+  bytes: Readonly<Record<number, string>>,
+  environment: NodeJS.ProcessEnv = {},
+  [from, to]: readonly [string, string] = ["", ""],
+) {
   const file = join(folder, "device");
   writeFileSync(file, "");
   truncateSync(file, sizeBytes);
@@ -28,10 +33,12 @@ function zerosOf(sizeBytes: number, bytes: Readonly<Record<number, string>>, env
   for (const [at, text] of Object.entries(bytes)) writeSync(open, text, Number(at));
   closeSync(open);
   // A file stands for the device.
-  const text = zeroRangesScript.replace(deviceNodeFunction, "\ndevice_node() { node=$1; }\n");
+  const text = zeroRangesScript
+    .replace(deviceNodeFunction, "\ndevice_node() { node=$1; }\n")
+    .replace(from, to);
   const { stdout, status } = spawnSync("/bin/sh", ["-c", text, "sh", file, String(sizeBytes)], {
     encoding: "utf8",
-    env: environment,
+    env: { ...process.env, ...environment },
   });
   return { stdout, status };
 }
@@ -65,6 +72,17 @@ describe("what of a device is zero", () => {
     const text = zeroRangesScript.replace(deviceNodeFunction, "\ndevice_node() { node=$1; }\n");
     const { stdout } = spawnSync("/bin/sh", ["-c", text, "sh", file, String(3 * MiB)], { encoding: "utf8" });
     expect(parseZeroRanges(stdout, 3 * MiB)).toEqual([{ offset: 0, length: MiB }]);
+  });
+
+  it("is told only where that is worth a line: so many at most, however large the device", () => {
+    const { stdout } = zerosOf(12 * MiB, { 0: "x", [2 * MiB]: "x", [6 * MiB]: "x" }, {}, [
+      "$size / 16384",
+      "$size / 4",
+    ]);
+    expect(parseZeroRanges(stdout, 12 * MiB)).toEqual([
+      { offset: 3 * MiB, length: 3 * MiB },
+      { offset: 7 * MiB, length: 5 * MiB },
+    ]);
   });
 
   it("is nothing where there is no perl", () => {
