@@ -1,5 +1,5 @@
 /**
- * `npm run bench -- copies [MIB]`: how long a copy of a full, a 10 % full and an empty volume (512 MiB unless told) takes from server1 to a
+ * `npm run bench -- copies [MIB]`: how long a copy of a full, a 10 % full and an empty volume (256 MiB unless told: the servers are emulated) takes from server1 to a
  * volume of server2: a VolumeCopy, whole, with and without `verify`, beside dd through /dev/nbd0, nbdcopy and qemu-img; without and with
  * TLS. Each server has one emulated processor, so that a checksum costs as much as the way of the bytes themselves. Prints medians of
  * runs in turns, and writes them to results/copies.json and results/copies.svg.
@@ -48,11 +48,13 @@ interface Side {
   readonly name: string;
   readonly knowsTls: boolean;
   copy(source: Source): Promise<void>;
-  /** What is not counted: what was copied is the source's, and goes. */
-  clear(source: Source): Promise<void>;
+  /** Where it lies then. */
+  readonly target: string;
+  /** What is not counted: the copy goes, so that nothing of it passes for the next side's work. */
+  clear(): Promise<void>;
 }
 
-const [megabytes = 512, ...rest] = process.argv.slice(2).map(Number);
+const [megabytes = 256, ...rest] = process.argv.slice(2).map(Number);
 if (rest.length > 0 || !(Number.isInteger(megabytes) && megabytes >= 32)) {
   process.stderr.write("usage: npm run bench -- copies [MIB]\n");
   process.exit(2);
@@ -154,30 +156,19 @@ async function sources(lab: Lab, made: Resources): Promise<readonly Source[]> {
   return all;
 }
 
-function sides({ server1, server2 }: Lab, made: Resources): readonly Side[] {
-  const sumOn1 = async ({ snapshot }: Source) =>
-    (
-      await server1.run(
-        `dd if=/dev/${group}/${snapshot.name} bs=4M iflag=direct status=none | sha256sum`,
-        limit,
-      )
-    ).stdout;
-  const sumOn2 = async (path: string) =>
-    (await server2.run(`dd if=${path} bs=4M iflag=direct status=none | sha256sum`, limit)).stdout;
-  const require = async (source: Source, path: string) => {
-    const [served, copied] = [await sumOn1(source), await sumOn2(path)];
-    if (served !== copied)
-      throw new Error(
-        `${path} is not what was served, ${served.trim()}, but ${copied.trim()}; read once more ${await sumOn1(source)} and ${await sumOn2(path)}`,
-      );
-  };
+async function requireCopied({ server1, server2 }: Lab, { snapshot }: Source, side: Side): Promise<void> {
+  const sum = (path: string) => `dd if=${path} bs=4M iflag=direct status=none | sha256sum`;
+  const served = await server1.run(sum(`/dev/${group}/${snapshot.name}`), limit);
+  const copied = await server2.run(sum(side.target), limit);
+  if (served.stdout !== copied.stdout) throw new Error(`${side.name}: ${side.target} is not what was served`);
+}
+
+function sides({ server2 }: Lab, made: Resources): readonly Side[] {
   const command = (name: string, knowsTls: boolean, text: (source: Source) => string): Side => ({
-    ...{ name, knowsTls },
+    ...{ name, knowsTls, target },
     copy: async (source) => void (await server2.run(text(source), limit)),
-    clear: async (source) => {
-      await require(source, target);
-      // Nothing of it may pass for the next side's work.
-      await server2.run(`blkdiscard -z ${target} && sync && echo 3 >/proc/sys/vm/drop_caches`, limit);
+    clear: async () => {
+      await server2.run(`blkdiscard -f -z ${target} && sync && echo 3 >/proc/sys/vm/drop_caches`, limit);
     },
   });
   const attached = ({ uri }: Source, then: string) => {
@@ -189,15 +180,14 @@ dd if=/dev/nbd0 of=${target} bs=1M conv=fsync status=none && ${then}; rc=$?; nbd
   const volumeCopy = (name: string, verify: boolean): Side => {
     let state: Values | undefined;
     return {
-      ...{ name, knowsTls: true },
+      ...{ name, knowsTls: true, target: `/dev/${group}/copy` },
       copy: async ({ uri, snapshot, clientTls: tls }) => {
         state = await made.make("VolumeCopy", "copy", {
           ...{ host: "server2", uri, snapshot, verify, volume: { volumeGroup: group, name: "copy" } },
           ...(tls === undefined ? {} : { tls }),
         });
       },
-      clear: async (source) => {
-        await require(source, `/dev/${group}/copy`);
+      clear: async () => {
         if (state !== undefined) await made.remove(state);
         await server2.run("sync && echo 3 >/proc/sys/vm/drop_caches");
       },
@@ -239,7 +229,8 @@ async function measure(
         const began = performance.now();
         await side.copy(source);
         const seconds = (performance.now() - began) / 1000;
-        await side.clear(source);
+        if (round === 1) await requireCopied(lab, source, side);
+        await side.clear();
         figures.get(side.name)?.get(source.content)?.push(seconds);
         say(
           `  round ${round} of ${rounds}: ${side.name}, ${source.content}${tls ? ", TLS" : ""}: ${seconds.toFixed(1)} s`,
