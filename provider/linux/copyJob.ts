@@ -203,7 +203,7 @@ with_source() {
     --run 'source=$uri; export source; sh -c "$command"'
 }
 map_source() {
-  [ -n "\${extents-}" ] && command -v nbdkit >/dev/null && printf %s "$extents" >"$run/extents" || return 0
+  [ -n "\${extents-}" ] && nbdkit --dump-plugin nbd >/dev/null 2>&1 && printf %s "$extents" >"$run/extents" || return 0
   nbdkit -U - -r --filter=extentlist null "$size" extentlist="$run/extents" --run true 2>/dev/null && mapped=$run/extents
   return 0
 }
@@ -239,6 +239,7 @@ began=$(date +%s)
 size=$(nbdinfo --size "$uri") || fail "the source does not answer"
 printf '%s\\n' "$size" >"$run/size"
 phase copy
+map_source
 if [ "$format" = raw ]; then
   with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" image 3>"$run/progress"'
 elif [ "$compress" = yes ]; then
@@ -246,6 +247,7 @@ elif [ "$compress" = yes ]; then
 else
   with_source 'qemu-img convert -p -f raw -O qcow2 "$source" image >"$run/progress"' plain
 fi || fail "the copy broke off"
+mapped=
 sync image || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
 phase verify

@@ -36,6 +36,7 @@ sub zero {
   my ($at, $length) = @_;
   sysseek($device, $at, 0) or return 0;
   my $read = sysread($device, my $bytes, $length);
+  $seen += $read if $read;
   return defined($read) && $read == $length && $bytes eq substr($zeros, 0, $length);
 }
 sub tell_until {
@@ -51,9 +52,9 @@ while ($at < $size) {
   my $length = $size - $at < $step ? $size - $at : $step;
   if (zero($at, $length < $page ? $length : $page) && zero($at, $length)) {
     $from = $at unless defined $from;
-    $found += $length; $seen += $length;
-    forget() if $seen >= 256 << 20;
+    $found += $length;
   } else { tell_until($at); }
+  forget() if $seen >= 256 << 20;
   $at += $length;
 }
 tell_until($at);

@@ -59,6 +59,7 @@ import {
   certifySize,
   emptyRanges,
   explained,
+  isReadThere,
   refused,
   sourceSize,
   sourceSumOf,
@@ -510,16 +511,10 @@ function identityTags(
   return [ownerMark(owner), generation, ...copyTags(copyId, facts)];
 }
 
-function planOf({
-  uri,
-  tls,
-  snapshot,
-  connections,
-  bandwidthLimit,
-  verify: asked,
-}: VolumeWanted): DeviceCopyPlan {
+function planOf(wanted: VolumeWanted): DeviceCopyPlan {
+  const { uri, tls, connections, bandwidthLimit } = wanted;
   const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
-  const verify = asked && snapshot === undefined;
+  const verify = wanted.verify && !isReadThere(wanted);
   // What an earlier volume left there is nobody's to read.
   return { uri, tls, connections, verify, bandwidthLimit: limit, rest: "zero" };
 }

@@ -152,6 +152,8 @@ async function followed(
     });
   } finally {
     ended.abort();
+    // What reads the snapshot holds it.
+    await reading;
   }
 }
 

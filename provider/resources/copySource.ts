@@ -3,9 +3,10 @@
  * anything is changed, and its snapshot is seen to be valid after the last byte.
  */
 import { parseOutput, succeed } from "../core/command.js";
-import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { briefly, type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
+import { serially } from "../core/serial.js";
 import { bytesPhrase, type CopyProgress } from "../linux/copyJob.js";
 import { clockCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume } from "../linux/lvm.js";
@@ -20,6 +21,16 @@ export interface CopySource {
   readonly uri: string;
   readonly tls?: ClientTls | undefined;
   readonly snapshot?: SnapshotReference | undefined;
+  /** Its host is to be read no faster. */
+  readonly bandwidthLimit?: string | number | undefined;
+}
+
+/** Whether the snapshot itself is read on its own host, beside what the export serves: at the speed of its disk. */
+export function isReadThere({
+  snapshot,
+  bandwidthLimit,
+}: Pick<CopySource, "snapshot" | "bandwidthLimit">): boolean {
+  return snapshot !== undefined && bandwidthLimit === undefined;
 }
 
 /** What the export answered when it was asked for its size on the destination's host. */
@@ -83,14 +94,16 @@ function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): numb
 }
 
 /** How a snapshot is read on its own host; `undefined` for a source of which only the `uri` is known. */
-export function sourceSumOf({
-  snapshot,
-}: Pick<CopySource, "snapshot">): ((context: Context) => Promise<string>) | undefined {
-  if (snapshot === undefined) return undefined;
+export function sourceSumOf(
+  source: Pick<CopySource, "snapshot" | "bandwidthLimit">,
+): ((context: Context) => Promise<string>) | undefined {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isReadThere(source)) return undefined;
   return async (context) => {
     const lv = await certify(context, snapshot);
     const there = { ...context, host: await context.open(snapshot.host) };
-    const sum = await deviceSum(there, lv.path, visibleBytes(lv));
+    // One at a time: each holds one of the few sessions of a connection for as long as it reads, and all read one host's disks.
+    const sum = await serially(there.host, "read sources", () => deviceSum(there, lv.path, visibleBytes(lv)));
     if (sum !== undefined) return sum;
     throw new LvmNbdError("COPY_FAILED", {
       message: `the source ${lv.path} could not be read a second time`,
@@ -105,12 +118,9 @@ export function sourceSumOf({
  * written to before it is copied. It is looked for right at the snapshot, so that only what is not zero crosses the network. That the
  * `uri` serves this snapshot is the program's word: what it says of another one shows when the copy is verified.
  */
-export async function emptyRanges(
-  context: Context,
-  { snapshot }: CopySource,
-  sizeBytes: number,
-): Promise<string> {
-  if (snapshot === undefined) return "";
+export async function emptyRanges(context: Context, source: CopySource, sizeBytes: number): Promise<string> {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isReadThere(source)) return "";
   const lv = await certify(context, snapshot);
   if (!lv.readOnly || !lv.active) return "";
   const host = await context.open(snapshot.host);
@@ -121,11 +131,24 @@ export async function emptyRanges(
     deadlineSeconds: zeroSeconds + 120,
   };
   const there = { ...context, host };
-  const result = await succeed(there, command, `${lv.path} could not be read`);
-  return parseOutput(there, command, result, (text) =>
-    extentList(parseZeroRanges(text, sizeBytes), sizeBytes),
-  );
+  try {
+    const result = await serially(host, "read sources", () =>
+      succeed(there, command, `${lv.path} could not be read`),
+    );
+    return parseOutput(there, command, result, (text) =>
+      extentList(parseZeroRanges(text, sizeBytes), sizeBytes),
+    );
+  } catch (error) {
+    if (!isLvmNbdError(error, ...untold)) throw error;
+    context.progress(`what is empty is sent as well: ${briefly(error)}`);
+    return "";
+  }
 }
+
+/** Codes of a look for what is empty that a copy does without. */
+const untold = [
+  ...(["SUDO_DENIED", "COMMAND_FAILED", "COMMAND_TIMED_OUT", "OUTPUT_UNREADABLE", "LINK_LOST"] as const),
+];
 
 /** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */
 export async function explained(

@@ -63,6 +63,7 @@ import {
   certifySize,
   emptyRanges,
   explained,
+  isReadThere,
   refused,
   type SizeAnswer,
   sourceSize,
@@ -243,7 +244,7 @@ function planOf(wanted: CopyWanted): CopyPlan {
   const { uri, tls, format, compress, connections, verify, bandwidthLimit } = wanted;
   return {
     ...{ uri, tls, format, compress, connections },
-    verify: verify && wanted.snapshot === undefined,
+    verify: verify && !isReadThere(wanted),
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
   };
 }
