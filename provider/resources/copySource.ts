@@ -22,7 +22,7 @@ export interface CopySource {
   readonly tls?: ClientTls | undefined;
   readonly snapshot?: SnapshotReference | undefined;
   /** Its host is to be read no faster. */
-  readonly bandwidthLimit?: string | number | undefined;
+  bandwidthLimit?: string | number | undefined;
 }
 
 /** Whether the snapshot itself is read on its own host, beside what the export serves: at the speed of its disk. */
