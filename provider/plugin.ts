@@ -1,12 +1,13 @@
-#!/usr/bin/env -S node --optimize-for-size --max-semi-space-size=2
+#!/usr/bin/env -S MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=32768 MALLOC_TRIM_THRESHOLD_=65536 node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16
 /**
  * `pulumi-resource-lvm-nbd`: started by Pulumi's engine with its address as the last argument, it prints the port of its
- * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 is
- * to take the little memory that it needs.
+ * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 and
+ * malloc are to take the little memory that it needs (glibc's malloc gives back what a large answer took; others know no such variable).
  */
 import { fstatSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
+import { setFlagsFromString } from "node:v8";
 import * as grpc from "@grpc/grpc-js";
 import type { Answer } from "./core/functions.js";
 import type { Environment, Handlers } from "./core/handlers.js";
@@ -17,12 +18,27 @@ import type { HostPool } from "./ssh/pool.js";
 const packageFolder = join(__dirname, "..");
 
 let pool: HostPool | undefined;
+/** What every call about a resource needs. Kept, since Node looks for a module anew each time that it is imported. */
+let forResources: ReturnType<typeof loadForResources> | undefined;
 
-async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
-  const [{ createHandlers }, { resourceType }] = await Promise.all([
+/** Another try for the next one. */
+function loadAgain(error: unknown): never {
+  forResources = undefined;
+  throw error;
+}
+
+async function loadForResources() {
+  const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
     import("./core/handlers.js"),
     import("./core/registry.js"),
+    import("./ssh/pool.js"),
   ]);
+  return { createHandlers, resourceType, createHostPool };
+}
+
+async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
+  forResources ??= loadForResources().catch(loadAgain);
+  const { createHandlers, resourceType } = await forResources;
   return createHandlers(resourceType(type), { ...environment, openHost: await opener(environment) });
 }
 
@@ -40,7 +56,8 @@ async function ask(
 
 /** All share one connection a host. */
 async function opener({ namedHosts }: Pick<Environment, "namedHosts">): Promise<Environment["openHost"]> {
-  const { createHostPool } = await import("./ssh/pool.js");
+  forResources ??= loadForResources().catch(loadAgain);
+  const { createHostPool } = await forResources;
   pool ??= createHostPool();
   const { get } = pool;
   return (host) => get(host, namedHosts?.());
@@ -74,6 +91,9 @@ function endWithPulumi(): void {
 
 function start(): void {
   endWithPulumi();
+  // Here and not in the first line: a Node that does not know it starts all the same. What is live grows by a tenth before it is looked
+  // through again: by more, what a look at a thousand volumes leaves behind adds up.
+  setFlagsFromString("--heap-growing-percent=10");
   const server = new grpc.Server(anySize);
   const address = process.argv.at(-1);
   const parts = {

@@ -287,10 +287,19 @@ interface Shapes {
 const shapes = new WeakMap<AnyResourceType, Shapes>();
 
 function shapesOf(type: AnyResourceType): Shapes {
+  let own = shapes.get(type);
+  if (own === undefined) {
+    own = makeShapes(type);
+    shapes.set(type, own);
+  }
+  return own;
+}
+
+function makeShapes(type: AnyResourceType): Shapes {
   const { inputs } = type;
   const outputs = outputsOf(type).shape;
   const known = new Map<string, z.ZodObject>();
-  const own = shapes.get(type) ?? {
+  return {
     state: z.object({ ...inputs.shape, ...outputs }),
     outputs,
     place: inputs.partial(),
@@ -302,8 +311,6 @@ function shapesOf(type: AnyResourceType): Shapes {
       return shape;
     },
   };
-  shapes.set(type, own);
-  return own;
 }
 
 /** Only Pulumi's side is concerned: nothing runs. */

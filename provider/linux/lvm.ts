@@ -104,13 +104,22 @@ const row = z.custom<Row>(
     reportFields.every((field) => typeof Reflect.get(value, field) === "string"),
   "is no row of lvs with all the fields that were asked for",
 );
-const report = z.object({ report: z.array(z.object({ lv: z.array(row) })) });
+/** An object of strings. */
+const flatObject = /\{\s*(?:"[^"\\]*(?:\\.[^"\\]*)*"[\s:,]*)+\}/g;
+/** With the place of each row instead of it. */
+const report = z.object({ report: z.array(z.object({ lv: z.array(z.number()) })) });
 
 /** Parses the output of `lvsCommand`. Throws an ordinary error on anything unexpected: never "no volumes". */
 export function parseLvs(stdout: string): LogicalVolume[] {
-  const parsed = report.parse(JSON.parse(stdout));
+  // Row by row: what is read of one is gone before the next, while all rows at once of thousands of volumes would be kept until V8
+  // looks through all that it has.
+  const rows: string[] = [];
+  const frame = stdout.replace(flatObject, (found) => `${rows.push(found) - 1}`);
+  const parsed = report.parse(JSON.parse(frame));
   if (parsed.report.length === 0) throw new Error("lvs printed no report");
-  return parsed.report.flatMap(({ lv }) => lv.map(toLogicalVolume));
+  return parsed.report.flatMap(({ lv }) =>
+    lv.map((at) => toLogicalVolume(row.parse(JSON.parse(rows[at] ?? "null")))),
+  );
 }
 
 function toLogicalVolume(lv: Row): LogicalVolume {

@@ -1,4 +1,5 @@
 /** What the scripts that write units share. */
+import { vanished } from "./fields.js";
 import { openLock } from "./lockFile.js";
 
 /** Exit code of a script that found another unit than the one that was seen, and changed nothing. */
@@ -15,7 +16,12 @@ export const provenOnly = 75;
  * ends the script with `changedMeanwhile` if none is, or one with another record. `receive FILE BYTES`: stdin as that file, on the disk; fails if a link that
  * broke has cut it short. `read_anew UNIT new|"" enabled|disabled`: systemd has the unit as it is on
  * the disk. Reading all units again costs most of what a change does, and a new one it reads by itself; whether it has an older one, a clock
- * that went back would hide.
+ * that went back would hide. `is_read SHOWN enabled|disabled`: by what it shows, systemd has it so.
+ * `boot_links UNIT FILE`: it starts at boot, by all that is to start it, 1 if not, 2 where that cannot be told; systemd itself only
+ * remembers how that was when it read the unit.
+ * `tell_boots UNIT FILE`, with `emit`: tells whether it does; ends the script where it cannot.
+ * `outdated SHOWN`, with `emit`: tells where `NeedDaemonReload=yes` says nothing of the unit: since systemd 255 all have it once any was
+ * enabled.
  * `last_words UNIT LINES`: what its journal ends with, to stderr.
  */
 export const unitFunctions = `
@@ -40,10 +46,30 @@ receive() {
   cat >"$1" && [ "$(wc -c <"$1")" -eq "$2" ] && sync "$1" && return 0
   rm -f "$1"; echo "what was to be written did not arrive whole" >&2; return 1
 }
+is_read() {
+  for read_line in LoadState=loaded NeedDaemonReload=no "UnitFileState=$2"; do
+    case "
+$1
+" in *"
+$read_line
+"*) ;; *) return 1;; esac
+  done
+}
 read_anew() {
-  [ "$2" = new ] && [ "$(systemctl show -p LoadState -p NeedDaemonReload -p UnitFileState "$1" | sort)" = "LoadState=loaded
-NeedDaemonReload=no
-UnitFileState=$3" ] || systemctl daemon-reload
+  [ "$2" = new ] && is_read "$(systemctl show -p LoadState -p NeedDaemonReload -p UnitFileState "$1")" "$3" || systemctl daemon-reload
+}
+boot_links() {
+  boot_targets=$(sed -n 's/^WantedBy=//p' "$2") || return 2
+  [ -n "$boot_targets" ] || return 1
+  for boot_target in $boot_targets; do [ -L "/etc/systemd/system/$boot_target.wants/$1" ] || return 1; done
+}
+tell_boots() {
+  boot_links "$1" "$2"
+  case $? in 0) emit boots yes;; 1) ;; *) [ -e "$2" ] || exit ${vanished}; exit 1;; esac
+}
+outdated() {
+  case $1 in *NeedDaemonReload=yes*) ;; *) return 0;; esac
+  [ "$(systemctl show -p NeedDaemonReload --value -- -.slice)" != yes ] || emit outdated yes
 }
 last_words() { journalctl --sync 2>/dev/null; journalctl -q -n "$2" -o cat --no-pager -u "$1" >&2; }
 `;
@@ -99,7 +125,7 @@ export const removedAtOnce = 4;
 /** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */
 export const endUnitFunction = `
 end_unit() {
-  if [ -e "$2" ]; then systemctl disable --quiet --now --no-reload "$1"
+  if [ -e "$2" ]; then systemctl disable --quiet --now --no-reload "$1" >/dev/null
   else [ "$(systemctl show -p ActiveState --value "$1")" = inactive ] || systemctl stop "$1"; fi
 }
 `;

@@ -6,26 +6,29 @@ import { unitFunctions } from "../linux/unitScript.js";
 
 /**
  * Shell function, beside `emitFunctions`, `unitFunctions` and `certificatesFunctions`. `look_at_attachment UNIT PATH [for-removal]`
- * prints its fields.
+ * prints its fields. `show_at_first UNIT`: what systemd shows of it; another one may be put in its place that knows that already.
  */
 export const lookAtAttachmentFunction = `
+show_attachment() { systemctl show -p LoadState -p ActiveState -p NeedDaemonReload -p DropInPaths -p MainPID "$1"; }
+show_at_first() { show_attachment "$1"; }
 look_at_attachment() {
   unit=$1 path=$2 purpose=\${3-} file=/etc/systemd/system/$1
   cd /etc/systemd/system || exit 1
   if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
   if [ -L "$file" ]; then emit linked yes; fi
-  end=$(( $(date +%s) + 4 ))
-  while :; do
-    show=$(systemctl show -p LoadState -p ActiveState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID "$unit") || exit 1
-    # A link that has just died is being made again: give it a moment before it counts as detached.
-    case $show in *ActiveState=activating*) [ "$(date +%s)" -lt "$end" ] || break; sleep 0.2;; *) break;; esac
+  show=$(show_at_first "$unit") || exit 1
+  # A link that has just died is being made again: give it a moment before it counts as detached.
+  until=$(( $(date +%s) + 4 ))
+  while case $show in *ActiveState=activating*) [ "$(date +%s)" -lt "$until" ];; *) false;; esac; do
+    sleep 0.2
+    show=$(show_attachment "$unit") || exit 1
   done
-  emit show "$show"
   link=$(readlink "$path")
   device=
   if [ -e "$file" ]; then device=$(own Device "$file"); fi
   [ -n "$device" ] || device=$link
   if [ -e "$file" ]; then
+    tell_boots "$unit" "$file"
     folder=$(own Certificates "$file")
     if [ -n "$folder" ] && same_certificates "$folder" "$(own CertificatesDigest "$file")"; then
       emit_file ca "$folder/ca-cert.pem"
@@ -41,11 +44,20 @@ look_at_attachment() {
   if [ -n "$sys" ] && [ -d "$sys" ]; then
     emit size "$(cat "$sys/size")"
     emit ro "$(cat "$sys/ro")"
-    if [ -e "$sys/pid" ]; then emit pid "$(cat "$sys/pid")"; fi
+    if [ -e "$sys/pid" ]; then
+      pid=$(cat "$sys/pid")
+      emit pid "$pid"
+      # The link may have been made anew since systemd was asked: it is not another one's for that.
+      case "$show
+" in *"MainPID=$pid
+"*) ;; *) show=$(show_attachment "$unit") || exit 1;; esac
+    fi
     if [ -z "$purpose" ] && [ "$(cat "$sys/size")" != 0 ]; then
       emit_output read timeout 10 dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct
     fi
   fi
+  emit show "$show"
+  outdated "$show"
 }
 `;
 

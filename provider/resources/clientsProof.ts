@@ -47,18 +47,31 @@ export function clientsGuard(
 }
 
 /**
- * For looks. `clients_proven`: it was seen that the kernel which runs enforces them. `clients_allowed SHOWN FILE`: what systemd shows of
- * a unit's IPAddressAllow= and IPAddressDeny= lets in nobody but those that its file names (as systemd shows them), nor do the slices
- * above it; 1 if they do, 2 if that cannot be told.
+ * For looks. `clients_proven`: it was seen that the kernel which runs enforces them. `show_with_slices UNIT OPTION...`: what `systemctl
+ * show` tells of the unit (`shown`), and of the slices above it (`above`); fails where it does not. `clients_allowed FILE`: what is `shown`
+ * of a unit's IPAddressAllow= and IPAddressDeny= lets in nobody but those that its file names (as systemd shows them), nor do the slices
+ * above it; 1 if they do, 2 if that cannot be told. One question for all: each costs as much as half of a sudo.
  */
 export const clientsLookFunctions = `
 clients_proven() { [ -e ${clientsProof} ] && [ "$(cat /proc/version /proc/cmdline)" = "$(cat ${clientsProof})" ]; }
+show_with_slices() {
+  show_unit=$1; shift
+  shown=$(systemctl show "$@" -p IPAddressAllow -p IPAddressDeny -- "$show_unit" system.slice -.slice) || return 1
+  above=\${shown#*"
+
+"}
+  [ "$above" != "$shown" ] || return 1
+  shown=\${shown%%"
+
+"*}
+}
 clients_allowed() {
-  denied=$(printf '%s\\n' "$1" | sed -n 's/^IPAddressDeny=//p')
-  allowed=$(printf '%s\\n' "$1" | sed -n 's/^IPAddressAllow=//p')
-  declared=$(sed -n 's/^IPAddressAllow=//p' "$2") || { why="$2 cannot be read"; return 2; }
-  above=$(systemctl show -p IPAddressAllow --value -- system.slice -.slice) ||
-    { why="systemctl does not tell what the slices above the unit allow"; return 2; }
+  # Nothing is what a sed that failed tells, too.
+  denied=$(printf '%s\\n' "$shown" | sed -n 's/^IPAddressDeny=//p') &&
+    allowed=$(printf '%s\\n' "$shown" | sed -n 's/^IPAddressAllow=//p') &&
+    wider=$(printf '%s\\n' "$above" | sed -n 's/^IPAddressAllow=//p') || { why="sed does not tell what systemctl shows"; return 2; }
+  declared=$(sed -n 's/^IPAddressAllow=//p' "$1") || { why="$1 cannot be read"; return 2; }
+  case $above in *IPAddressAllow=*IPAddressAllow=*) ;; *) why="systemctl does not tell what the slices above the unit allow"; return 2;; esac
   case " $denied " in
   *" 0.0.0.0/0 "*"::/0 "*|*" ::/0 "*"0.0.0.0/0 "*) ;;
   *) why="what the unit denies (IPAddressDeny=) is overridden on this host"; return 1;;
@@ -70,7 +83,7 @@ clients_allowed() {
     *) why="what the unit allows (IPAddressAllow=) is overridden on this host: $one"; return 1;;
     esac
   done
-  for one in $above; do why="a slice above the unit allows more (IPAddressAllow= of system.slice or -.slice): $one"; return 1; done
+  for one in $wider; do why="a slice above the unit allows more (IPAddressAllow= of system.slice or -.slice): $one"; return 1; done
 }
 `;
 
@@ -86,10 +99,9 @@ clients_allowed() {
  */
 export const clientsFunctions = `${clientsLookFunctions}${cutOffFunction}
 clients_enforced() {
-  shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$1") ||
-    { why="systemctl does not tell what the unit allows and denies"; return 2; }
+  show_with_slices "$1" || { why="systemctl does not tell what the unit allows and denies, nor the slices above it"; return 2; }
   # Also while somebody else's is written, of which systemd shows nothing yet.
-  clients_allowed "$shown" "/etc/systemd/system/$1" ||
+  clients_allowed "/etc/systemd/system/$1" ||
     { known=$?; same "/etc/systemd/system/$1" && return "$known"; why="the unit is being written anew"; return 2; }
   ! clients_proven || return 0
   began=$(date +%s)

@@ -14,12 +14,13 @@ look_at_export() {
   if [ -e "$file" ] || [ -L "$file" ]; then emit_file unit "$file"; fi
   if [ -L "$file" ]; then emit linked yes; fi
   if [ -e "$conf" ]; then emit_file conf "$conf"; fi
-  show=$(systemctl show -p LoadState -p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p DropInPaths -p MainPID -p IPAddressAllow -p IPAddressDeny "$unit") || exit 1
-  emit show "$show"
+  show_with_slices "$unit" -p LoadState -p ActiveState -p NeedDaemonReload -p DropInPaths || exit 1
+  emit show "$shown"
+  outdated "$shown"
   if [ -e "$file" ]; then
     if [ -e ${clientsProof} ]; then emit hostProven yes; fi
     if clients_proven; then
-      clients_allowed "$show" "$file"
+      clients_allowed "$file"
       case $? in
       0) emit clientsProven yes;;
       1) ;;
@@ -27,9 +28,7 @@ look_at_export() {
       esac
     fi
     # Enabling makes several links, and may have been cut between them.
-    for target in $(sed -n 's/^WantedBy=//p' "$file"); do
-      [ -L "/etc/systemd/system/$target.wants/$unit" ] || emit unwanted "$target"
-    done
+    tell_boots "$unit" "$file"
     device=$(own Device "$file")
     uri=$(own ProbeUri "$file")
     folder=$(own Certificates "$file")
@@ -45,10 +44,11 @@ look_at_export() {
     image=$(own File "$file")
     if [ -n "$image" ]; then
       look_at_image "$image" "$(own Format "$file")"
+      # Not what was shown before: a server that was started anew meanwhile has another one.
       pid=$(systemctl show -p MainPID --value "$unit")
       [ "$pid" = 0 ] || [ "/proc/$pid/root$(own RealPath "$file")" -ef "$image" ] || emit replaced yes
     fi
-    case $purpose:$show in :*ActiveState=active*)
+    case $purpose:$shown in :*ActiveState=active*)
       command -v nbdinfo >/dev/null || { echo "nbdinfo: not found" >&2; exit 127; }
       emit_output size timeout 15 nbdinfo --size "$uri"
       # A server that does not answer is asked once: each question waits as long.

@@ -143,6 +143,7 @@ while :; do
   case $show in *ActiveState=*activating*) [ "$(date +%s)" -lt "$end" ] || break; sleep 0.2;; *) break;; esac
 done
 emit show "$show"
+outdated "$show"
 emit_file mountinfo /proc/1/mountinfo
 if [ -e "$file" ]; then
   for target in $(sed -n 's/^WantedBy=//p' "$file"); do
@@ -191,7 +192,7 @@ function readObservation(fields: ReadonlyMap<string, string>, wanted: Inputs | S
       plan === undefined ||
       fields.has("linked") ||
       renderMountUnit(plan) !== text ||
-      show.NeedDaemonReload === "yes" ||
+      (show.NeedDaemonReload === "yes" && !fields.has("outdated")) ||
       hasDropIns(show),
     fileGone,
     show,

@@ -49,7 +49,7 @@ import {
 } from "../linux/unitScript.js";
 import type { Host, RemoteCommand } from "../ssh/types.js";
 import { observeAttachmentScript } from "./attachmentLook.js";
-import { absent, picturedUnit, purposeOf } from "./hostPicture.js";
+import { absent, lookAmongOthers, purposeOf } from "./hostPicture.js";
 import { asking, clientTlsInput, tlsProblems, tlsRecordShape } from "./tls.js";
 import {
   enable,
@@ -156,6 +156,8 @@ interface Observed {
   /** The unit runs, but its file was deleted. */
   readonly fileGone: boolean;
   readonly show: UnitProperties;
+  /** A boot starts it: by the links on the disk. */
+  readonly boots: boolean;
   /** The device the unit names, or its path leads to when the unit's file is gone or spoiled. */
   readonly device: string | undefined;
   /** Process of the link, as the kernel has it. */
@@ -176,9 +178,8 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     // A read through a dead link cannot be stopped before the kernel's own timeout has passed.
     deadlineSeconds: 60 + wanted.timeoutSeconds,
   };
-  const pictured = await picturedUnit(context, unit);
-  if (pictured === absent) return undefined;
-  const result = pictured ?? (await lookAtUnit(context, command, unit));
+  const result = await lookAmongOthers(context, unit, () => lookAtUnit(context, command, unit));
+  if (result === absent) return undefined;
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout)));
 }
 
@@ -198,10 +199,11 @@ function readObservation(fields: ReadonlyMap<string, string>): Observed | undefi
       plan === undefined ||
       fields.has("linked") ||
       renderAttachUnit(plan) !== text ||
-      show.NeedDaemonReload === "yes" ||
+      (show.NeedDaemonReload === "yes" && !fields.has("outdated")) ||
       hasDropIns(show),
     fileGone: text === undefined,
     show,
+    boots: fields.has("boots"),
     device: planShape.shape.device.safeParse(fields.get("device")).data,
     pid: fields.get("pid"),
     // sysfs counts sectors of 512 bytes, whatever the block size.
@@ -265,7 +267,7 @@ function stateOf(seen: Observed): State["state"] {
   if (seen.plan.tls !== undefined && seen.certificates === undefined) return "edited";
   if (!seen.readable) return "dead";
   if (!seen.linked) return "edited";
-  return seen.show.UnitFileState === "enabled" ? "attached" : "disabled";
+  return seen.boots ? "attached" : "disabled";
 }
 
 const preflightScript = hostScript(
@@ -385,7 +387,7 @@ udevadm control --reload || exit 1
 install_file "$file" "$new" && rm -rf "$file.d" || exit 1
 modprobe nbd || exit 1
 fail() { echo "$1" >&2; last_words "$unit" 15; exit 70; }
-systemctl enable --quiet --no-reload "$unit" && read_anew "$unit" "$is_new" enabled && systemctl start "$unit" || fail "the unit did not start"
+systemctl enable --root=/ --quiet "$unit" && read_anew "$unit" "$is_new" enabled && systemctl start "$unit" || fail "the unit did not start"
 size=$(( $(cat "$sys/size") * 512 ))
 [ "$size" = "$expected" ] || fail "the device has $size bytes, the export $expected"
 timeout "$wait" dd if="$device" of=/dev/null bs=4096 count=1 iflag=direct 2>&1 || fail "no sector could be read"

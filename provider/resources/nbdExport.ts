@@ -8,6 +8,7 @@ import { makeCertificates } from "../core/certificateAuthority.js";
 import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
+import { Gathering } from "../core/gathering.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, refusing, replaces, secret, triggersInput } from "../core/inputs.js";
 import { declareInstead, digest, ownerMark } from "../core/owner.js";
@@ -81,7 +82,7 @@ import {
   unitFunctions,
 } from "../linux/unitScript.js";
 import { serverOf } from "../ssh/config.js";
-import type { NamedHosts, RemoteCommand } from "../ssh/types.js";
+import type { CommandResult, Host, NamedHosts, RemoteCommand } from "../ssh/types.js";
 import {
   clientsFailure,
   clientsFunctions,
@@ -91,7 +92,7 @@ import {
   warnOfClients,
 } from "./clientsProof.js";
 import { observeExportScript } from "./exportLook.js";
-import { absent, picturedUnit, purposeOf } from "./hostPicture.js";
+import { absent, lookAmongOthers, purposeOf } from "./hostPicture.js";
 import { clientTlsShape, keyInput, pemInput, tlsRecordShape } from "./tls.js";
 import { proveTls } from "./tlsProof.js";
 import {
@@ -100,6 +101,7 @@ import {
   isName,
   lookAtUnit,
   readPlan,
+  tellSystemd,
   unitDrift,
   withCertificates,
   writtenMeanwhile,
@@ -245,8 +247,8 @@ interface Observed {
   readonly contentSizeBytes: number | undefined;
   /** Why the image may not be served as it is now, in a sentence. */
   readonly imageProblem: string | undefined;
-  /** False if a boot would not start it whenever its device appears. */
-  readonly wanted: boolean;
+  /** A boot starts it, whenever its device appears: by the links on the disk. systemd itself shows what it read when it last read all. */
+  readonly boots: boolean;
   readonly probe: { readonly sizeBytes: number; readonly readOnly: boolean } | undefined;
   /** `undefined` without TLS, and where they are not what the unit was made with. */
   readonly certificates: (SeenCertificates & { readonly client: ClientTls }) | undefined;
@@ -269,13 +271,9 @@ async function observe(context: Context, wanted: Inputs | State): Promise<Observ
     kind: "read",
     deadlineSeconds: 90,
   };
-  const pictured = await picturedUnit(context, unit);
-  if (pictured === absent) return undefined;
-  const result =
-    pictured ??
-    (await lookAtUnit(context, command, unit, ({ exitCode }) =>
-      exitCode === 127 ? "PROGRAM_MISSING" : undefined,
-    ));
+  const missing = ({ exitCode }: CommandResult) => (exitCode === 127 ? "PROGRAM_MISSING" : undefined);
+  const result = await lookAmongOthers(context, unit, () => lookAtUnit(context, command, unit, missing));
+  if (result === absent) return undefined;
   const reachedBy = serverOf(wanted.host, context.namedHosts);
   return parseOutput(context, command, result, (stdout) => readObservation(parseFields(stdout), reachedBy));
 }
@@ -293,7 +291,7 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
           edited: true,
           fileGone: true,
           show,
-          wanted: false,
+          boots: false,
           contentSizeBytes: undefined,
           imageProblem: undefined,
           probe: undefined,
@@ -320,11 +318,11 @@ function readObservation(fields: ReadonlyMap<string, string>, reachedBy: string)
       fields.has("linked") ||
       renderExportUnit(plan, elsewhere) !== text ||
       (config !== undefined && config !== fields.get("conf")) ||
-      show.NeedDaemonReload === "yes" ||
+      (show.NeedDaemonReload === "yes" && !fields.has("outdated")) ||
       hasDropIns(show),
     fileGone: false,
     show,
-    wanted: !fields.has("unwanted"),
+    boots: fields.has("boots"),
     contentSizeBytes: contentSize(plan, fields),
     imageProblem: plan && "file" in plan ? problemOfServed(plan, fields) : undefined,
     probe: Number.isSafeInteger(size)
@@ -471,11 +469,7 @@ function stateOf(seen: Observed, elsewhere: boolean): State["state"] {
   if (seen.imageProblem !== undefined) return "notServing";
   if (seen.probe.readOnly !== seen.plan?.readOnly) return "notServing";
   if (needsProof(seen.plan, seen, elsewhere)) return "unproven";
-  return isEnabled(seen) ? "serving" : "disabled";
-}
-
-function isEnabled({ show, wanted }: Observed): boolean {
-  return show.UnitFileState === "enabled" && wanted;
+  return seen.boots ? "serving" : "disabled";
 }
 
 /**
@@ -485,12 +479,12 @@ function isEnabled({ show, wanted }: Observed): boolean {
  */
 function wasProven(seen: Observed): boolean {
   const isBeyondLoopback = seen.plan !== undefined && !isLoopback(seen.plan.listenAddress);
-  return isEnabled(seen) && isBeyondLoopback && (!seen.elsewhere || seen.hostProven);
+  return seen.boots && isBeyondLoopback && (!seen.elsewhere || seen.hostProven);
 }
 
 /** It starts at boot, and may go on to while it is changed: nobody has to see first whom it keeps out, or has before. */
 function staysEnabled(plan: ExportPlan, seen: Observed | undefined, elsewhere: boolean): boolean {
-  if (seen === undefined || !isEnabled(seen)) return false;
+  if (seen === undefined || !seen.boots) return false;
   return clientsGuard(plan, elsewhere) !== "refuse" || wasProven(seen);
 }
 
@@ -529,8 +523,10 @@ emit_missing "$server" nbdinfo nbdcopy systemctl ss ip "$@"
 case $format in "") look_at_device;; *) look_at_file;; esac
 emit addresses "$(ip -o addr show to "$address")"
 emit route "$(ip -o route get to "$address" 2>/dev/null)"
-emit listeners "$(ss -Hltnp "sport = :$port")"
-emit pid "$(systemctl show -p MainPID --value "$unit")"
+listeners=$(ss -Hltnp "sport = :$port")
+emit listeners "$listeners"
+# Only where there is one, it may be the unit's own.
+case $listeners in ?*) emit pid "$(systemctl show -p MainPID --value "$unit")";; esac
 if [ -n "$tls" ]; then
   emit now "$(date +%s)"
   emit systemd "$(systemctl --version | sed -n '1s/^systemd \\([0-9]*\\).*/\\1/p')"
@@ -729,7 +725,7 @@ finish() {
   lock ${provenOnly}
   same "$file" || exit ${changedMeanwhile}
   tidy_certificates "$folders" || exit ${provenOnly}
-  [ -n "$port" ] || systemctl enable --quiet "$unit" || exit ${provenOnly}
+  [ -n "$port" ] || systemctl enable --root=/ --quiet "$unit" || exit ${provenOnly}
   exit 0
 }
 lock
@@ -737,7 +733,7 @@ guard "$file" "$mark" "$seen"
 # Removed since it was looked at.
 [ -e "$file" ] || case $seen in ""|absent) ;; *) exit ${changedMeanwhile};; esac
 # Disabled since it was looked at, it may be another one, which nobody has seen yet.
-[ -z "$port" ] || [ "$(systemctl show -p UnitFileState --value "$unit")" = enabled ] || exit ${changedMeanwhile}
+[ -z "$port" ] || boot_links "$unit" "$file" || exit ${changedMeanwhile}
 umask 022
 rm -f "$file.new" && receive "$file.new" "$bytes" || exit 1
 if [ -n "$config" ]; then
@@ -745,24 +741,30 @@ if [ -n "$config" ]; then
   mkdir -p /etc/lvm-nbd && rm -f "$conf.new" && printf '%s' "$config" >"$conf.new" && sync "$conf.new" || exit 1
 fi
 # What nobody has seen to keep others out starts at no boot, and no server of before is taken for the one that is to be seen.
-if [ -z "$port" ]; then
-  [ ! -e "$file" ] && [ "$(systemctl show -p ActiveState --value "$unit")" = inactive ] || cut_off "$unit" || exit 1
-fi
+# systemd keeps what it has read, also of a file that is gone, until it reads all anew: a removal may have been cut before that.
+is_new= state=
+[ -e "$file" ] || state=$(systemctl show -p ActiveState -p LoadState "$unit")
+case $state in *ActiveState=inactive*) case $state in *LoadState=not-found*) is_new=new;; esac;; *) [ -n "$port" ] || cut_off "$unit" || exit 1;; esac
 [ -z "$folder" ] || rm -f "$folder/${provenFile}" || exit 1
 [ -z "$config" ] || mv -fT "$conf.new" "$conf" || exit 1
-# systemd keeps what it has read, also of a file that is gone, until it reads all anew: a removal may have been cut before that.
-is_new=
-if [ ! -e "$file" ] && [ "$(systemctl show -p LoadState --value "$unit")" = not-found ]; then is_new=new; fi
 mv -fT "$file.new" "$file" || exit 1
 watch "$file"
 if [ -z "$config" ]; then rm -f "$conf"; fi
 rm -rf "$file.d"
-# The one also where links were left of a file that is gone. The other has systemd read all units, too.
-if [ -z "$port" ]; then systemctl disable --quiet --no-reload "$unit" && read_anew "$unit" "$is_new" disabled
-else systemctl enable --quiet "$unit"; fi || exit 1
+linked() { for link in /etc/systemd/system/*.wants/"$1" /etc/systemd/system/*.requires/"$1"; do [ ! -L "$link" ] || return 0; done; return 1; }
+if [ -z "$port" ]; then
+  # Also what was left of a file that is gone.
+  ! linked "$unit" || systemctl disable --quiet --no-reload "$unit" || exit 1
+  # A new one systemd reads by itself, and only then: all of them cost most of what a change does.
+  [ "$is_new" = new ] && show_with_slices "$unit" -p LoadState -p NeedDaemonReload -p UnitFileState && is_read "$shown" disabled ||
+    { shown=; systemctl daemon-reload || exit 1; }
+else
+  systemctl enable --quiet "$unit" || exit 1
+  shown=
+fi
 # What cannot be told now is asked when it serves.
-if [ "$clients" = refuse ] && shown=$(systemctl show -p IPAddressDeny -p IPAddressAllow "$unit"); then
-  clients_allowed "$shown" "$file"
+if [ "$clients" = refuse ] && { [ -n "$shown" ] || show_with_slices "$unit"; }; then
+  clients_allowed "$file"
   [ $? != 1 ] || { cut_off "$unit" || end_unproven 74; end_unproven 71; }
 fi
 [ -n "$port" ] || trap 'give_up "$unit" "$file"' HUP INT TERM
@@ -801,8 +803,40 @@ interface Prepared {
   readonly files: CertificateFiles | undefined;
 }
 
+/** On a host. */
+interface Applying {
+  /** How many exports are being written and proven. */
+  now: number;
+  /** One of those was enabled, which systemd does not know yet. */
+  enabled: boolean;
+}
+const applying = new WeakMap<Host, Applying>();
+
 /** `seen`: what was there when it was looked at. `elsewhere`: `clientsEnforcedElsewhere`. */
 async function apply(
+  context: Context,
+  prepared: Prepared,
+  seen: Observed | undefined,
+  elsewhere: boolean,
+): Promise<void> {
+  const all = applying.get(context.host) ?? { now: 0, enabled: false };
+  applying.set(context.host, all);
+  all.now++;
+  try {
+    // Also if it fails: its script may go on.
+    all.enabled ||= !staysEnabled(prepared.plan, seen, elsewhere);
+    await applyOne(context, prepared, seen, elsewhere);
+  } finally {
+    all.now--;
+    // Once for all of them: it costs as much as all else that is done for one.
+    if (all.now === 0 && all.enabled) {
+      all.enabled = false;
+      await tellSystemd(context);
+    }
+  }
+}
+
+async function applyOne(
   context: Context,
   { plan, files }: Prepared,
   seen: Observed | undefined,
@@ -912,7 +946,7 @@ async function create(context: Context, wanted: Inputs): Promise<void> {
 /** What starts at boot without proof says so: it is written anew for that. */
 function tellsWhy({ listenAddress, clientsEnforcedElsewhere }: Inputs, seen: Observed): boolean {
   if (clientsGuard({ listenAddress }, clientsEnforcedElsewhere) !== "elsewhere") return true;
-  return seen.elsewhere || seen.clientsProven || isEnabled(seen);
+  return seen.elsewhere || seen.clientsProven || seen.boots;
 }
 
 async function converge(context: Context, wanted: Inputs, seen: Observed): Promise<void> {
@@ -927,7 +961,7 @@ async function converge(context: Context, wanted: Inputs, seen: Observed): Promi
   if (asDeclared && (state === "serving" || state === "unproven" || state === "disabled")) {
     // A run that was cut may not have come to it; nor has one for which something else enforces the clients.
     await prove(context, seen.plan, seen, wanted.clientsEnforcedElsewhere);
-    if (!isEnabled(seen))
+    if (!seen.boots)
       await enable(context, exportUnitName(wanted.exportName), ownerMark(wanted.owner), seen.plan);
     return;
   }
@@ -946,43 +980,94 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
   if (!seen.clientsProven && clientsGuard(plan, elsewhere) !== "none")
     await proveClients(context, plan, elsewhere, wasProven(seen));
   if (hasTls(plan) && !seen.proven && seen.certificates !== undefined)
-    await proveTls(context, plan, seen.certificates.client.caCertificate, isEnabled(seen));
+    await proveTls(context, plan, seen.certificates.client.caCertificate, seen.boots);
 }
 
-/** The unit's file goes last: until then what a cut leaves is found by its mark, and removed by the next run. */
+/**
+ * Arguments, for each export: unit, configuration, the mark that was seen, what its folders of certificates begin with. Prints, by the
+ * unit's name, an exit code, and as `UNIT.said` what was said. A unit's file goes last: until then what a cut leaves is found by its mark,
+ * and removed by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device
+ * appears again. What neither runs nor is wanted by anything it does not keep. It reads all units once for all of them.
+ */
 const takeDownScript = hostScript(
-  "take-down-export",
+  "take-down-exports",
   "change",
-  `${unitFunctions}${endUnitFunction}${certificatesFunctions}
-unit=$1 conf=$2 seen=$3 folders=$4 file=/etc/systemd/system/$1
+  `${emitFunctions}${unitFunctions}${endUnitFunction}${certificatesFunctions}
+failed=' '
+each() { each_do=$1; shift; while [ $# -gt 0 ]; do case $failed in *" $1 "*) ;; *) "$each_do" "$1" "$2" "$3" "$4";; esac; shift 4; done; }
+# What one of them cannot do is told of that one, and the others go on.
+attempt() {
+  attempt_unit=$1; shift
+  said=$("$@" 2>&1) && return
+  attempt_rc=$?
+  failed="$failed$attempt_unit "
+  emit "$attempt_unit" "$attempt_rc"
+  emit "$attempt_unit.said" "$said"
+}
+see() { attempt "$1" guard "/etc/systemd/system/$1" "$3"; }
+collect() { ended="$ended $1"; if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi; }
+end() { attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
+remove() { attempt "$1" remove_files "/etc/systemd/system/$1" "$2" "$4"; }
+remove_files() { rm -f "$2" "$2.new" && rm -rf "$1.d" && tidy_certificates "$3" && rm -f "$1.new" "$1"; }
+done_with() { emit "$1" 0; }
 lock
-guard "$file" "$seen"
-end_unit "$unit" "$file" || exit 1
-rm -f "$conf" "$conf.new" && rm -rf "$file.d" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
-exec 9>&-
-# At once, and not with others: what systemd still holds would start when its device appears again.
+each see "$@"
+units= ended=
+each collect "$@"
+# One question for all; where that fails, each is asked for.
+[ -z "$units" ] || systemctl disable --quiet --now --no-reload $units >/dev/null 2>&1 || each end "$@"
 systemctl daemon-reload || exit 1
-systemctl reset-failed "$unit" 2>/dev/null
-exit 0
+[ -z "$ended" ] || systemctl reset-failed $ended >/dev/null 2>&1
+each remove "$@"
+each done_with "$@"
+emit end ""
 `,
 );
 
-/** `mark`: what the unit's file carries, "" for none. */
+const takeDowns = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();
+
+/** `mark`: what the unit's file carries, "" for none. Those that are to go at about the same time go by one command. */
 async function takeDown(
   context: Context,
   { exportName }: Pick<ExportPlan, "exportName">,
   mark: string,
 ): Promise<void> {
   const unit = exportUnitName(exportName);
-  const command: RemoteCommand = {
-    argv: script(takeDownScript, unit, exportConfigPath(exportName), mark, certificatesFolders(unit)),
-    kind: "change",
-    // The lock (120 s), the stop (60 s), and the units read anew.
-    deadlineSeconds: 300,
+  const item = [unit, exportConfigPath(exportName), mark, certificatesFolders(unit)] as const;
+  const together = async (items: readonly string[], signal: AbortSignal) => {
+    const all: string[][] = items.map((one) => JSON.parse(one));
+    const command: RemoteCommand = {
+      argv: script(takeDownScript, ...all.flat()),
+      kind: "change",
+      // The lock (120 s), the units read anew, and the stops (10 s, and once more each by itself).
+      deadlineSeconds: 300 + 20 * all.length,
+    };
+    const result = await context.host.run(command, signal);
+    const told =
+      result.exitCode === 0 ? parseOutput(context, command, result, parseFields) : new Map<string, string>();
+    return new Map(
+      items.flatMap((one, at) => {
+        const name = all[at]?.[0] ?? "";
+        const exitCode = result.exitCode === 0 ? told.get(name) : result.exitCode;
+        const stderr = told.get(`${name}.said`) ?? result.stderr;
+        return exitCode === undefined
+          ? []
+          : [[one, { command, result: { ...result, exitCode: Number(exitCode), stderr } }] as const];
+      }),
+    );
   };
-  const result = await atMost(context.host, "removed exports", 2, () =>
-    context.host.run(command, context.signal),
+  // Others wait for the units' lock for 120 s, and a stop may take 10.
+  const looks = { together, most: 8 };
+  const done = await takeDowns.ask(
+    context.host,
+    "removed exports",
+    JSON.stringify(item),
+    looks,
+    context.signal,
   );
+  if (done === undefined)
+    throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${unit} was removed`);
+  const { command, result } = done;
   if (result.exitCode === 0) return;
   if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
   throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");

@@ -68,7 +68,7 @@ lock ${provenOnly}
 same "$file" || exit ${changedMeanwhile}
 umask 077
 tidy_certificates "$folders" "$folder" && : >"$folder/${provenFile}" || exit ${provenOnly}
-[ -n "$enabled" ] || systemctl enable --quiet "$unit" || exit ${provenOnly}
+[ -n "$enabled" ] || systemctl enable --root=/ --quiet "$unit" || exit ${provenOnly}
 `,
 );
 

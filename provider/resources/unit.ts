@@ -12,7 +12,7 @@ import {
   certificatesFunctions,
   certificatesInput,
 } from "../linux/tls.js";
-import { changedMeanwhile, unitFunctions } from "../linux/unitScript.js";
+import { changedMeanwhile, reloadFunction, unitFunctions } from "../linux/unitScript.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 
 /** As `succeed`, of a look at a unit: it may be just being removed, by a run that was cut, so that its file vanishes. */
@@ -115,6 +115,31 @@ export async function enable(context: Context, unit: string, mark: string, plan?
     throw failure(context, command, result, `the unit ${unit} could not be enabled`, "COMMAND_FAILED");
 }
 
+const reloadScript = hostScript("reload-units", "change", `${reloadFunction}\nreload_units\n`);
+
+/**
+ * Has systemd read all units, after some were enabled without that. A boot starts them whatever becomes of this; until it is done
+ * systemd shows them as disabled, and does not start them when their device disappears and comes back.
+ */
+export async function tellSystemd(context: Context): Promise<void> {
+  await afterwards(
+    context,
+    script(reloadScript),
+    "systemd could not read its units anew",
+    "until `systemctl daemon-reload` is run there, systemd shows new exports as disabled",
+  );
+}
+
+/** Also after a cancel: it is for what was done before. Its failure is told as a warning. It takes one of the locks (120 s). */
+async function afterwards(context: Context, argv: string[], what: string, warning: string): Promise<void> {
+  const command: RemoteCommand = { argv, kind: "change", deadlineSeconds: 180 };
+  try {
+    await succeed({ ...context, signal: AbortSignal.timeout(90_000) }, command, what);
+  } catch (error) {
+    context.warn(`${warning}: ${firstLine(error)}`);
+  }
+}
+
 /** Arguments: unit, the two marks of `guard`, folder, names and lengths of the files. */
 const certificatesScript = hostScript(
   "put-certificates",
@@ -143,20 +168,12 @@ exit 0
 
 /** Removes what was put there for a unit that then was not written. */
 async function withdrawCertificates(context: Context, unit: string, folder: string): Promise<void> {
-  const command: RemoteCommand = {
-    argv: script(withdrawScript, unit, folder),
-    kind: "change",
-    deadlineSeconds: 180,
-  };
-  try {
-    await succeed(
-      { ...context, signal: AbortSignal.timeout(90_000) },
-      command,
-      "certificates could not be removed",
-    );
-  } catch (error) {
-    context.warn(`certificates that were put on the host are left there: ${firstLine(error)}`);
-  }
+  await afterwards(
+    context,
+    script(withdrawScript, unit, folder),
+    "certificates could not be removed",
+    "certificates that were put on the host are left there",
+  );
 }
 
 /** Puts the certificates of a unit on its host and writes that; they go again if it fails. `marks`: those that `guard` lets pass. */

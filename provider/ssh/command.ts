@@ -71,9 +71,12 @@ export function killCommand(pid: number, graceSeconds: number, sudo: boolean, ma
  * command was never started (sudo refused, no shell).
  */
 export function takePid(stderr: string, marker: string): { pid: number | undefined; stderr: string } {
-  const match = new RegExp(`${marker} (\\d+)\\n`).exec(stderr);
-  if (match === null) return { pid: undefined, stderr };
-  return { pid: Number(match[1]), stderr: stderr.slice(match.index + match[0].length) };
+  for (let at = stderr.indexOf(marker); at >= 0; at = stderr.indexOf(marker, at + 1)) {
+    const end = stderr.indexOf("\n", at);
+    const pid = /^ (\d+)$/.exec(stderr.slice(at + marker.length, end < 0 ? at : end))?.[1];
+    if (pid !== undefined) return { pid: Number(pid), stderr: stderr.slice(end + 1) };
+  }
+  return { pid: undefined, stderr };
 }
 
 /** The command as one could paste it. Scripts are shortened; stdin, which may hold secrets, is never shown. */

@@ -3,10 +3,10 @@
  * alias is resolved by OpenSSH itself (`ssh -G`), so that Include, Match and tokens mean what they mean there; its
  * own jumps too: the names of the provider's configuration mean nothing to that.
  */
+
 import { execFile } from "node:child_process";
 import { createHmac, randomBytes } from "node:crypto";
 import { lookup } from "node:dns/promises";
-import { readFile } from "node:fs/promises";
 import { isIP } from "node:net";
 import { homedir, hostname, userInfo } from "node:os";
 import { join } from "node:path";
@@ -16,6 +16,7 @@ import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Problem } from "../core/resource.js";
 import { childEnvironment } from "./environment.js";
 import { type HostKeyLimits, hostKeyAlgorithms, pinProblem, type Trust } from "./hostKeys.js";
+import { readText } from "./localFiles.js";
 import type { HostArgs, HostConnection, NamedHosts } from "./types.js";
 
 const run = promisify(execFile);
@@ -558,12 +559,12 @@ async function readKey(
 ): Promise<IdentityKey> {
   let text: string;
   try {
-    text = await readFile(path, "utf8");
+    text = await readText(path);
   } catch (error) {
     throw new LvmNbdError("KEY_UNREADABLE", {
       host,
       property: `host.${property}`,
-      message: `the private key ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, open .*/, "") : String(error)}`,
+      message: `the private key ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, (open|stat|read).*/, "") : String(error)}`,
     });
   }
   const certificates = await readCertificates([`${path}-cert.pub`]);
@@ -574,7 +575,7 @@ async function readKey(
 async function readCertificates(paths: readonly string[]): Promise<Buffer[]> {
   const texts = await Promise.all(
     [...new Set(paths)].map((path) =>
-      readFile(path, "utf8").catch((error: unknown) => {
+      readText(path).catch((error: unknown) => {
         if (error instanceof Error && "code" in error) return "";
         throw error;
       }),
@@ -626,18 +627,17 @@ function parsedKey(
 type ParsedKeys = ReturnType<typeof utils.parseKey>;
 
 const memory = randomBytes(32);
-const parsedKeys = new Map<string, ParsedKeys>();
+/** By their texts, and by what tells a passphrase from another without holding it. */
+const parsedKeys = new Map<string, Map<string, ParsedKeys>>();
 
 /** To decrypt a key takes half a second, and a host is resolved for every resource on it. */
 export function parseOnce(privateKey: string, passphrase: string | undefined): ParsedKeys {
-  const id = createHmac("sha256", memory)
-    .update(JSON.stringify([privateKey, passphrase]))
-    .digest("hex");
-  let parsed = parsedKeys.get(id);
-  if (parsed === undefined) {
-    parsed = utils.parseKey(privateKey, passphrase);
-    parsedKeys.set(id, parsed);
-  }
+  const ofText = parsedKeys.get(privateKey) ?? new Map<string, ParsedKeys>();
+  parsedKeys.set(privateKey, ofText);
+  const id =
+    passphrase === undefined ? "without" : createHmac("sha256", memory).update(passphrase).digest("hex");
+  const parsed = ofText.get(id) ?? utils.parseKey(privateKey, passphrase);
+  ofText.set(id, parsed);
   return parsed;
 }
 
@@ -646,7 +646,7 @@ async function readPublicKey(path: string): Promise<string | undefined> {
   for (const file of [`${path}.pub`, path]) {
     let text: string;
     try {
-      text = await readFile(file, "utf8");
+      text = await readText(file);
     } catch (error) {
       // Unreadable or not there: OpenSSH goes on without it as well.
       if (error instanceof Error && "code" in error) continue;
@@ -686,7 +686,7 @@ function jumpTokens(host: TokenValues): Readonly<Record<string, string>> {
   return { "%%": "%", "%h": host.address, "%n": host.alias, "%p": String(host.port), "%r": host.user };
 }
 
-/** Those that it leaves in the names of files. */
+/** Those that it leaves in the names of files. Few names have any. */
 function fileTokens(host: TokenValues): Readonly<Record<string, string>> {
   const local = hostname();
   return {
@@ -703,10 +703,9 @@ function fileTokens(host: TokenValues): Readonly<Record<string, string>> {
 
 /** The path behind tokens, `${VARIABLE}` and `~`. Raises INVALID_INPUT for what is not known, lest another file be meant. */
 function expandPath(path: string, host: TokenValues): string {
-  const tokens = fileTokens(host);
   return expandHome(
     path.replace(/%.?|\$\{([^}]*)\}?/g, (found, variable?: string) => {
-      const value = variable === undefined ? tokens[found] : process.env[variable];
+      const value = variable === undefined ? fileTokens(host)[found] : process.env[variable];
       if (value === undefined) throw notKnown(found, path, host.alias);
       return value;
     }),
@@ -748,13 +747,13 @@ async function readTexts(paths: readonly string[]): Promise<string[]> {
   const texts: string[] = [];
   for (const path of paths) {
     try {
-      texts.push(await readFile(path, "utf8"));
+      texts.push(await readText(path));
     } catch (error) {
       const code = error instanceof Error && "code" in error ? error.code : undefined;
       if (code === "ENOENT" || code === "ENOTDIR") continue;
       throw new LvmNbdError("INVALID_INPUT", {
         property: "host.knownHostsPath",
-        message: `the known_hosts file ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, (open|read).*/, "") : String(error)}`,
+        message: `the known_hosts file ${path} cannot be read: ${error instanceof Error ? error.message.replace(/, (open|stat|read).*/, "") : String(error)}`,
       });
     }
   }

@@ -3,6 +3,7 @@ import { getCiphers, randomUUID } from "node:crypto";
 import { connect, createServer, isIP, type Socket } from "node:net";
 import { constants } from "node:os";
 import type { Duplex } from "node:stream";
+import { StringDecoder } from "node:string_decoder";
 import {
   type CipherAlgorithm,
   Client,
@@ -25,7 +26,6 @@ import {
   hostKeyAlgorithms,
   hostKeyError,
   judge,
-  keyType,
   knownKeys,
   knownTypes,
   limitsOf,
@@ -33,6 +33,8 @@ import {
   portlessNames,
   type Verdict,
 } from "./hostKeys.js";
+import { keyType } from "./knownHosts.js";
+import { prepareKeys, sendTogether } from "./packets.js";
 import { enforceWindow, leastChunk } from "./receiveWindow.js";
 import { isRevokedIn } from "./revokedKeys.js";
 import type { CommandResult, RemoteCommand } from "./types.js";
@@ -139,6 +141,8 @@ export class Connection {
     client.on("error", (error) => this.lose(error.message));
     client.on("end", () => this.lose("the host closed the connection"));
     client.on("close", () => this.lose("the host closed the connection"));
+    // Keys are exchanged again from time to time.
+    client.on("handshake", () => prepareKeys(client));
     // An idle connection does not keep the process alive; a running command does.
     socket.unref();
   }
@@ -379,7 +383,8 @@ export class Connection {
     const grace = command.graceSeconds ?? defaultGraceSeconds;
     // Before it is sent: an answer that is read late must not make a command that timed out look quick.
     const started = performance.now();
-    const out: Buffer[] = [];
+    const out = new StringDecoder("utf8");
+    let stdout = "";
     const err: Buffer[] = [];
     let size = 0;
     let errSize = 0;
@@ -456,13 +461,14 @@ export class Connection {
         const why = this.lostBecause ?? "the link was lost";
         finish(() => reject(stopping === undefined ? new LinkLost(true, why) : unconfirmed(stopping)));
       };
-      const collect = (into: Buffer[]) => (chunk: Buffer) => {
+      const collect = (into: Buffer[] | StringDecoder) => (chunk: Buffer) => {
         if (finished) return;
         if (stopping !== undefined && (into === out || killing || size > maxOutput)) return;
         const counted = Math.max(chunk.length, leastChunk);
         size += counted;
         if (into === err) errSize += counted;
-        into.push(chunk);
+        if (into === out) stdout += out.write(chunk);
+        else err.push(chunk);
         // Not of each piece: a host may send each byte by itself, and it is all looked through.
         if (stopping !== undefined && errSize <= mostBeforePid && chunk.includes("\n")) killWhenKnown();
         if (stopping === undefined && size > maxOutput)
@@ -478,7 +484,7 @@ export class Connection {
         const { pid, stderr } = takePid(Buffer.concat(err).toString("utf8"), marker);
         const result = {
           exitCode: exitCode ?? 128 + signalNumber(exitSignal),
-          stdout: Buffer.concat(out).toString("utf8"),
+          stdout: stdout + out.end(),
           stderr,
         };
         if (pid === undefined) return reject(this.notStarted(result));
@@ -635,6 +641,7 @@ function openSocket({ address, port }: ResolvedHost, timing: Timing): Promise<So
       clearTimeout(timer);
       socket.removeAllListeners("error");
       socket.setNoDelay(true);
+      sendTogether(socket);
       socket.setKeepAlive(true, timing.keepalive);
       resolve(socket);
     });
@@ -779,7 +786,7 @@ function logIn<T>(
     client.once("end", closed);
     client.once("close", closed);
     client.once("handshake", (negotiated) => {
-      if (!isTerrapin(client, negotiated)) return;
+      if (!isTerrapin(client, negotiated)) return prepareKeys(client);
       const why = `it takes no cipher but ${chacha20}, which is not safe without the strict key exchange that it does not know`;
       fail(
         new DialFailed(`${host.address}:${host.port}: ${why}: update its sshd, or have it take AES`, false),

@@ -7,7 +7,8 @@ import { execFile } from "node:child_process";
 import { createPublicKey, type JsonWebKey, verify } from "node:crypto";
 import { type Certificate, parseCertificate, Reader } from "./certificates.js";
 import { childEnvironment } from "./environment.js";
-import { fingerprint, type HostKeyLimits, keyType, matchesWildcard, mayBeCertified } from "./hostKeys.js";
+import { fingerprint, type HostKeyLimits, mayBeCertified } from "./hostKeys.js";
+import { keyType, matchesWildcard } from "./knownHosts.js";
 
 /** Hashes of the signatures that an authority of each type may make; SHA-1 is none of them. */
 const signatures: Readonly<Record<string, Readonly<Record<string, string | null>>>> = {

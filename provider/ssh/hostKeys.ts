@@ -1,18 +1,11 @@
 /**
- * Host keys: pins and known_hosts. Always verified; there is no switch. Source: sshd(8), SSH_KNOWN_HOSTS FILE FORMAT.
+ * Host keys: pins and known_hosts. Always verified; there is no switch.
  */
-import { createHash, createHmac, timingSafeEqual } from "node:crypto";
+import { createHash } from "node:crypto";
 import type { ServerHostKeyAlgorithm } from "ssh2";
 import { errorCodes, LvmNbdError } from "../core/errors.js";
 import { certificateSuffix, parseCertificate } from "./certificates.js";
-
-/** A line of known_hosts that can say something about a plain host key. */
-interface KnownKey {
-  readonly marker: string | undefined;
-  readonly patterns: string;
-  readonly type: string;
-  readonly key: Buffer;
-}
+import { type KnownKey, keyType, linesFor } from "./knownHosts.js";
 
 export type Verdict =
   | { readonly verdict: "ok" }
@@ -84,12 +77,6 @@ export function fingerprint(key: Buffer): string {
   return `SHA256:${createHash("sha256").update(key).digest("base64").replace(/=+$/, "")}`;
 }
 
-/** The key's type, from the blob itself. */
-export function keyType(key: Buffer): string {
-  const length = key.length >= 4 ? key.readUInt32BE(0) : 0;
-  return key.subarray(4, 4 + length).toString("latin1");
-}
-
 /** Why this is no pin, without quoting it; `undefined` when it is one. */
 export function pinProblem(pin: string): string | undefined {
   const right =
@@ -117,12 +104,6 @@ export function judge(key: Buffer, names: readonly string[], trust: Trust): Verd
   return { verdict: "mismatch", expected: plain.map((line) => `${line.type} ${fingerprint(line.key)}`) };
 }
 
-function linesFor(names: readonly string[], knownHosts: readonly string[]): KnownKey[] {
-  return knownHosts
-    .flatMap(parseKnownHosts)
-    .filter((line) => names.some((name) => matchesHost(line.patterns, name)));
-}
-
 /** The lines that say which keys are good by themselves. */
 function plainLines(
   names: readonly string[],
@@ -131,9 +112,7 @@ function plainLines(
     limits,
   }: { readonly knownHosts: readonly string[]; readonly limits?: HostKeyLimits | undefined },
 ): KnownKey[] {
-  return linesFor(names, knownHosts).filter(
-    (line) => line.marker === undefined && mayBePlain(line.type, limits),
-  );
+  return linesFor(names, knownHosts, undefined).filter((line) => mayBePlain(line.type, limits));
 }
 
 /** The names without their port: what certificates are for. */
@@ -161,9 +140,7 @@ export function knownKeys(
 
 /** Keys of the lines with that marker. A line for all ports of a host has none. */
 function markedFor(marker: string, names: readonly string[], knownHosts: readonly string[]): Buffer[] {
-  return linesFor([...names, ...portlessNames(names)], knownHosts)
-    .filter((line) => line.marker === marker)
-    .map((line) => line.key);
+  return linesFor([...names, ...portlessNames(names)], knownHosts, marker).map((line) => line.key);
 }
 
 /** What is revoked for a host; of a certificate the key that it is of, as OpenSSH takes it. */
@@ -235,58 +212,4 @@ function shownPin(pin: string): string {
 function matchesPin(key: Buffer, pin: string): boolean {
   if (pin.startsWith("SHA256:")) return fingerprint(key) === pin.replace(/=+$/, "");
   return Buffer.from(pin.trim().split(/\s+/)[1] ?? "", "base64").equals(key);
-}
-
-function parseKnownHosts(text: string): KnownKey[] {
-  return text.split("\n").flatMap((line) => {
-    const words = line.trim().split(/\s+/);
-    if (words[0] === undefined || words[0] === "" || words[0].startsWith("#")) return [];
-    const marker = words[0].startsWith("@") ? words.shift() : undefined;
-    const [patterns, type, blob] = words;
-    if (patterns === undefined || type === undefined || blob === undefined) return [];
-    const key = Buffer.from(blob, "base64");
-    return keyType(key) === type ? [{ marker, patterns, type, key }] : [];
-  });
-}
-
-function matchesHost(patterns: string, name: string): boolean {
-  if (patterns.startsWith("|1|")) {
-    const [, , salt, hash] = patterns.split("|");
-    const computed = createHmac("sha1", Buffer.from(salt ?? "", "base64"))
-      .update(name.toLowerCase())
-      .digest();
-    const expected = Buffer.from(hash ?? "", "base64");
-    return expected.length === computed.length && timingSafeEqual(expected, computed);
-  }
-  let matched = false;
-  for (const pattern of patterns.toLowerCase().split(",")) {
-    const negated = pattern.startsWith("!");
-    if (!matchesWildcard(negated ? pattern.slice(1) : pattern, name.toLowerCase())) continue;
-    if (negated) return false;
-    matched = true;
-  }
-  return matched;
-}
-
-/**
- * True if the text is of a pattern of OpenSSH's, of `*` and `?`. Not by a RegExp, which takes for ever over many `*`: patterns come from
- * hosts too. Only the last `*` is ever given more of the text, since what lay before it has matched.
- */
-export function matchesWildcard(pattern: string, text: string): boolean {
-  let [at, from] = [0, 0];
-  let star: number | undefined;
-  for (let next = 0; next < text.length; ) {
-    if (pattern[at] === "*") {
-      star = at++;
-      from = next;
-    } else if (at < pattern.length && (pattern[at] === "?" || pattern[at] === text[next])) {
-      at++;
-      next++;
-    } else if (star !== undefined) {
-      at = star + 1;
-      next = ++from;
-    } else return false;
-  }
-  while (pattern[at] === "*") at++;
-  return at === pattern.length;
 }

@@ -2,13 +2,14 @@
  * The hosts of a run: one connection each, opened at first use, opened again when it was lost. Reads are run
  * again after a lost link; a change never is, once it may have reached the host.
  */
-import { createHash } from "node:crypto";
+import { hash } from "node:crypto";
 import { unlessCancelled } from "../core/cancel.js";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { type Queue, queueOf } from "../core/serial.js";
 import { displayCommand } from "./command.js";
 import { hostName, type ResolvedHost, resolveHost } from "./config.js";
 import { Connection, DialFailed, LinkLost } from "./connection.js";
+import { digestOf } from "./knownHosts.js";
 import { machineIdCommand, parseMachineId } from "./machineId.js";
 import type { CommandResult, Host, HostArgs, NamedHosts, RemoteCommand } from "./types.js";
 
@@ -50,7 +51,7 @@ export function createHostPool(options: PoolOptions = {}): HostPool {
     async get(args, named) {
       // By what it resolves to: rotated credentials connect anew, and the order of properties means nothing.
       const resolved = await resolveHost(args, named);
-      const key = createHash("sha256").update(JSON.stringify(resolved)).digest("hex");
+      const key = keyOf(resolved);
       let host = hosts.get(key);
       if (host === undefined) {
         host = new PooledHost(hostName(args), resolved, connect, backoff);
@@ -63,6 +64,18 @@ export function createHostPool(options: PoolOptions = {}): HostPool {
       hosts.clear();
     },
   };
+}
+
+/** The same for what is reached, by whom and how, in the same way. */
+function keyOf(resolved: ResolvedHost): string {
+  return hash("sha256", JSON.stringify(briefly(resolved)));
+}
+
+/** With the texts of known_hosts, in which all hosts may be, by their digests. */
+function briefly(host: ResolvedHost): object {
+  const { trust, jumps } = host;
+  const brief = "pins" in trust ? trust : { ...trust, knownHosts: trust.knownHosts.map(digestOf) };
+  return { ...host, trust: brief, jumps: jumps.map(briefly) };
 }
 
 class PooledHost implements Host {

@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { parseCertificate } from "./certificates.js";
 import { childEnvironment } from "./environment.js";
-import { keyType } from "./hostKeys.js";
+import { keyType } from "./knownHosts.js";
 
 /**
  * True if the file revokes this key, or this certificate, by its key or its authority too. Throws where that cannot be told: the file

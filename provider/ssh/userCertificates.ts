@@ -6,7 +6,7 @@
  */
 import type { Client, ParsedKey, SigningRequestOptions } from "ssh2";
 import { certificateSuffix, parseCertificate, Reader, wireString } from "./certificates.js";
-import { keyType } from "./hostKeys.js";
+import { keyType } from "./knownHosts.js";
 
 /** With which hash a key signs, as ssh2 calls it, and what the signature is called; RSA's own default is SHA-1. */
 const rsaHash = "sha512";

@@ -3,62 +3,21 @@
  * and how much memory it has at most while it makes, looks at and removes 1,000 snapshots of a fake host. Prints medians, and writes
  * them to results/plugin.json.
  */
-import { type ChildProcess, spawn, spawnSync } from "node:child_process";
-import { once } from "node:events";
-import { readFileSync, writeFileSync } from "node:fs";
+import { spawn, spawnSync } from "node:child_process";
+import { writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
-import { createInterface } from "node:readline";
-import * as grpc from "@grpc/grpc-js";
 import type * as Proto from "../../provider/pulumi/proto.js";
 import { median, rounded, say } from "./figures.mts";
+import { ask, firstLine, memory, root, startPlugin } from "./pluginProcess.mts";
 
-const root = join(import.meta.dirname, "..", "..");
 const load = createRequire(import.meta.url);
-const { providerGrpc, providerProto, structOf }: typeof Proto = load(join(root, "dist/pulumi/proto.js"));
+const { providerProto, structOf }: typeof Proto = load(join(root, "dist/pulumi/proto.js"));
 
 const starts = 15;
 const resources = 1000;
 /** At once, as the engine runs them on 4 processors. */
 const parallel = 16;
-
-async function firstLine(child: ChildProcess): Promise<string> {
-  if (child.stdout === null) throw new Error("its output is not ours to read");
-  for await (const line of createInterface({ input: child.stdout })) return line;
-  throw new Error("it ended without a word");
-}
-
-type Answer<T> = (error: grpc.ServiceError | null, response: T) => void;
-
-function ask<T>(call: (answer: Answer<T>) => unknown): Promise<T> {
-  return new Promise((resolve, reject) =>
-    call((error, response) => (error ? reject(error) : resolve(response))),
-  );
-}
-
-/** As its first line has it started. */
-async function startPlugin() {
-  const program = join(root, "dist/plugin.js");
-  const [interpreter = ""] = readFileSync(program, "utf8").split("\n", 1);
-  // #!/usr/bin/env -S node OPTION...
-  const child = spawn(process.execPath, [...interpreter.split(" ").slice(3), program], {
-    stdio: ["pipe", "pipe", "inherit"],
-  });
-  const port = await firstLine(child);
-  const client = new providerGrpc.ResourceProviderClient(
-    `127.0.0.1:${port}`,
-    grpc.credentials.createInsecure(),
-  );
-  return {
-    pid: child.pid,
-    client,
-    async end() {
-      client.close();
-      child.kill();
-      await once(child, "exit");
-    },
-  };
-}
 
 /** Milliseconds from its start to its first answer. */
 async function firstAnswer(): Promise<number> {
@@ -90,14 +49,6 @@ async function measureStart(): Promise<object> {
     `start      first answer after ${own.toFixed(0)} ms, bare Node ${bare.toFixed(0)} ms: ${(own / bare).toFixed(1)} times`,
   );
   return { starts, pluginMs: Math.round(own), nodeMs: Math.round(bare), ratio: rounded(own / bare) };
-}
-
-/** Resident memory in MB (10^6 bytes): now, and at most so far. */
-function memory(pid: number | undefined): { now: number; most: number } {
-  const status = readFileSync(`/proc/${pid}/status`, "utf8");
-  const megabytes = (field: string) =>
-    Math.round((Number(new RegExp(`^${field}:\\s*(\\d+) kB`, "m").exec(status)?.[1]) * 1024) / 1e6);
-  return { now: megabytes("VmRSS"), most: megabytes("VmHWM") };
 }
 
 async function inParallel(count: number, work: (n: number) => Promise<void>): Promise<number> {

@@ -1,8 +1,12 @@
 /** How much is looked at: a refresh of many resources takes one picture of each host, which tells what looks by themselves tell. */
 import { isDeepStrictEqual } from "node:util";
-import { afterEach, beforeEach, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
+import { resourceType } from "../../provider/core/registry.js";
+import type { CommonState, Context } from "../../provider/core/resource.js";
+import { sharingLooks } from "../../provider/core/sharedLooks.js";
 import { attachUnitName } from "../../provider/linux/attachUnit.js";
 import { exportUnitName } from "../../provider/linux/exportUnit.js";
+import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Tool } from "./machine.js";
 import { chain, furnishedWorld } from "./program.js";
 import type { FakeServer } from "./server.js";
@@ -78,6 +82,50 @@ it.each(Object.entries(hands))("after %s", async (_who, acts) => {
   // Which machine it is, and the picture.
   expect(pictured.commands).toEqual([2, 2]);
   expect(alone.commands[0]).toBeGreaterThan(chains.length);
+});
+
+/** What the looks of who is to change something tell of all units, taken at once or one after the other; and how many commands they were. */
+async function looked(atOnce: boolean, forRemoval: boolean) {
+  const pool = createHostPool();
+  const units = [...stack.kept.values()].flatMap(({ declared: { type }, state }) =>
+    type === "LvSnapshot" ? [] : [{ type, state: state as unknown as CommonState }],
+  );
+  const began = world.commands.length;
+  const look = async ({ type, state }: (typeof units)[number]): Promise<unknown> => {
+    const warnings: string[] = [];
+    const context: Context = {
+      ...{ host: sharingLooks(await pool.get(state.host, stack.hosts)), resource: type, forRemoval },
+      ...{ signal: new AbortController().signal, progress: () => undefined, namedHosts: stack.hosts },
+      ...{ warn: (line: string) => warnings.push(line), open: () => Promise.reject(new Error("not asked")) },
+    };
+    const { observe, isSame, toState, drift } = resourceType(type);
+    try {
+      const seen = await observe(context, state);
+      return seen && [isSame(seen, state), toState(state, seen), drift(state, seen)];
+    } catch (error) {
+      return String(error);
+    }
+  };
+  const told: unknown[] = [];
+  if (atOnce) told.push(...(await Promise.all(units.map(look))));
+  else for (const unit of units) told.push(await look(unit));
+  pool.close();
+  return { told, commands: world.commands.length - began };
+}
+
+describe.each([false, true])("to be removed: %s", (forRemoval) => {
+  it.each(Object.entries(hands))(
+    "looks that go together tell what each alone tells, after %s",
+    async (_who, acts) => {
+      acts();
+      await world.settle();
+      const alone = await looked(false, forRemoval);
+      const together = await looked(true, forRemoval);
+      expect(together.told).toEqual(alone.told);
+      expect(alone.commands).toBe(2 * chains.length);
+      expect(together.commands).toBe(world.servers.length);
+    },
+  );
 });
 
 it("what the picture does not tell is looked at by itself", async () => {

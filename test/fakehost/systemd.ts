@@ -19,8 +19,9 @@ type ActiveState = "inactive" | "activating" | "active" | "deactivating" | "fail
 
 interface Unit {
   readonly name: string;
-  /** The text as of the last look at the disk. */
+  /** The text as of the last look at the disk, and whether there were links to start it at boot. */
   text: string | undefined;
+  enabled: boolean;
   state: ActiveState;
   mainPid: number;
   restarts: number;
@@ -104,6 +105,7 @@ export class FakeSystemd {
       unit = {
         name,
         text: this.onDisk(name),
+        enabled: this.isEnabled(name),
         state: "inactive",
         mainPid: 0,
         restarts: 0,
@@ -114,7 +116,14 @@ export class FakeSystemd {
       };
       this.units.set(name, unit);
     }
+    // What neither runs nor is wanted by anything is not kept: it is read anew when somebody asks for it.
+    if (unit.state === "inactive" && unit.jobs.size === 0 && !unit.enabled) this.read(unit);
     return unit;
+  }
+
+  private read(unit: Unit): void {
+    unit.text = this.onDisk(unit.name);
+    unit.enabled = this.isEnabled(unit.name);
   }
 
   private onDisk(name: string): string | undefined {
@@ -131,7 +140,7 @@ export class FakeSystemd {
   private reload(): void {
     const { files } = this.machine;
     for (const path of files.glob(`${folder}/lvm-nbd-*.service`)) this.unit(path.split("/").at(-1) ?? "");
-    for (const unit of this.units.values()) unit.text = this.onDisk(unit.name);
+    for (const unit of this.units.values()) this.read(unit);
   }
 
   private *systemctl(process: Process): Running<number> {
@@ -161,16 +170,26 @@ export class FakeSystemd {
     const unit = this.unit(name);
     switch (verb) {
       case "enable":
-        return yield* this.enable(process, name, !options.includes("--no-reload"));
-      case "disable":
-        if (this.onDisk(name) === undefined) {
-          process.err(`Failed to disable unit: Unit file ${name} does not exist.\n`);
+        return yield* this.enable(
+          process,
+          name,
+          !options.includes("--no-reload") && !options.includes("--root=/"),
+        );
+      case "disable": {
+        const names = rest.filter((argument) => argument.endsWith(".service"));
+        const missing = names.find((one) => this.onDisk(one) === undefined);
+        if (missing !== undefined) {
+          process.err(`Failed to disable unit: Unit file ${missing} does not exist.\n`);
           return 1;
         }
-        yield* this.disable(process, name);
+        for (const one of names) yield* this.disable(process, one);
         if (!options.includes("--no-reload")) this.reload();
-        if (options.includes("--now")) yield* this.job(process, unit, this.stop(unit));
+        if (!options.includes("--now")) return 0;
+        // At once.
+        const told = names.map((one) => this.enqueue(this.unit(one), this.stop(this.unit(one))));
+        yield process.wait({ ready: () => told.every((code) => code() !== undefined) });
         return 0;
+      }
       case "stop":
         if (this.onDisk(name) === undefined && unit.text === undefined && unit.state === "inactive") {
           process.err(`Failed to stop ${name}: Unit ${name} not loaded.\n`);
@@ -195,36 +214,47 @@ export class FakeSystemd {
   }
 
   private show(process: Process, rest: readonly string[]): number {
-    const name = rest.at(-1) ?? "";
+    const asked = rest.flatMap((argument, at) => (rest[at - 1] === "-p" ? [argument] : []));
+    const units = rest.filter((argument) => /\.(service|slice)$/.test(argument));
+    const blocks = units.map((name) => {
+      const values = this.properties(name);
+      const unknown = asked.find((property) => values[property] === undefined);
+      if (unknown !== undefined) throw new Error(`systemctl show -p ${unknown}`);
+      // In its own order, whatever was asked first.
+      const shown = Object.entries(values).filter(([property]) => asked.includes(property));
+      return shown.map(([property, value]) =>
+        rest.includes("--value") ? `${value}\n` : `${property}=${value}\n`,
+      );
+    });
+    process.out(blocks.map((lines) => lines.join("")).join("\n"));
+    return 0;
+  }
+
+  private properties(name: string): Readonly<Record<string, string>> {
     if (name.endsWith(".slice")) {
-      process.out("\n");
-      return 0;
+      return {
+        ...{ MainPID: "0", IPAddressAllow: "", IPAddressDeny: "", Id: name, LoadState: "loaded" },
+        ...{ ActiveState: "active", UnitFileState: "static", DropInPaths: "", NeedDaemonReload: "no" },
+      };
     }
     const unit = this.unit(name);
     const disk = this.onDisk(name);
     const { files } = this.machine;
     const dropIns =
       files.kind(`${folder}/${name}.d`) === "directory" ? files.glob(`${folder}/${name}.d/*`) : [];
-    const values: Record<string, string> = {
+    return {
+      MainPID: String(unit.mainPid),
+      NRestarts: String(unit.restarts),
+      IPAddressAllow: (directives(unit.text ?? "").get("Service.IPAddressAllow") ?? []).join(" "),
+      IPAddressDeny: directives(unit.text ?? "").has("Service.IPAddressDeny") ? "::/0 0.0.0.0/0" : "",
+      Id: name,
       LoadState: unit.text === undefined ? "not-found" : "loaded",
       ActiveState: unit.state,
-      SubState: unit.state,
-      UnitFileState: disk === undefined ? "" : this.isEnabled(name) ? "enabled" : "disabled",
-      NeedDaemonReload: unit.text !== disk && !this.clockWentBack ? "yes" : "no",
       DropInPaths: dropIns.join(" "),
-      MainPID: String(unit.mainPid),
+      UnitFileState: disk === undefined ? "" : unit.enabled ? "enabled" : "disabled",
+      NeedDaemonReload: unit.text !== disk && !this.clockWentBack ? "yes" : "no",
       Job: unit.jobs.size === 0 ? "" : "1",
-      NRestarts: String(unit.restarts),
-      IPAddressDeny: directives(unit.text ?? "").has("Service.IPAddressDeny") ? "::/0 0.0.0.0/0" : "",
-      IPAddressAllow: (directives(unit.text ?? "").get("Service.IPAddressAllow") ?? []).join(" "),
     };
-    const asked = rest.flatMap((argument, at) => (rest[at - 1] === "-p" ? [argument] : []));
-    for (const property of asked) {
-      const value = values[property];
-      if (value === undefined) throw new Error(`systemctl show -p ${property}`);
-      process.out(rest.includes("--value") ? `${value}\n` : `${property}=${value}\n`);
-    }
-    return 0;
   }
 
   private *enable(process: Process, name: string, reloads: boolean): Running<number> {

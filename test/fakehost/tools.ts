@@ -83,9 +83,14 @@ const tools: Readonly<Record<string, Tool>> = {
   },
   timeout,
   tr: (process) => {
-    const [, from, to, ...rest] = process.argv;
-    if ((from !== "\\0" && from !== ",") || to?.length !== 1 || rest.length > 0) throw unsupported(process);
-    process.out(process.read().replaceAll(from === "," ? from : "\0", to));
+    const [, from = "", to, ...rest] = process.argv;
+    const character = new Map([
+      ["\\0", "\0"],
+      ["\\n", "\n"],
+      [",", ","],
+    ]).get(from);
+    if (character === undefined || to?.length !== 1 || rest.length > 0) throw unsupported(process);
+    process.out(process.read().replaceAll(character, to));
     return 0;
   },
   true: () => 0,

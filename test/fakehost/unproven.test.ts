@@ -181,7 +181,7 @@ it.each(
             // Of all that runs for it only the shell of the login.
             command.process.receive("KILL");
           }
-          if (!command.line.includes('end_unit "$unit"')) return;
+          if (!command.line.includes('end_unit "$1"')) return;
           if (step.argv[0] === "systemctl" && step.argv[1] === "disable") {
             removals += 1;
             held = [...background];

@@ -107,9 +107,14 @@ export class FakeWorld {
     return { address, port, user, password, hostKey: ssh.publicKey };
   }
 
+  /** Every connection to the server so far. */
+  sockets(server: FakeServer): readonly Socket[] {
+    return this.ssh[this.servers.indexOf(server)]?.sockets ?? [];
+  }
+
   /** Cuts every connection to the server. */
   cut(server: FakeServer): void {
-    for (const socket of this.ssh[this.servers.indexOf(server)]?.sockets ?? []) socket.destroy();
+    for (const socket of this.sockets(server)) socket.destroy();
   }
 
   /** The power of a server goes, and comes back. */

@@ -76,7 +76,9 @@ export async function pluginDoor(handlers: Parts["handlers"]) {
     const urn = urnOf(type, name);
     return {
       async check(old, wanted) {
-        const { inputs, failures } = await plugin.check(urn, wanted, old);
+        // Pulumi's SDK leaves out what a program gives as `undefined`.
+        const given = Object.entries(wanted).filter(([, value]) => value !== undefined);
+        const { inputs, failures } = await plugin.check(urn, Object.fromEntries(given), old);
         refuse(failures.map(({ property, reason }) => `${property}: ${reason}`));
         return open(inputs);
       },

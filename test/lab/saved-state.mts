@@ -11,7 +11,7 @@ import { GuestSsh, sshGreets } from "./ssh.mts";
 import { elapsed, waitFor } from "./wait.mts";
 
 /** Raise it when `PREPARE` or the machine's hardware or kernel command line changes. */
-const STATE_VERSION = 4;
+const STATE_VERSION = 6;
 const PREPARE_LIMIT_SECONDS = 600;
 const BOOT_LIMIT_SECONDS = 240;
 

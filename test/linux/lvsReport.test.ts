@@ -74,6 +74,26 @@ describe("the recorded report", () => {
   });
 });
 
+describe("a report that holds more than rows", () => {
+  const plain = recordedLvs("valid");
+
+  it("is read past LVM's log beside it (log/report_command_log=1), whatever that says", () => {
+    const log =
+      '"log": [{"log_seq_num":"1", "log_message":"{\\"a\\":\\"}{\\"}"}, {"log_seq_num":"2", "log_message":""}]';
+    const end = plain.lastIndexOf("}");
+    expect(parseLvs(`${plain.slice(0, end)}, ${log} }`)).toEqual(parseLvs(plain));
+    expect(parseLvs(plain.replace("{", `{ ${log},`))).toEqual(parseLvs(plain));
+  });
+
+  it("is read in one line, and with braces and quotes in a value", () => {
+    const one = plain.replaceAll("\n", " ");
+    expect(parseLvs(one)).toEqual(parseLvs(plain));
+    const odd = plain.replace('"lv_health_status":""', '"lv_health_status":"{\\"lv_uuid\\":\\"}"');
+    expect(parseLvs(odd)[0]?.health).toBe('{"lv_uuid":"}');
+    expect(parseLvs(odd)).toHaveLength(parseLvs(plain).length);
+  });
+});
+
 describe("anything else", () => {
   it.each([
     ["nothing", ""],
@@ -81,6 +101,7 @@ describe("anything else", () => {
     ["another shape", '{"report":[{"vg":[]}]}'],
     ["no report", '{"report":[]}'],
     ["a cut answer", recordedLvs("valid").slice(0, 400)],
+    ["a number for a row", recordedLvs("valid").replace(/\{"lv_uuid[^}]*\}/, "7")],
     ["a missing field", recordedLvs("valid").replaceAll('"lv_attr"', '"attr"')],
     ["a size that is none", recordedLvs("valid").replaceAll('"lv_size":"', '"lv_size":"x')],
   ])("is an error, never an absence: %s", (_what, stdout) => {

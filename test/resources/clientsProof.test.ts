@@ -21,10 +21,10 @@ class ProofHost extends ShellHost {
           case $1 in
           show) [ ! -e "$SANDBOX/silent" ] || { echo "Connection timed out" >&2; exit 1; }
             case $* in
-            *slice*) cat "$SANDBOX/above" 2>/dev/null; exit 0;;
             *ActiveState*) if [ -e "$SANDBOX/stuck" ]; then echo active; else echo inactive; fi;;
             *) echo "IPAddressAllow=$(cat "$SANDBOX/allowed" 2>/dev/null || echo 10.0.0.2/32 127.0.0.0/8 ::1/128)"
               echo "IPAddressDeny=$(cat "$SANDBOX/denied" 2>/dev/null || echo "::/0 0.0.0.0/0")"
+              cat "$SANDBOX/above" 2>/dev/null || printf '\\nIPAddressAllow=\\n\\nIPAddressAllow=\\n'
               [ ! -e "$SANDBOX/reloaded" ] || { rm "$SANDBOX/reloaded" "$SANDBOX/allowed"; ${writtenAnew}; };;
             esac;;
           *) echo "$*" >>"$SANDBOX/jobs"; [ ! -e "$SANDBOX/stuck" ];;
@@ -36,6 +36,7 @@ class ProofHost extends ShellHost {
           *) echo asked >>"$SANDBOX/asked"; echo 1048576; exit "$(cat "$SANDBOX/free.$(wc -l <"$SANDBOX/asked").rc" 2>/dev/null || echo 0)";;
           esac`,
         ss: `echo "$*" >>"$SANDBOX/listed"; cat "$SANDBOX/connected" 2>/dev/null; exit "$(cat "$SANDBOX/ss.rc" 2>/dev/null || echo 0)"`,
+        sed: `[ ! -e "$SANDBOX/broken" ] || exit 137; PATH=\${PATH#*:}; exec sed "$@"`,
         // Between two looks.
         sleep: `[ ! -e "$SANDBOX/rewritten" ] || { ${writtenAnew}; }`,
       },
@@ -172,7 +173,15 @@ describe("whether the host's kernel enforces the clients", () => {
       { allowed: "10.0.0.0/8 127.0.0.0/8 ::1/128" },
       /IPAddressAllow=\) is overridden on this host: 10\.0\.0\.0\/8/,
     ],
-    ["a slice above allows more", 71, { above: "\n\n10.0.0.0/8\n" }, /a slice above the unit allows more/],
+    [
+      "a slice above allows more",
+      71,
+      { above: "\nIPAddressAllow=\n\nIPAddressAllow=10.0.0.0/8\n" },
+      /a slice above the unit allows more/,
+    ],
+    ["a slice above is not told of", 72, { above: "\nIPAddressAllow=\n" }, /what the slices above the unit/],
+    ["a sed is killed", 72, { broken: "" }, /sed does not tell/],
+    ["no slice is told of", 72, { above: "" }, /nor the slices above it/],
     ["systemd does not answer", 72, { silent: "" }, /systemctl does not tell/],
     ["what the unit denies is overridden", 71, { denied: "" }, /IPAddressDeny=\) is overridden/],
     ["only one family is denied", 71, { denied: "0.0.0.0/0" }, /IPAddressDeny=\) is overridden/],

@@ -1,8 +1,9 @@
 /** The scripts that start an export and see whom it keeps out, in a real shell. */
-import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { hostCommands } from "../../provider/core/hostCommands.js";
+import { parseFields } from "../../provider/linux/fields.js";
 import { changedMeanwhile, provenOnly } from "../../provider/linux/unitScript.js";
 import "../../provider/resources/nbdExport.js";
 import { clientsProof } from "../../provider/resources/clientsProof.js";
@@ -10,7 +11,8 @@ import type { CommandResult } from "../../provider/ssh/types.js";
 import { ShellHost } from "../support/shellHost.js";
 
 const unit = "lvm-nbd-export-vm1.service";
-const text = "[Service]\nIPAddressAllow=10.0.0.2 localhost\n\n[X-LvmNbd]\nMark=ours\nPlan={}\n";
+const text =
+  "[Service]\nIPAddressAllow=10.0.0.2 localhost\n\n[Install]\nWantedBy=multi-user.target dev-vm1.device\n\n[X-LvmNbd]\nMark=ours\nPlan={}\n";
 
 /**
  * A host on which `nbdinfo` gets in unless it shows no right certificate, and a filter of systemd keeps it out. `atProof`: what happens
@@ -26,15 +28,16 @@ class ExportHost extends ShellHost {
         systemctl: `
           holds_lock() { ! flock -n "$SANDBOX/lock" true; }
           case "$*" in
-          *slice*) cat "$SANDBOX/above" 2>/dev/null;;
+          "show -p ActiveState -p LoadState "*)
+            echo "ActiveState=$(cat "$SANDBOX/state")"; echo "LoadState=$(cat "$SANDBOX/loadState" 2>/dev/null || echo not-found)";;
           *ActiveState*) cat "$SANDBOX/state";;
-          "show -p LoadState --value "*) cat "$SANDBOX/loadState" 2>/dev/null || echo not-found;;
-          *LoadState*) printf 'UnitFileState=disabled\\nLoadState=loaded\\nNeedDaemonReload=no\\n';;
-          *UnitFileState*) if [ -e "$SANDBOX/enabled" ]; then echo enabled; else echo disabled; fi;;
           *MainPID*) ${atProof || ":"}; echo 7;;
           "show -p Job"*) ;;
           show*) if [ -e "$SANDBOX/silent" ]; then rm "$SANDBOX/silent"; exit 1; fi
-            echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0";;
+            case "$*" in *LoadState*) printf 'UnitFileState=disabled\\nLoadState=loaded\\nNeedDaemonReload=no\\n';; esac
+            echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0"
+            printf '\\nIPAddressAllow=%s\\n' "$(cat "$SANDBOX/above" 2>/dev/null)"
+            [ -e "$SANDBOX/untold" ] || printf '\\nIPAddressAllow=\\n';;
           *) echo "$*" >>"$SANDBOX/jobs";;
           esac
           case "$*" in
@@ -42,6 +45,8 @@ class ExportHost extends ShellHost {
           enable*|restart*) holds_lock || echo "without the lock" >>"$SANDBOX/jobs";;
           esac
           case "$*" in
+          "disable --quiet --now --no-reload "*broken*) exit 1;;
+          daemon-reload) [ ! -e "$SANDBOX/deaf" ];;
           restart*) echo active >"$SANDBOX/state";;
           *--now*) echo inactive >"$SANDBOX/state";;
           esac`,
@@ -109,6 +114,22 @@ class ExportHost extends ShellHost {
     writeFileSync(join(this.folder, "vm1~1", "ca-cert.pem"), "");
   }
 
+  /** It starts at boot. */
+  links(...targets: readonly string[]): void {
+    for (const target of targets) {
+      mkdirSync(join(this.folder, "units", `${target}.wants`), { recursive: true });
+      symlinkSync("/nowhere", join(this.folder, "units", `${target}.wants`, unit));
+    }
+  }
+
+  /** Each with the mark that was seen. */
+  takeDown(...all: readonly (readonly [name: string, mark: string])[]): Promise<CommandResult | undefined> {
+    const args = all.flatMap(([name, mark]) => [
+      ...[name, join(this.folder, `${name}.conf`), mark, join(this.folder, `${name}~`)],
+    ]);
+    return this.run("take-down-exports", args);
+  }
+
   proveClients(): Promise<CommandResult | undefined> {
     return this.run("prove-clients", [unit, "nbd://10.0.0.1/vm1", "refuse", "", "{}"]);
   }
@@ -146,10 +167,12 @@ afterEach(() => {
   for (const made of hosts.splice(0)) made.close();
 });
 
-const begun = `disable --quiet --no-reload ${unit}\nrestart --no-block ${unit}\n`;
-const begunAnew = begun.replace("\n", "\ndaemon-reload\n");
+const begun = `restart --no-block ${unit}\n`;
+const begunAnew = `daemon-reload\n${begun}`;
 const cutOff = `disable --quiet --now ${unit}\n`;
-const enabled = `enable --quiet ${unit}\n`;
+const enabled = `enable --root=/ --quiet ${unit}\n`;
+const stillEnabled = `enable --quiet ${unit}\n`;
+const allTargets = ["multi-user.target", "dev-vm1.device"];
 
 it("an export is started, proven, and only then starts at boot", async () => {
   const asked = host('cp "$SANDBOX/jobs" "$SANDBOX/before"');
@@ -178,37 +201,54 @@ it("one that is stopped before it was ever proven serves no more", async () => {
 
 it("one that was proven stays enabled while it is changed, whatever ends its script", async () => {
   const asked = host();
-  asked.set("enabled", "");
+  asked.links(...allTargets);
   asked.holds("{}");
   expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: 0, stderr: "" });
-  const changed = `${enabled}restart --no-block ${unit}\n`;
+  const changed = `${stillEnabled}restart --no-block ${unit}\n`;
   expect(asked.told("jobs")).toBe(changed);
   const cut = host("kill -s TERM 0");
-  cut.set("enabled", "");
+  cut.links(...allTargets);
   cut.holds("{}");
   expect(await cut.start(["ours", ""], "10809")).toBeUndefined();
   expect([cut.told("jobs"), cut.told("state")]).toEqual([changed, "active\n"]);
 });
 
 it("one that was proven, and is disabled since it was looked at, is looked at again", async () => {
+  for (const left of [[], ["multi-user.target"], ["dev-vm1.device"]]) {
+    const asked = host();
+    asked.holds("{}");
+    asked.links(...left);
+    expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: changedMeanwhile });
+    expect(asked.told("jobs")).toBe("");
+  }
+});
+
+it("what was to start one that is gone starts no new one", async () => {
   const asked = host();
-  asked.holds("{}");
-  expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: changedMeanwhile });
-  expect(asked.told("jobs")).toBe("");
+  asked.links("multi-user.target");
+  expect(await asked.start()).toMatchObject({ exitCode: 0 });
+  expect(asked.told("jobs")).toBe(`disable --quiet --no-reload ${unit}\n${begun}${enabled}`);
+});
+
+it("where systemd does not tell of every slice above it, nobody is known to be kept out", async () => {
+  const asked = host();
+  asked.set("untold", "");
+  expect(await asked.start()).toMatchObject({ exitCode: 72 });
+  expect(asked.told("jobs")).toBe(begun + cutOff);
 });
 
 it("one of which is known already that it lets others in is stopped", async () => {
   const asked = host();
-  asked.set("enabled", "");
+  asked.links(...allTargets);
   asked.holds("{}");
   asked.set("above", "10.0.0.0/8\n");
   expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: 71 });
-  expect(asked.told("jobs")).toBe(enabled + cutOff);
+  expect(asked.told("jobs")).toBe(stillEnabled + cutOff);
 });
 
 it.each([
-  ["of which that is known already", "start", { above: "10.0.0.0/8\n", enabled: "" }, enabled],
-  ["of which that is seen", "start", { open: "", enabled: "" }, `${enabled}restart --no-block ${unit}\n`],
+  ["of which that is known already", "start", { above: "10.0.0.0/8\n" }, stillEnabled],
+  ["of which that is seen", "start", { open: "" }, `${stillEnabled}restart --no-block ${unit}\n`],
   ["with TLS", "proveTls", { open: "" }, ""],
 ] as const)(
   "one that lets others in, %s, is stopped before that is told: nobody may listen",
@@ -216,6 +256,7 @@ it.each([
     const [, name, switches, before] = row;
     const asked = host();
     asked.holds("{}");
+    asked.links(...allTargets);
     for (const [one, content] of Object.entries(switches)) asked.set(one, content);
     asked.hangUp();
     expect(await (name === "start" ? asked.start(["ours", ""], "10809") : asked.proveTls())).toBeUndefined();
@@ -226,10 +267,11 @@ it.each([
 it("one that was proven is not stopped for what systemd does not tell while it is changed", async () => {
   const asked = host();
   asked.holds("{}");
-  for (const one of ["enabled", "silent"]) asked.set(one, "");
+  asked.links(...allTargets);
+  asked.set("silent", "");
   expect(await asked.start(["ours", ""], "10809")).toMatchObject({ exitCode: 0 });
   expect(existsSync(join(asked.root, "silent"))).toBe(false);
-  expect(asked.told("jobs")).toBe(`${enabled}restart --no-block ${unit}\n`);
+  expect(asked.told("jobs")).toBe(`${stillEnabled}restart --no-block ${unit}\n`);
 });
 
 it("one that was removed since it was looked at is not made anew", async () => {
@@ -290,4 +332,38 @@ it("one that somebody else has written anew meanwhile may let in who has no cert
   asked.set("open", "");
   expect(await asked.proveTls("enabled")).toMatchObject({ exitCode: changedMeanwhile });
   expect(asked.told("jobs")).toBe("");
+});
+
+it("exports are removed together: stopped at once, systemd reads its units once, and then their files go", async () => {
+  const asked = host();
+  const names = ["one", "two", "theirs", "broken"].map((name) => `lvm-nbd-export-${name}.service`);
+  const path = (name = "") => join(asked.root, "units", name);
+  for (const name of names)
+    writeFileSync(path(name), text.replace("Mark=ours", `Mark=${name.slice(15, -8)}`));
+  mkdirSync(path(`${names[0]}.d`));
+  const [one = "", two = "", theirs = "", broken = ""] = names;
+  const gone = "lvm-nbd-export-gone.service";
+  const result = await asked.takeDown([one, "one"], [theirs, "ours"], [two, "two"], [gone, ""]);
+  expect(result?.exitCode).toBe(0);
+  const told = parseFields(result?.stdout ?? "");
+  expect([one, two, gone, theirs].map((name) => told.get(name))).toEqual(["0", "0", "0", "77"]);
+  expect(names.map((name) => existsSync(path(name)))).toEqual([false, false, true, true]);
+  expect(existsSync(path(`${one}.d`))).toBe(false);
+  expect(asked.told("jobs")).toBe(
+    `disable --quiet --now --no-reload ${one} ${two}\ndaemon-reload\nreset-failed ${one} ${two} ${gone}\n`,
+  );
+  // One that cannot be stopped does not keep the others, and its file stays.
+  writeFileSync(path(one), text);
+  const again = await asked.takeDown([broken, "broken"], [one, "ours"]);
+  const then = parseFields(again?.stdout ?? "");
+  expect([broken, one].map((name) => then.get(name))).toEqual(["1", "0"]);
+  expect([broken, one].map((name) => existsSync(path(name)))).toEqual([true, false]);
+});
+
+it("no file goes where systemd does not read its units anew: it would start what it remembers", async () => {
+  const asked = host();
+  asked.set("deaf", "");
+  asked.holds("{}");
+  expect(await asked.takeDown([unit, "ours"])).toMatchObject({ exitCode: 1 });
+  expect(existsSync(join(asked.root, "units", unit))).toBe(true);
 });

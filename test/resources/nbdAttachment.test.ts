@@ -138,9 +138,10 @@ function world(at: World) {
     const there = at.unit !== undefined && !taken;
     return fields({
       ...(there ? { unit: at.unit ?? "" } : {}),
-      show: `LoadState=loaded\nActiveState=${at.active ?? (there ? "active" : "inactive")}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n`,
+      show: `LoadState=loaded\nActiveState=${at.active ?? (there ? "active" : "inactive")}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n`,
       ...(there
         ? {
+            ...(at.enabled === "disabled" ? {} : { boots: "yes" }),
             device: at.device ?? "/dev/nbd0",
             link: at.link ?? at.device ?? "/dev/nbd0",
             size: at.sectors ?? "2048",

@@ -152,6 +152,12 @@ interface World {
   systemd?: string;
   /** Exit code of the proof. */
   proof?: number;
+  /** All units of systemd look as if they were to be read anew. */
+  outdated?: boolean;
+  /** Exit code of its removal. */
+  removal?: number;
+  /** What systemd says when it is to read all units. */
+  reload?: Answer;
   proven?: boolean;
   nbdkitTls?: string;
   /** Seconds since 1970. */
@@ -165,11 +171,14 @@ interface World {
 /** What only the proof of the clients by itself has. */
 const proof = '\nprove_clients "$1"';
 
-/** A host with that unit; answers the look, the preflight and the changes of an export. */
+const reload = /\nreload_units\n$/;
+
+/** A host with that unit; answers the look, the preflight and the changes of an export. `changes`: without those of systemd's memory. */
 function world(at: World) {
   let taken = false;
-  return fakeHost(({ argv, kind, stdin }) => {
+  const asked = fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
+    if (reload.test(argv[2] ?? "")) return at.reload ?? "";
     if (kind === "change") {
       const { applied } = at;
       if (applied instanceof LvmNbdError) return text.includes("systemctl restart") ? applied : "";
@@ -186,8 +195,11 @@ function world(at: World) {
         return { exitCode: applied ?? 0, stdout: told, stderr: "the log" };
       }
       if (text.includes(proof)) return { exitCode: applied ?? 0, stdout: told, stderr: "got in" };
-      if (text.includes('end_unit "$unit"')) taken = true;
-      else if (text.includes("systemctl enable")) {
+      if (text.includes('end_unit "$1"')) {
+        if (!at.removal) taken = true;
+        return `${argv[4]} =${at.removal ?? 0}\n${argv[4]}.said =the log\nend =\n`;
+      }
+      if (text.includes("systemctl enable")) {
         at.enabled = "enabled";
         return { exitCode: applied ?? 0, stderr: "the log" };
       }
@@ -216,7 +228,9 @@ function world(at: World) {
       ...(at.conf === undefined ? {} : { conf: at.conf }),
       ...(at.hostProven === false ? {} : { hostProven: "yes" }),
       ...(at.clientsProven === false || at.unenforced !== undefined ? {} : { clientsProven: "yes" }),
-      show: `LoadState=loaded\nActiveState=${active}\nUnitFileState=${at.enabled ?? "enabled"}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
+      show: `LoadState=loaded\nActiveState=${active}\nNeedDaemonReload=no\nDropInPaths=\nMainPID=7\n${at.show ?? ""}`,
+      ...(at.enabled === "disabled" ? {} : { boots: "yes" }),
+      ...(at.outdated ? { outdated: "yes" } : {}),
       ...(at.deviceSize === null || at.image ? {} : { deviceSize: at.deviceSize ?? "1048576" }),
       ...(at.image && imageFields(at)),
       ...(at.certificates && {
@@ -239,6 +253,15 @@ function world(at: World) {
       end: "",
     });
   });
+  return {
+    ...asked,
+    get changes() {
+      return asked.changes.filter(({ argv }) => !reload.test(argv[2] ?? ""));
+    },
+    get reloads() {
+      return asked.changes.filter(({ argv }) => reload.test(argv[2] ?? "")).length;
+    },
+  };
 }
 
 function broughtCertificates(parts: readonly string[], stdin: string): Record<string, string> {
@@ -302,7 +325,7 @@ describe("create finds out first what would make it fail", () => {
       /EXPORT_NOT_SERVING.*the log/s,
     );
     expect(asked.changes).toHaveLength(2);
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it("what was not known to serve when its time was over is taken down again, whatever still goes on", async () => {
@@ -311,7 +334,7 @@ describe("create finds out first what would make it fail", () => {
     });
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(/COMMAND_TIMED_OUT/);
     expect(asked.changes).toHaveLength(2);
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it("an export whose clients the host does not enforce is stopped and taken down", async () => {
@@ -319,7 +342,7 @@ describe("create finds out first what would make it fail", () => {
     await expect(handlersOn("NbdExport", asked).create(complete)).rejects.toThrow(
       /CLIENTS_NOT_ENFORCED.*everybody/s,
     );
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it("an export of whose clients that cannot be told is taken down, and not said to be open to everybody", async () => {
@@ -327,7 +350,7 @@ describe("create finds out first what would make it fail", () => {
     const made = handlersOn("NbdExport", asked).create(complete);
     await expect(made).rejects.toThrow(/COMMAND_FAILED.*whether the host enforces them cannot be told/s);
     await expect(made).rejects.not.toThrow(/everybody/);
-    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$unit"');
+    expect(asked.changes[1]?.argv.join("\n")).toContain('end_unit "$1"');
   });
 
   it.each([
@@ -353,6 +376,19 @@ describe("create finds out first what would make it fail", () => {
     const { id, state: made } = await handlersOn("NbdExport", asked).create(complete);
     expect(asked.changes).toEqual([]);
     expect({ id, made }).toEqual({ id: "192.0.2.1/vm1", made: state });
+  });
+
+  it("tells systemd once of all that were made at about the same time, and is made also where that fails", async () => {
+    const at: World = { reload: { exitCode: 1, stderr: "Failed to reload daemon" } };
+    const asked = world(at);
+    const handlers = handlersOn("NbdExport", asked);
+    const [one, other] = await Promise.all([handlers.create(complete), handlers.create(complete)]);
+    expect([one.state, other.state]).toMatchObject([{ state: "serving" }, { state: "serving" }]);
+    expect([asked.changes.length, asked.reloads]).toEqual([2, 1]);
+    expect(handlers.warnings.filter((line) => line.includes("systemctl daemon-reload"))).toHaveLength(1);
+    // The next one again; one that only goes on serving, never.
+    await handlers.update({ ...one.state }, { ...complete, clients: ["10.0.0.3"] });
+    expect(asked.reloads).toBe(1);
   });
 
   it("makes an absent one", async () => {
@@ -659,6 +695,14 @@ describe("refresh", () => {
     expect(warnings).toEqual([expect.stringContaining(`is ${expected}`)]);
     const { changes } = await handlersOn("NbdExport", untouchedHost()).diff(seen ?? {}, complete, none);
     expect(changes).toEqual([{ property: "state", effect: "update" }]);
+  });
+
+  it("a unit that systemd has not read as it is counts as edited, unless that says nothing of it", async () => {
+    const at: World = { unit: renderExportUnit(plan), show: "NeedDaemonReload=yes\n" };
+    const handlers = handlersOn("NbdExport", world(at));
+    expect(await handlers.read({ ...state })).toMatchObject({ state: "edited" });
+    at.outdated = true;
+    expect(await handlers.read({ ...state })).toMatchObject({ state: "serving" });
   });
 
   it("a unit that only would not start at boot is enabled, and nothing is restarted", async () => {
@@ -1148,7 +1192,7 @@ describe("with TLS", () => {
       /TLS_NOT_ENFORCED.*without TLS/s,
     );
     const down = asked.changes.at(-1)?.argv.join("\n");
-    expect(down).toContain('end_unit "$unit"');
+    expect(down).toContain('end_unit "$1"');
     expect(down).toContain("tidy_certificates");
   });
 

@@ -1,17 +1,11 @@
 import { execFileSync } from "node:child_process";
+import { createHmac, randomBytes } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import {
-  fingerprint,
-  hostKeyError,
-  judge,
-  keyType,
-  knownTypes,
-  matchesWildcard,
-  pinProblem,
-} from "../../provider/ssh/hostKeys.js";
+import { afterAll, beforeAll, describe, expect, test, vi } from "vitest";
+import { fingerprint, hostKeyError, judge, knownTypes, pinProblem } from "../../provider/ssh/hostKeys.js";
+import { keyType, matchesWildcard } from "../../provider/ssh/knownHosts.js";
 
 const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-keys-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -133,6 +127,40 @@ describe("known_hosts", () => {
     expect(verdict(hashed, ["VM1.example.com"])).toBe("ok");
     expect(verdict(hashed, ["[vm1.example.com]:2222"])).toBe("ok");
     expect(verdict(hashed, ["vm2.example.com"])).toBe("unknown");
+  });
+
+  test("a name hashed with a salt of more than a block is found", () => {
+    const salt = randomBytes(80);
+    const digest = createHmac("sha1", salt).update("vm1.example.com").digest("base64");
+    expect(verdict(`|1|${salt.toString("base64")}|${digest} ${mine.line}`)).toBe("ok");
+  });
+
+  test("the keys of a host are told in the order of their lines, however these name it", () => {
+    const text = `*.com ${ecdsa.line}\nvm1.com,vm1.com ${other.line}\nvm?.com,!vm2.com ${ecdsa.line}\n`;
+    const judged = judge(mine.blob, ["vm1.com"], { knownHosts: [text] });
+    const expected = [ecdsa, other, ecdsa].map(
+      ({ line, blob }) => `${line.split(" ")[0]} ${fingerprint(blob)}`,
+    );
+    expect(judged).toEqual({ verdict: "mismatch", expected });
+  });
+
+  test("a file is read once for all hosts, hashed or not", () => {
+    const names = Array.from({ length: 30 }, (_, n) => `host${n}.example.com`);
+    const file = join(folder, "many");
+    for (const hash of [false, true]) {
+      writeFileSync(file, names.map((name) => `${name} ${mine.line}\n`).join(""));
+      if (hash) execFileSync("ssh-keygen", ["-q", "-H", "-f", file], { stdio: "ignore" });
+      const text = readFileSync(file, "utf8");
+      const made = vi.spyOn(Buffer, "from");
+      for (const name of names) {
+        expect(knownTypes([name], { knownHosts: [text] })).toEqual(["ssh-ed25519"]);
+        expect(verdict(text, [name])).toBe("ok");
+      }
+      const decoded = made.mock.calls.filter((call: readonly unknown[]) => call[1] === "base64").length;
+      made.mockRestore();
+      // The key of each line, and its salt and hash.
+      expect(decoded).toBe(names.length * (hash ? 3 : 1));
+    }
   });
 
   test("the types known for a host are asked for first", () => {

@@ -1,4 +1,7 @@
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { isLvmNbdError, type LvmNbdError } from "../../provider/core/errors.js";
 import { Connection, LinkLost } from "../../provider/ssh/connection.js";
@@ -76,6 +79,23 @@ test("first uses at the same time share one connection", async () => {
   );
   expect(results.map((result) => result.stdout)).toEqual(Array(10).fill("done"));
   expect(server.sockets).toHaveLength(1);
+});
+
+test("what known_hosts says anew is held against a new connection, and what it says still against the old one", async () => {
+  const server = await serve();
+  const folder = mkdtempSync(join(tmpdir(), "lvm-nbd-pool-"));
+  cleanup.push(() => rmSync(folder, { recursive: true }));
+  const knownHostsPath = join(folder, "known_hosts");
+  const { hostKey, ...host } = args(server);
+  const hosts = pool();
+  const known = `[127.0.0.1]:${server.port} ${hostKey}\n`;
+  writeFileSync(knownHostsPath, known);
+  const first = await hosts.get({ ...host, knownHostsPath });
+  expect(await hosts.get({ ...host, knownHostsPath })).toBe(first);
+  expect((await first.run(read)).stdout).toBe("done");
+  writeFileSync(knownHostsPath, `@revoked * ${hostKey}\n${known}`);
+  const second = await hosts.get({ ...host, knownHostsPath });
+  expect((await failure(second.run(read))).code).toBe("HOST_KEY_MISMATCH");
 });
 
 /** Cuts the first link when the command arrives: before it is answered, or while it runs. */
