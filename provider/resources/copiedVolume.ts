@@ -57,9 +57,11 @@ import { type CopyIdentity, runCopy } from "./copyRun.js";
 import {
   type CopySource,
   certifySize,
+  comparedBy,
   emptyRanges,
   explained,
   isReadThere,
+  isVerifiable,
   refused,
   sourceSize,
   sourceSumOf,
@@ -427,7 +429,7 @@ export async function copyToVolume(
   const { running, record, recordDigest, result } = seen.job ?? {};
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = running === true || (result !== undefined && snapshot !== undefined);
-  const asDeclared = record?.generation === generation && (record.verify || !verify);
+  const asDeclared = record?.generation === generation && isVerifiable(record, wanted);
   const writesIt = part?.tags.includes(runTagOf(recordDigest ?? "")) === true;
   const runTag = ownRun(wanted.owner, seen);
   if (runTag !== undefined && !(goesOn && asDeclared && writesIt && facts === undefined)) {
@@ -435,6 +437,7 @@ export async function copyToVolume(
     await discard(context, volume, runTag);
     part = undefined;
   }
+  const compared = comparedBy(part && record, wanted);
   let sizeBytes = 0;
   let extents = 0;
   let empty = "";
@@ -450,7 +453,7 @@ export async function copyToVolume(
       if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
       empty = await emptyRanges(context, wanted, sizeBytes);
-      const told: DeviceCopyRecord = { generation, verify };
+      const told: DeviceCopyRecord = { generation, verify, readThere: isReadThere(wanted) };
       return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
     },
     start: async (newRecord, newDigest) => {
@@ -469,7 +472,7 @@ export async function copyToVolume(
         throw error;
       }
     },
-    sourceSum: verify ? sourceSumOf(wanted) : undefined,
+    sourceSum: sourceSumOf(compared),
     certify: async (done) => {
       const lv = await certifySize(context, wanted, done.sizeBytes);
       if (part === undefined) throw new Error("a copy without its volume");
@@ -514,6 +517,7 @@ function identityTags(
 function planOf(wanted: VolumeWanted): DeviceCopyPlan {
   const { uri, tls, connections, bandwidthLimit } = wanted;
   const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
+  // What is read on its own host the job does not read again.
   const verify = wanted.verify && !isReadThere(wanted);
   // What an earlier volume left there is nobody's to read.
   return { uri, tls, connections, verify, bandwidthLimit: limit, rest: "zero" };

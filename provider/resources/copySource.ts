@@ -21,16 +21,43 @@ export interface CopySource {
   readonly uri: string;
   readonly tls?: ClientTls | undefined;
   readonly snapshot?: SnapshotReference | undefined;
-  /** Its host is to be read no faster. */
-  bandwidthLimit?: string | number | undefined;
 }
 
-/** Whether the snapshot itself is read on its own host, beside what the export serves: at the speed of its disk. */
-export function isReadThere({
-  snapshot,
-  bandwidthLimit,
-}: Pick<CopySource, "snapshot" | "bandwidthLimit">): boolean {
-  return snapshot !== undefined && bandwidthLimit === undefined;
+/** How a source is read. */
+interface Reading extends Pick<CopySource, "snapshot"> {
+  /** Its host is to be read no faster. */
+  readonly bandwidthLimit?: string | number | undefined;
+  /** Whether what was copied is compared with it. */
+  readonly verify: boolean;
+}
+
+/**
+ * Whether what was copied is compared with the snapshot itself, which is read on its own host for that, at the speed of its disk. Only
+ * then is anything believed of what that snapshot holds: see `emptyRanges`.
+ */
+export function isReadThere({ snapshot, bandwidthLimit, verify }: Reading): boolean {
+  return verify && snapshot !== undefined && bandwidthLimit === undefined;
+}
+
+/** What an unfinished copy was begun with. */
+interface Begun {
+  readonly verify: boolean;
+  /** Its job leaves the comparison with the source to who reads that on its own host, and may have left out what is empty there. */
+  readonly readThere: boolean;
+}
+
+/** Whether an unfinished copy can still become one as it is wanted: what was left to be read on the source's host still may be. */
+export function isVerifiable(begun: Begun, wanted: Reading): boolean {
+  if (wanted.verify && !begun.verify) return false;
+  return !begun.readThere || isReadThere(comparedBy(begun, wanted));
+}
+
+/**
+ * How the source is read: as the unfinished copy that is gone on with was begun, whatever is wanted by now. `begun`: `undefined` for one
+ * that is begun anew.
+ */
+export function comparedBy<T extends Reading>(begun: Begun | undefined, wanted: T): T {
+  return begun === undefined ? wanted : { ...wanted, verify: begun.readThere };
 }
 
 /** What the export answered when it was asked for its size on the destination's host. */
@@ -93,10 +120,8 @@ function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): numb
   return kind === "cow" ? (originSizeBytes ?? sizeBytes) : sizeBytes;
 }
 
-/** How a snapshot is read on its own host; `undefined` for a source of which only the `uri` is known. */
-export function sourceSumOf(
-  source: Pick<CopySource, "snapshot" | "bandwidthLimit">,
-): ((context: Context) => Promise<string>) | undefined {
+/** How a snapshot is read on its own host; `undefined` for a source that is not to be read there. */
+export function sourceSumOf(source: Reading): ((context: Context) => Promise<string>) | undefined {
   const { snapshot } = source;
   if (snapshot === undefined || !isReadThere(source)) return undefined;
   return async (context) => {
@@ -116,9 +141,10 @@ export function sourceSumOf(
 /**
  * What of the source is known to be zero, for a job; "" where nothing is. Only a read-only snapshot's: of another one that may be
  * written to before it is copied. It is looked for right at the snapshot, so that only what is not zero crosses the network. That the
- * `uri` serves this snapshot is the program's word: what it says of another one shows when the copy is verified.
+ * `uri` serves this snapshot is the program's word, and of another one this would leave data out: so nothing is told of a source with
+ * which the copy is not compared afterwards.
  */
-export async function emptyRanges(context: Context, source: CopySource, sizeBytes: number): Promise<string> {
+export async function emptyRanges(context: Context, source: Reading, sizeBytes: number): Promise<string> {
   const { snapshot } = source;
   if (snapshot === undefined || !isReadThere(source)) return "";
   const lv = await certify(context, snapshot);

@@ -28,8 +28,12 @@ import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
 import { jobText } from "./tls.js";
 import { changeSeconds, holdersOf, listed, pathOf } from "./volumes.js";
 
-/** What a copy onto a device is for. In the folder of its job. */
-const recordShape = z.object({ generation: z.string(), verify: z.boolean() });
+/** What a copy onto a device is for, whether it is compared with its source, and that read on its own host. In the folder of its job. */
+const recordShape = z.object({
+  generation: z.string(),
+  verify: z.boolean(),
+  readThere: z.boolean().default(false),
+});
 export type DeviceCopyRecord = z.infer<typeof recordShape>;
 
 /** What was seen of a job. */

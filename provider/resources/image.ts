@@ -61,9 +61,11 @@ import {
 import {
   type CopySource,
   certifySize,
+  comparedBy,
   emptyRanges,
   explained,
   isReadThere,
+  isVerifiable,
   refused,
   type SizeAnswer,
   sourceSize,
@@ -210,8 +212,11 @@ const manifestShape = z.object({
 });
 export type Manifest = z.infer<typeof manifestShape>;
 
-/** In the folder of an unfinished copy: whose it is, what for, and whether its job reads the source a second time. */
-const recordShape = z.object({ mark: z.string(), generation: z.string(), verify: z.boolean() });
+/** In the folder of an unfinished copy: whose it is, what for, whether it is compared with its source, and that read on its own host. */
+const recordShape = z.object({
+  ...{ mark: z.string(), generation: z.string(), verify: z.boolean() },
+  readThere: z.boolean().default(false),
+});
 
 interface Part {
   /** `undefined` if it is none of ours. */
@@ -244,6 +249,7 @@ function planOf(wanted: CopyWanted): CopyPlan {
   const { uri, tls, format, compress, connections, verify, bandwidthLimit } = wanted;
   return {
     ...{ uri, tls, format, compress, connections },
+    // What is read on its own host the job does not read again.
     verify: verify && !isReadThere(wanted),
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
   };
@@ -531,7 +537,7 @@ export function isGoneOnWith(
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = running || (part?.result !== undefined && wanted.snapshot !== undefined);
   const isAsDeclared = part?.record?.generation === partGeneration(wanted, identity);
-  return goesOn && isAsDeclared && (part.record.verify || !wanted.verify);
+  return goesOn && isAsDeclared && isVerifiable(part.record, wanted);
 }
 
 /** Makes the copy up to its name, or goes on with one of ours. What has failed for good is removed. */
@@ -553,6 +559,7 @@ export async function verifiedCopy(
     await discard(context, paths, part.recordDigest);
     part = undefined;
   }
+  const compared = comparedBy(part?.record, wanted);
   let sizeBytes = 0;
   let empty = "";
   return runCopy(context, {
@@ -565,11 +572,12 @@ export async function verifiedCopy(
       sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
       empty = await emptyRanges(context, wanted, sizeBytes);
       const { owner, verify } = wanted;
-      const generation = partGeneration(wanted, identity);
-      return `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
+      const [mark, generation] = [ownerMark(owner), partGeneration(wanted, identity)];
+      const readThere = isReadThere(wanted);
+      return `${JSON.stringify({ mark, generation, verify, readThere, started: randomUUID() })}\n`;
     },
     start: (record) => start(context, paths, wanted, seen, record, sizeBytes, empty),
-    sourceSum: wanted.verify ? sourceSumOf(wanted) : undefined,
+    sourceSum: sourceSumOf(compared),
     certify: async (result, recordDigest) => {
       const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes));
       const manifest = manifestOf(wanted, identity, result, snapshot);
