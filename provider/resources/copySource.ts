@@ -2,6 +2,7 @@
  * The source of a copy: an export, and the snapshot behind it where that is known. It is asked for its size before
  * anything is changed, and its snapshot is seen to be valid after the last byte.
  */
+import { unlessCancelled } from "../core/cancel.js";
 import { parseOutput, succeed } from "../core/command.js";
 import { briefly, type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
@@ -120,6 +121,25 @@ function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): numb
   return kind === "cow" ? (originSizeBytes ?? sizeBytes) : sizeBytes;
 }
 
+/**
+ * Reads a source of the context's host for one purpose. For each one at a time: it holds one of the few sessions of a connection for as
+ * long as it reads, and all read one host's disks. Who is cancelled does not wait for the others, but for what he has begun.
+ */
+async function inTurn<T>({ host, signal }: Context, purpose: string, read: () => Promise<T>): Promise<T> {
+  let begin = () => {};
+  const begun = new Promise<void>((resolve) => {
+    begin = resolve;
+  });
+  const reading = serially(host, purpose, () => {
+    begin();
+    return read();
+  });
+  // Of one that was cancelled before its turn nobody hears that it was then not read.
+  reading.catch(() => undefined);
+  await unlessCancelled(begun, signal, host.name);
+  return reading;
+}
+
 /** How a snapshot is read on its own host; `undefined` for a source that is not to be read there. */
 export function sourceSumOf(source: Reading): ((context: Context) => Promise<string>) | undefined {
   const { snapshot } = source;
@@ -127,8 +147,7 @@ export function sourceSumOf(source: Reading): ((context: Context) => Promise<str
   return async (context) => {
     const lv = await certify(context, snapshot);
     const there = { ...context, host: await context.open(snapshot.host) };
-    // One at a time: each holds one of the few sessions of a connection for as long as it reads, and all read one host's disks.
-    const sum = await serially(there.host, "read sources", () => deviceSum(there, lv.path, visibleBytes(lv)));
+    const sum = await inTurn(there, "checksums of sources", () => deviceSum(there, lv.path, visibleBytes(lv)));
     if (sum !== undefined) return sum;
     throw new LvmNbdError("COPY_FAILED", {
       message: `the source ${lv.path} could not be read a second time`,
@@ -158,7 +177,8 @@ export async function emptyRanges(context: Context, source: Reading, sizeBytes: 
   };
   const there = { ...context, host };
   try {
-    const result = await serially(host, "read sources", () =>
+    // Not behind a checksum, which may take hours: the copy waits for this.
+    const result = await inTurn(there, "what of sources is empty", () =>
       succeed(there, command, `${lv.path} could not be read`),
     );
     return parseOutput(there, command, result, (text) =>

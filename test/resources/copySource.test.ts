@@ -1,0 +1,113 @@
+/** Sources that are read on their own host, one after the other. */
+import { describe, expect, it } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
+import type { Context } from "../../provider/core/resource.js";
+import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
+import { sourceSumOf } from "../../provider/resources/copySource.js";
+import type { CommandResult, Host } from "../../provider/ssh/types.js";
+import { fakeHost } from "../support/fakeHost.js";
+import { recordedLvs } from "../support/recorded.js";
+
+const recorded = JSON.parse(recordedLvs("valid")).report[0].lv.find(
+  (row: Readonly<Record<string, unknown>>) => row.lv_attr === "sri-a-s---",
+);
+const snapshot = {
+  ...{ host: "server1", volumeGroup: recorded.vg_name, name: recorded.lv_name, uuid: recorded.lv_uuid },
+};
+const sum = "0".repeat(64);
+
+/** A host on which a reading goes on until it is let go, or cancelled. */
+class SlowHost implements Host {
+  readonly name = "server1";
+  readonly #looks = fakeHost(() => recordedLvs("valid"));
+  readonly #waiting: (() => void)[] = [];
+  reading = 0;
+  /** How many were begun. */
+  begun = 0;
+
+  async machineId(): Promise<undefined> {
+    return undefined;
+  }
+
+  async run(command: Parameters<Host["run"]>[0], signal?: AbortSignal): Promise<CommandResult> {
+    if (command.argv[2] !== checkDeviceScript) return this.#looks.run(command);
+    if (signal?.aborted) throw new LvmNbdError("CANCELLED", { message: "cancelled before it began" });
+    this.begun++;
+    this.reading++;
+    try {
+      await new Promise<void>((resolve, reject) => {
+        this.#waiting.push(resolve);
+        signal?.addEventListener("abort", () =>
+          reject(new LvmNbdError("CANCELLED", { message: "cancelled" })),
+        );
+      });
+    } finally {
+      this.reading--;
+    }
+    // That it was on its way, and what it came to.
+    return { exitCode: 0, stdout: `\n\n${sum}\n`, stderr: "" };
+  }
+
+  letGo(): void {
+    this.#waiting.shift()?.();
+  }
+}
+
+function contextOn(host: Host, signal: AbortSignal): Context {
+  return {
+    ...{ host, resource: "VolumeCopy vm1", signal },
+    progress: () => undefined,
+    warn: () => undefined,
+    open: async () => host,
+  };
+}
+
+const read = sourceSumOf({ snapshot, verify: true });
+
+describe("the checksum of a source", () => {
+  it.each([
+    ["without `verify`", { snapshot, verify: false }],
+    ["with a limit", { snapshot, verify: true, bandwidthLimit: "20M" }],
+    ["of which only the uri is known", { verify: true }],
+  ])("is not read on its host %s", (_what, source) => {
+    expect(sourceSumOf(source)).toBeUndefined();
+  });
+
+  it("is read in turn; who is cancelled does not wait for the others, and reads nothing", async () => {
+    if (read === undefined) throw new Error("it is read there");
+    const host = new SlowHost();
+    const cancel = new AbortController();
+    const first = read(contextOn(host, new AbortController().signal));
+    const second = read(contextOn(host, cancel.signal));
+    await until(() => host.reading === 1);
+    cancel.abort();
+    await expect(second).rejects.toMatchObject({ code: "CANCELLED" });
+    expect(host.reading).toBe(1);
+    host.letGo();
+    expect(await first).toBe(sum);
+    const third = read(contextOn(host, new AbortController().signal));
+    await until(() => host.reading === 1);
+    host.letGo();
+    expect(await third).toBe(sum);
+    expect(host.begun).toBe(2);
+  });
+
+  it("that is cancelled has ended when that is told: what reads a snapshot holds it", async () => {
+    if (read === undefined) throw new Error("it is read there");
+    const host = new SlowHost();
+    const cancel = new AbortController();
+    const only = read(contextOn(host, cancel.signal));
+    await until(() => host.reading === 1);
+    cancel.abort();
+    await expect(only).rejects.toMatchObject({ code: "CANCELLED" });
+    expect(host.reading).toBe(0);
+  });
+});
+
+async function until(done: () => boolean): Promise<void> {
+  const end = Date.now() + 10_000;
+  while (!done()) {
+    if (Date.now() > end) throw new Error("it did not come to pass");
+    await new Promise((resolve) => setImmediate(resolve));
+  }
+}
