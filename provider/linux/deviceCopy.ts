@@ -9,6 +9,7 @@ import { hostScript } from "../core/hostCommands.js";
 import { copyName, jobFunctions, sumOf } from "./copyJob.js";
 import { startJobFunction, stopJobFunction } from "./copyScripts.js";
 import { emitFunctions } from "./fields.js";
+import { aliveSeconds } from "./holders.js";
 import { type ClientTls, jobUri } from "./tls.js";
 import { changedMeanwhile, unitFunctions } from "./unitScript.js";
 
@@ -213,14 +214,25 @@ device_node() {
 }
 `;
 
-/** Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. */
+/**
+ * Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. Empty lines before it say
+ * that it is on its way: what reads a volume holds it, and it shows only in what is said in vain that nobody waits for it any more.
+ */
 export const checkDeviceScript = hostScript(
   "check-volume",
   "observe",
   `${sumOf}${hashDevice}${deviceNodeFunction}
 device_node "$1" || { echo "$1 is not a block device" >&2; exit 71; }
-hash_device "$node" "$2" 3>/dev/null && exit 0
-case $? in 1) exit 70;; *) exit 71;; esac
+(
+  trap '' PIPE
+  # Not this process alone: it waits for those that read. timeout leads their group.
+  while sleep ${aliveSeconds} >/dev/null; do echo || kill -s TERM 0; done
+) 2>/dev/null &
+alive=$!
+hash_device "$node" "$2" 3>/dev/null
+rc=$?
+kill "$alive" 2>/dev/null
+case $rc in 0) exit 0;; 1) exit 70;; *) exit 71;; esac
 `,
   ["path", "number"],
 );

@@ -5,6 +5,9 @@
 import { z } from "zod";
 import { hostScript } from "../core/hostCommands.js";
 
+/** So often what reads a volume over a link, for long, says that it does, and ends where nobody is told any more. */
+export const aliveSeconds = 5;
+
 /** Shell functions. `say KIND WHO`: a line on a holder. `say_process PID`: one on a process, unless it is ending. */
 const sayFunctions = `
 say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
@@ -68,13 +71,17 @@ done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
   if [ -n "$2" ] && grep -Fqs "/$2" /proc/"$pid"/cgroup; then continue; fi
   echo "$pid"
 done)
+holds() { for name in $names; do find /proc/"$1"/fd -lname "/dev/$name" 2>/dev/null; done | grep -q .; }
 # Who only looks, as a scan of LVM does, is gone a moment later.
 [ -z "$opened" ] || sleep 1
+# A reader of ours whose link was lost ends by itself, some seconds later.
+patience=${2 * aliveSeconds}
 for pid in $opened; do
-  still=
-  for name in $names; do still=$still$(find /proc/"$pid"/fd -lname "/dev/$name" 2>/dev/null); done
-  [ -n "$still" ] || continue
-  say_process "$pid"
+  while [ "$patience" -gt 0 ] && holds "$pid" && grep -qsz '^LVM_NBD_RUN=' /proc/"$pid"/environ; do
+    sleep 1
+    patience=$((patience - 1))
+  done
+  if holds "$pid"; then say_process "$pid"; fi
 done
 exit 0
 `,

@@ -5,6 +5,7 @@
 import { hostScript } from "../core/hostCommands.js";
 import { quote } from "../ssh/quoting.js";
 import { deviceNodeFunction } from "./deviceCopy.js";
+import { aliveSeconds } from "./holders.js";
 
 /** Ranges of so many bytes are looked at: a request of nbdcopy's is a quarter of that, and a file system's data seldom lies closer. */
 const stepBytes = 1024 ** 2;
@@ -19,7 +20,7 @@ export const zeroSeconds = 1800;
  * Prints `OFFSET LENGTH` of ranges that were read and are zero. Arguments: device, bytes. Nothing where there is no perl, which reads
  * without a process for each range. Of what is not zero only the beginning is read, and what is zero is not read again by the copy: so it
  * ends early only where it finds less than 100 MiB/s beside a second for each 8 GiB. What it read does not stay in the page cache, which is
- * the VMs'. A range that cannot be read, or not whole, passes for data.
+ * the VMs'. A range that cannot be read, or not whole, passes for data. Empty lines: as of `checkDeviceScript`.
  */
 export const zeroRangesScript = hostScript(
   "zero-ranges",
@@ -29,9 +30,12 @@ device_node "$1" || { echo "$1 is not a block device" >&2; exit 1; }
 command -v perl >/dev/null || exit 0
 exec perl -e '
 my ($path, $size, $began, $found, $seen, $from) = (@ARGV, time, 0, 0);
+my $told = $began;
+$| = 1;
 my ($step, $page) = (${stepBytes}, 4096);
 my $zeros = "\\0" x $step;
 open(my $device, "<:raw", $path) or exit 0;
+sub say_line { $told = time; print @_, "\\n" or exit 1; }
 sub zero {
   my ($at, $length) = @_;
   sysseek($device, $at, 0) or return 0;
@@ -41,7 +45,7 @@ sub zero {
 }
 sub tell_until {
   my $to = shift;
-  print "$from ", $to - $from, "\\n" if defined $from && $to - $from >= $size / ${mostRanges};
+  say_line("$from " . ($to - $from)) if defined $from && $to - $from >= $size / ${mostRanges};
   undef $from;
 }
 sub forget { system("dd", "if=$path", "iflag=nocache", "count=0", "status=none"); $seen = 0; }
@@ -55,11 +59,12 @@ while ($at < $size) {
     $found += $length;
   } else { tell_until($at); }
   forget() if $seen >= 256 << 20;
+  say_line() if time - $told >= ${aliveSeconds};
   $at += $length;
 }
 tell_until($at);
 forget();
-print "end\\n";
+say_line("end");
 ' "$node" "$2"
 `,
   ["path", "number"],
@@ -74,8 +79,8 @@ export interface ZeroRange {
 /** Reads what `zeroRangesScript` prints of a device of that size. Throws if that was cut, or cannot be. */
 export function parseZeroRanges(text: string, sizeBytes: number): ZeroRange[] {
   if (text === "") return [];
-  const lines = text.split("\n");
-  if (lines.pop() !== "" || lines.pop() !== "end") throw new Error("what is zero was not told to its end");
+  const lines = text.split("\n").filter((line) => line !== "");
+  if (!text.endsWith("\n") || lines.pop() !== "end") throw new Error("what is zero was not told to its end");
   let end = 0;
   return lines.map((line) => {
     const match = /^(\d+) (\d+)$/.exec(line);
