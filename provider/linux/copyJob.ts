@@ -204,6 +204,9 @@ with_source() {
 }
 map_source() {
   [ -n "\${extents-}" ] && nbdkit --dump-plugin nbd >/dev/null 2>&1 && printf %s "$extents" >"$run/extents" || return 0
+  # What it does not tell of would pass for a hole.
+  set -- $(tail -n 1 "$run/extents")
+  [ "$((\${1:-0} + \${2:-0}))" = "$size" ] || return 0
   nbdkit -U - -r --filter=extentlist null "$size" extentlist="$run/extents" --run true 2>/dev/null && mapped=$run/extents
   return 0
 }

@@ -1,9 +1,10 @@
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { closeSync, mkdtempSync, openSync, rmSync, truncateSync, writeFileSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
+import { aliveSeconds } from "../../provider/linux/holders.js";
 import {
   extentList,
   parseZeroRanges,
@@ -85,6 +86,24 @@ describe("what of a device is zero", () => {
     ]);
   });
 
+  it("is looked for no longer than somebody listens, who is told so meanwhile", async () => {
+    const file = join(folder, "endless");
+    writeFileSync(file, "");
+    truncateSync(file, 2 ** 42);
+    const text = zeroRangesScript
+      .replace(deviceNodeFunction, "\ndevice_node() { node=$1; }\n")
+      .replace(`$told >= ${aliveSeconds}`, "$told >= 0");
+    const child = spawn("/bin/sh", ["-c", text, "sh", file, String(2 ** 42)]);
+    const ended = new Promise((resolve) => child.once("exit", resolve));
+    try {
+      expect(String(await new Promise((resolve) => child.stdout.once("data", resolve)))).toMatch(/^\n+$/);
+      child.stdout.destroy();
+      await ended;
+    } finally {
+      child.kill("SIGKILL");
+    }
+  });
+
   it("is nothing where there is no perl", () => {
     expect(zerosOf(MiB, {}, { PATH: folder })).toEqual({ stdout: "", status: 0 });
     expect(parseZeroRanges("", MiB)).toEqual([]);
@@ -100,6 +119,8 @@ describe("what of a device is zero", () => {
 
   it.each([
     ["one that was cut", "0 1048576\n"],
+    ["one that was cut before anything was found", "\n\n"],
+    ["one that was cut in its last line", "0 1048576\nend"],
     ["one that was cut in a number", "0 10485"],
     ["ranges that overlap", "0 2097152\n1048576 1048576\nend\n"],
     ["a range behind the end", "3145728 1048577\nend\n"],

@@ -17,7 +17,8 @@ import { ShellHost } from "./shellHost.js";
 
 /**
  * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
- * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `type` (the file system's), `name` (the host's). Of a copy onto a device the
+ * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `type` (the file system's), `name` (the host's),
+ * `no-nbd-plugin` and `no-extentlist` (nbdkit is without them). Of a copy onto a device the
  * second time is the first.
  */
 const standIns: Readonly<Record<string, string>> = {
@@ -63,13 +64,36 @@ const standIns: Readonly<Record<string, string>> = {
     if [ "$target" = - ]; then while [ -e "$SANDBOX/hold-reread" ]; do sleep 0.02; done; fi
     if [ "$target" = - ] && [ -e "$SANDBOX/broken-reread" ]; then head -c 100 "$SANDBOX/source"; exit 1; fi
     if [ "$target" = - ]; then cat "$SANDBOX/$([ -e "$SANDBOX/reread" ] && echo reread || echo source)"; exit; fi
+    source=\${SERVED:-$SANDBOX/source}
     echo 50/100 >&3
     while [ -e "$SANDBOX/hold" ]; do sleep 0.02; done
     [ ! -e "$SANDBOX/broken" ] || { cat "$SANDBOX/broken" >&2; echo half | dd of="$target" conv=notrunc status=none; exit 1; }
     case $target in
-      */dev/*) [ "$(stat -c %s "$SANDBOX/source")" -le "$(stat -c %s "$target")" ] && dd if="$SANDBOX/source" of="$target" bs=64K conv=notrunc status=none;;
-      *) cp --sparse=always "$SANDBOX/source" "$target";;
+      */dev/*) [ "$(stat -c %s "$source")" -le "$(stat -c %s "$target")" ] && dd if="$source" of="$target" bs=64K conv=notrunc status=none;;
+      *) cp --sparse=always "$source" "$target";;
     esac`,
+  // What the list of extents calls a hole, or does not tell of, nobody asks the source for, and takes for zero.
+  nbdkit: `
+    printf '%s\\n' "$*" >>"$SANDBOX/nbdkit"
+    if [ "$1" = --dump-plugin ]; then [ ! -e "$SANDBOX/no-nbd-plugin" ]; exit; fi
+    list= run= uri=nbd+unix:///stand-in
+    while [ $# -gt 0 ]; do
+      case $1 in
+        --filter=extentlist) [ ! -e "$SANDBOX/no-extentlist" ] || { echo "nbdkit: no such filter" >&2; exit 1; };;
+        extentlist=*) list=\${1#extentlist=};;
+        --run) run=$2;;
+      esac
+      shift
+    done
+    if [ -n "$list" ] && [ "$run" != true ]; then
+      cp "$list" "$SANDBOX/list" || exit 1
+      SERVED=$SANDBOX/served; export SERVED
+      rm -f "$SERVED"; truncate -s "$(stat -c %s "$SANDBOX/source")" "$SERVED"
+      while read -r at length hole; do
+        [ -n "$hole" ] || dd if="$SANDBOX/source" of="$SERVED" bs=64K iflag=skip_bytes,count_bytes oflag=seek_bytes skip="$at" seek="$at" count="$length" conv=notrunc status=none || exit
+      done <"$list"
+    fi
+    export uri; exec sh -c "$run"`,
   "qemu-img": `
     [ "$1" != --version ] || { echo "qemu-img version 7.2.22"; exit; }
     echo "    (50.00/100%)"
@@ -103,6 +127,8 @@ export class CopyHost extends ShellHost implements Host {
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
   /** Called before the source is read on its own host; may throw. */
   onSource: () => void = () => undefined;
+  /** What the look there for what is empty comes to; may throw. Unless set as where there is no perl. */
+  onScan: () => string | Partial<CommandResult> = () => "";
   /** Where images go. */
   readonly disk: string;
   /** What `holdersScript` prints. */
@@ -123,11 +149,35 @@ export class CopyHost extends ShellHost implements Host {
   }
 
   /** What the source's host prints for a script that only a copy from a snapshot runs there; `undefined` of any other. */
-  sourceAnswer({ argv }: RemoteCommand): string | undefined {
-    if (argv[2] === zeroRangesScript) return "";
+  sourceAnswer({ argv }: RemoteCommand): string | Partial<CommandResult> | undefined {
+    if (argv[2] === zeroRangesScript) return this.onScan();
     if (argv[2] !== checkDeviceScript) return undefined;
     this.onSource();
     return this.servedSum();
+  }
+
+  /** What is really found where a snapshot has this content. */
+  scanOf(content: string): string {
+    const file = join(this.folder, "scanned");
+    writeFileSync(file, content);
+    const argv = ["-c", this.inside(zeroRangesScript), "sh", file, String(Buffer.byteLength(content))];
+    const { status, stdout, stderr } = spawnSync("sh", argv, { encoding: "utf8" });
+    if (status !== 0) throw new Error(stderr);
+    return stdout;
+  }
+
+  /** Each call of nbdkit. */
+  get nbdkitCalls(): string[] {
+    const list = join(this.folder, "nbdkit");
+    return existsSync(list) ? readFileSync(list, "utf8").trim().split("\n") : [];
+  }
+
+  /** Of how many bytes the source was asked by the last copy that knew what of it is empty; `undefined` if none did. */
+  get bytesAsked(): number | undefined {
+    const list = join(this.folder, "list");
+    if (!existsSync(list)) return undefined;
+    const data = readFileSync(list, "utf8").trim().split("\n").map((line) => line.split(" "));
+    return data.reduce((sum, [, length, hole]) => sum + (hole === undefined ? Number(length) : 0), 0);
   }
 
   /** SHA-256 of what is served, the second time where that is another, as a script prints it. */
