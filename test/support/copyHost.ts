@@ -76,16 +76,16 @@ const standIns: Readonly<Record<string, string>> = {
   nbdkit: `
     printf '%s\\n' "$*" >>"$SANDBOX/nbdkit"
     if [ "$1" = --dump-plugin ]; then [ ! -e "$SANDBOX/no-nbd-plugin" ]; exit; fi
-    list= run= uri=nbd+unix:///stand-in
+    list= inner= uri=nbd+unix:///stand-in
     while [ $# -gt 0 ]; do
       case $1 in
         --filter=extentlist) [ ! -e "$SANDBOX/no-extentlist" ] || { echo "nbdkit: no such filter" >&2; exit 1; };;
         extentlist=*) list=\${1#extentlist=};;
-        --run) run=$2;;
+        --run) inner=$2;;
       esac
       shift
     done
-    if [ -n "$list" ] && [ "$run" != true ]; then
+    if [ -n "$list" ] && [ "$inner" != true ]; then
       cp "$list" "$SANDBOX/list" || exit 1
       SERVED=$SANDBOX/served; export SERVED
       rm -f "$SERVED"; truncate -s "$(stat -c %s "$SANDBOX/source")" "$SERVED"
@@ -93,7 +93,7 @@ const standIns: Readonly<Record<string, string>> = {
         [ -n "$hole" ] || dd if="$SANDBOX/source" of="$SERVED" bs=64K iflag=skip_bytes,count_bytes oflag=seek_bytes skip="$at" seek="$at" count="$length" conv=notrunc status=none || exit
       done <"$list"
     fi
-    export uri; exec sh -c "$run"`,
+    export uri; exec sh -c "$inner"`,
   "qemu-img": `
     [ "$1" != --version ] || { echo "qemu-img version 7.2.22"; exit; }
     echo "    (50.00/100%)"
