@@ -147,7 +147,9 @@ export function sourceSumOf(source: Reading): ((context: Context) => Promise<str
   return async (context) => {
     const lv = await certify(context, snapshot);
     const there = { ...context, host: await context.open(snapshot.host) };
-    const sum = await inTurn(there, "checksums of sources", () => deviceSum(there, lv.path, visibleBytes(lv)));
+    const sum = await inTurn(there, "checksums of sources", () =>
+      deviceSum(there, lv.path, visibleBytes(lv)),
+    );
     if (sum !== undefined) return sum;
     throw new LvmNbdError("COPY_FAILED", {
       message: `the source ${lv.path} could not be read a second time`,

@@ -183,7 +183,9 @@ describe("a job onto a volume that is there", () => {
       const { exitCode, held } = await run("old".repeat(4096), "zero", "0 4096 hole,zero\n4096 2904\n", 1000);
       expect([exitCode, held]).toEqual([0, source.padEnd(12288, "\0")]);
       expect(host.bytesAsked).toBe(2904);
-      const copying = host.nbdkitCalls.filter((call) => call.includes(" nbd ") && call.includes("extentlist"));
+      const copying = host.nbdkitCalls.filter(
+        (call) => call.includes(" nbd ") && call.includes("extentlist"),
+      );
       expect(copying).toEqual([
         expect.stringMatching(
           /^-U - -r --exit-with-parent --filter=extentlist --filter=rate nbd uri=nbd:\/\/a\/b rate=8000 extentlist=\S+\/extents --run /,

@@ -154,12 +154,15 @@ describe.each([
     expect(destination.bytesAsked).toBe(0);
   });
 
-  it.each(["no-nbd-plugin", "no-extentlist"])("asks for all where nbdkit cannot do that: %s", async (lack) => {
-    destination.set(lack, "");
-    expect(await made()).toMatchObject({ verified: true });
-    isWhole();
-    expect(scans).toBe(1);
-  });
+  it.each(["no-nbd-plugin", "no-extentlist"])(
+    "asks for all where nbdkit cannot do that: %s",
+    async (lack) => {
+      destination.set(lack, "");
+      expect(await made()).toMatchObject({ verified: true });
+      isWhole();
+      expect(scans).toBe(1);
+    },
+  );
 
   it.each([
     ["fails", () => ({ exitCode: 1, stderr: "not a block device" })],

@@ -176,7 +176,10 @@ export class CopyHost extends ShellHost implements Host {
   get bytesAsked(): number | undefined {
     const list = join(this.folder, "list");
     if (!existsSync(list)) return undefined;
-    const data = readFileSync(list, "utf8").trim().split("\n").map((line) => line.split(" "));
+    const data = readFileSync(list, "utf8")
+      .trim()
+      .split("\n")
+      .map((line) => line.split(" "));
     return data.reduce((sum, [, length, hole]) => sum + (hole === undefined ? Number(length) : 0), 0);
   }
 
