@@ -2,7 +2,7 @@ import { spawn, spawnSync } from "node:child_process";
 import { closeSync, mkdtempSync, openSync, rmSync, truncateSync, writeFileSync, writeSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
 import { aliveSeconds } from "../../provider/linux/holders.js";
 import {
@@ -94,11 +94,17 @@ describe("what of a device is zero", () => {
       .replace(deviceNodeFunction, "\ndevice_node() { node=$1; }\n")
       .replace(`$told >= ${aliveSeconds}`, "$told >= 0");
     const child = spawn("/bin/sh", ["-c", text, "sh", file, String(2 ** 42)]);
-    const ended = new Promise((resolve) => child.once("exit", resolve));
+    let [told, ended] = ["", false];
+    child.stdout.once("data", (chunk) => {
+      told = String(chunk);
+    });
+    child.once("exit", () => {
+      ended = true;
+    });
     try {
-      expect(String(await new Promise((resolve) => child.stdout.once("data", resolve)))).toMatch(/^\n+$/);
+      await vi.waitFor(() => expect(told).toMatch(/^\n+$/), { timeout: 10_000 });
       child.stdout.destroy();
-      await ended;
+      await vi.waitFor(() => expect(ended).toBe(true), { timeout: 10_000 });
     } finally {
       child.kill("SIGKILL");
     }
