@@ -1,8 +1,9 @@
-#!/usr/bin/env -S MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=32768 MALLOC_TRIM_THRESHOLD_=65536 node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16
+#!/usr/bin/env -S node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16
 /**
  * `pulumi-resource-lvm-nbd`: started by Pulumi's engine with its address as the last argument, it prints the port of its
- * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 and
- * malloc are to take the little memory that it needs (glibc's malloc gives back what a large answer took; others know no such variable).
+ * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 is
+ * to take the little memory that it needs. The first line has no variables, which shims of package managers take for the program, and
+ * less than 127 bytes, of which kernels before 5.1 cut the rest.
  */
 import { fstatSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
@@ -11,6 +12,7 @@ import { setFlagsFromString } from "node:v8";
 import * as grpc from "@grpc/grpc-js";
 import type { Answer } from "./core/functions.js";
 import type { Environment, Handlers } from "./core/handlers.js";
+import type { AnyResourceType } from "./core/resource.js";
 import { anySize, providerGrpc } from "./pulumi/proto.js";
 import { createService, type Parts } from "./pulumi/service.js";
 import type { HostPool } from "./ssh/pool.js";
@@ -20,6 +22,7 @@ const packageFolder = join(__dirname, "..");
 let pool: HostPool | undefined;
 /** What every call about a resource needs. Kept, since Node looks for a module anew each time that it is imported. */
 let forResources: ReturnType<typeof loadForResources> | undefined;
+const types = new Map<string, AnyResourceType>();
 
 /** Another try for the next one. */
 function loadAgain(error: unknown): never {
@@ -28,18 +31,19 @@ function loadAgain(error: unknown): never {
 }
 
 async function loadForResources() {
-  const [{ createHandlers }, { resourceType }, { createHostPool }] = await Promise.all([
+  const [{ createHandlers }, { loadResourceType }] = await Promise.all([
     import("./core/handlers.js"),
-    import("./core/registry.js"),
-    import("./ssh/pool.js"),
+    import("./core/lazyRegistry.js"),
   ]);
-  return { createHandlers, resourceType, createHostPool };
+  return { createHandlers, loadResourceType };
 }
 
-async function handlers(type: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
+async function handlers(name: string, environment: Omit<Environment, "openHost">): Promise<Handlers> {
   forResources ??= loadForResources().catch(loadAgain);
-  const { createHandlers, resourceType } = await forResources;
-  return createHandlers(resourceType(type), { ...environment, openHost: await opener(environment) });
+  const { createHandlers, loadResourceType } = await forResources;
+  const type = types.get(name) ?? (await loadResourceType(name));
+  types.set(name, type);
+  return createHandlers(type, { ...environment, openHost: opener(environment) });
 }
 
 async function ask(
@@ -51,16 +55,18 @@ async function ask(
     import("./core/functions.js"),
     import("./functions/registry.js"),
   ]);
-  return askFunction(functionType(name), args, { ...environment, openHost: await opener(environment) });
+  return askFunction(functionType(name), args, { ...environment, openHost: opener(environment) });
 }
 
-/** All share one connection a host. */
-async function opener({ namedHosts }: Pick<Environment, "namedHosts">): Promise<Environment["openHost"]> {
-  forResources ??= loadForResources().catch(loadAgain);
-  const { createHostPool } = await forResources;
-  pool ??= createHostPool();
-  const { get } = pool;
-  return (host) => get(host, namedHosts?.());
+/** All share one connection a host. What makes them is loaded when a host is first to be reached. */
+function opener({ namedHosts }: Pick<Environment, "namedHosts">): Environment["openHost"] {
+  return async (host) => {
+    if (pool === undefined) {
+      const { createHostPool } = await import("./ssh/pool.js");
+      pool ??= createHostPool();
+    }
+    return pool.get(host, namedHosts?.());
+  };
 }
 
 const compose: Parts["compose"] = async (type, environment, ...declared) => {
@@ -68,7 +74,7 @@ const compose: Parts["compose"] = async (type, environment, ...declared) => {
     import("./core/component.js"),
     import("./core/registry.js"),
   ]);
-  const openHost = await opener(environment);
+  const openHost = opener(environment);
   return composeAs(componentType(type), { ...environment, openHost }, ...declared);
 };
 

@@ -4,15 +4,16 @@
  */
 import type * as pulumi from "@pulumi/pulumi";
 import { namedHosts } from "./core/configuration.js";
-import { createHandlers, type Environment, type Handlers } from "./core/handlers.js";
-import { resourceType } from "./core/registry.js";
+import { createHandlers, type Environment } from "./core/handlers.js";
+import { loadResourceType } from "./core/lazyRegistry.js";
 import { cancelSignal } from "./pulumi/cancellation.js";
-import { toDynamicProvider } from "./pulumi/dynamicProvider.js";
+import { type DynamicProvider, toDynamicProvider } from "./pulumi/dynamicProvider.js";
 import { connectEngineLog } from "./pulumi/engine.js";
-import { createHostPool } from "./ssh/pool.js";
+import type { HostPool } from "./ssh/pool.js";
 import type { NamedHosts } from "./ssh/types.js";
 
 let environment: Environment | undefined;
+let pool: HostPool | undefined;
 const made = new Map<string, pulumi.dynamic.ResourceProvider>();
 /** `lvm-nbd:hosts` of the stack, and what it says once it was read. */
 let configured: string | undefined;
@@ -33,26 +34,50 @@ export async function configure({ config }: pulumi.dynamic.ConfigureRequest): Pr
 
 /** The handlers of a resource type for Pulumi's dynamic provider; one SSH pool for the whole process. */
 export function handlers(type: string): pulumi.dynamic.ResourceProvider {
-  let provider = made.get(type);
-  if (provider === undefined) {
-    environment ??= createEnvironment();
-    const own: Handlers = createHandlers(resourceType(type), environment);
-    provider = toDynamicProvider(own, environment.warn);
-    made.set(type, provider);
-  }
+  environment ??= createEnvironment();
+  const provider = made.get(type) ?? whenAsked(type, environment);
+  made.set(type, provider);
   return provider;
+}
+
+/** What a type needs is loaded when it is first asked something. */
+function whenAsked(type: string, ours: Environment): DynamicProvider {
+  let loading: Promise<DynamicProvider> | undefined;
+  const load = async () => toDynamicProvider(createHandlers(await loadResourceType(type), ours), ours.warn);
+  // One for all: it knows what this run has made.
+  const own = () => {
+    loading ??= load().catch((error: unknown) => {
+      loading = undefined;
+      throw error;
+    });
+    return loading;
+  };
+  return {
+    check: async (...asked) => (await own()).check(...asked),
+    diff: async (...asked) => (await own()).diff(...asked),
+    create: async (...asked) => (await own()).create(...asked),
+    read: async (...asked) => (await own()).read(...asked),
+    update: async (...asked) => (await own()).update(...asked),
+    delete: async (...asked) => (await own()).delete(...asked),
+  };
 }
 
 function createEnvironment(): Environment {
   endWithPulumi();
-  const pool = createHostPool();
   const log = connectEngineLog(process.argv.at(-1));
   const named = () => {
     hosts ??= namedHosts(configured);
     return hosts;
   };
   return {
-    openHost: async (host) => pool.get(host, named()),
+    openHost: async (host) => {
+      // Not before a host is to be reached: ssh2 takes longer to load than all that a check needs.
+      if (pool === undefined) {
+        const { createHostPool } = await import("./ssh/pool.js");
+        pool ??= createHostPool();
+      }
+      return pool.get(host, named());
+    },
     namedHosts: named,
     progress: log.progress,
     warn: log.warn,

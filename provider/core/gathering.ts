@@ -19,6 +19,7 @@ interface Batch<Answer> {
   readonly answer: Promise<ReadonlyMap<string, Answer>>;
   readonly stop: AbortController;
   askers: number;
+  begun: boolean;
 }
 
 /** What is asked of the owners under the keys of one kind. */
@@ -53,7 +54,7 @@ export class Gathering<Answer> {
       batch.askers--;
       asked.askers--;
       // While it has not begun. What is to be changed is not changed for nobody.
-      if (asked.askers === 0 && signal.aborted && batches.get(key) === batch) batch.items.delete(item);
+      if (asked.askers === 0 && signal.aborted && !batch.begun) batch.items.delete(item);
       if (batch.askers === 0 && signal.aborted) {
         batch.stop.abort();
         if (batches.get(key) === batch) batches.delete(key);
@@ -74,13 +75,14 @@ function begin<Answer>(
     // All who were waiting for the same thing ask in this turn.
     await setImmediate();
     if (batches.get(key) === batch) batches.delete(key);
+    batch.begun = true;
     stop.signal.throwIfAborted();
     const [only, another] = items;
     const alone = another === undefined ? only?.[1].alone : undefined;
     if (only !== undefined && alone !== undefined) return new Map([[only[0], await alone()]]);
     return together([...items.keys()], stop.signal);
   });
-  const batch: Batch<Answer> = { items, answer, stop, askers: 0 };
+  const batch: Batch<Answer> = { items, answer, stop, askers: 0, begun: false };
   answer.catch(() => {
     // Told to all who wait for it; those who were cancelled want to know nothing.
   });

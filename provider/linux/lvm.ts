@@ -106,20 +106,20 @@ const row = z.custom<Row>(
 );
 /** An object of strings. */
 const flatObject = /\{\s*(?:"[^"\\]*(?:\\.[^"\\]*)*"[\s:,]*)+\}/g;
-/** With the place of each row instead of it. */
-const report = z.object({ report: z.array(z.object({ lv: z.array(z.number()) })) });
+/** With the place of each row instead of it, in brackets: two that no comma divides are no JSON. */
+const report = z.object({ report: z.array(z.object({ lv: z.array(z.tuple([z.number()])) })) });
 
 /** Parses the output of `lvsCommand`. Throws an ordinary error on anything unexpected: never "no volumes". */
 export function parseLvs(stdout: string): LogicalVolume[] {
   // Row by row: what is read of one is gone before the next, while all rows at once of thousands of volumes would be kept until V8
   // looks through all that it has.
   const rows: string[] = [];
-  const frame = stdout.replace(flatObject, (found) => `${rows.push(found) - 1}`);
+  const frame = stdout.replace(flatObject, (found) => `[${rows.push(found) - 1}]`);
   const parsed = report.parse(JSON.parse(frame));
   if (parsed.report.length === 0) throw new Error("lvs printed no report");
-  return parsed.report.flatMap(({ lv }) =>
-    lv.map((at) => toLogicalVolume(row.parse(JSON.parse(rows[at] ?? "null")))),
-  );
+  const places = parsed.report.flatMap(({ lv }) => lv.flat());
+  if (new Set(places).size < places.length) throw new Error("lvs printed no rows alone");
+  return places.map((at) => toLogicalVolume(row.parse(JSON.parse(rows[at] ?? "null"))));
 }
 
 function toLogicalVolume(lv: Row): LogicalVolume {

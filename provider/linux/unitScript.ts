@@ -119,9 +119,6 @@ reload_units() {
 }
 `;
 
-/** On one host: enough to share a reload. */
-export const removedAtOnce = 4;
-
 /** Shell function. `end_unit UNIT FILE`: it neither runs nor starts at boot; one that never was is no failure. */
 export const endUnitFunction = `
 end_unit() {

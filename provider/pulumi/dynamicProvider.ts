@@ -13,13 +13,13 @@ import { unknownProperties, withoutProperties } from "./unknowns.js";
 
 type Bag = Record<string, unknown>;
 
+/** What Pulumi's dynamic provider asks of one. */
+export type DynamicProvider = Required<Omit<pulumi.dynamic.ResourceProvider, "configure">>;
+
 const providerKey = "__provider";
 
 /** `warn`: shows what a person should know. */
-export function toDynamicProvider(
-  handlers: Handlers,
-  warn: (message: string) => void,
-): pulumi.dynamic.ResourceProvider {
+export function toDynamicProvider(handlers: Handlers, warn: (message: string) => void): DynamicProvider {
   /** The ids of what this run of Pulumi made, by owner. */
   const made = new Map<unknown, string>();
   return {

@@ -10,7 +10,7 @@ import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, plainName, readableBy, refusing, replaces, secret } from "../core/inputs.js";
 import { declareInstead, ownerMark } from "../core/owner.js";
 import type { Change, Context, Problem, ResourceType } from "../core/resource.js";
-import { atMost, serially } from "../core/serial.js";
+import { serially } from "../core/serial.js";
 import {
   type AttachPlan,
   attachCertificates,
@@ -18,7 +18,6 @@ import {
   attachUnitName,
   modulesLoad,
   renderAttachUnit,
-  tidyFunction,
   udevRule,
 } from "../linux/attachUnit.js";
 import { unitMark } from "../linux/exportUnit.js";
@@ -39,14 +38,7 @@ import {
   type SeenCertificates,
 } from "../linux/tls.js";
 import { unitNameProblem } from "../linux/unitName.js";
-import {
-  changedMeanwhile,
-  endUnitFunction,
-  expectedMarks,
-  reloadFunction,
-  removedAtOnce,
-  unitFunctions,
-} from "../linux/unitScript.js";
+import { changedMeanwhile, expectedMarks, unitFunctions } from "../linux/unitScript.js";
 import type { Host, RemoteCommand } from "../ssh/types.js";
 import { observeAttachmentScript } from "./attachmentLook.js";
 import { absent, lookAmongOthers, purposeOf } from "./hostPicture.js";
@@ -60,6 +52,7 @@ import {
   withCertificates,
   writtenMeanwhile,
 } from "./unit.js";
+import { removeUnit } from "./unitRemoval.js";
 
 const inputs = z.strictObject({
   ...commonInputs,
@@ -590,29 +583,9 @@ function heldError(context: Context, device: string, holders: readonly string[])
   });
 }
 
-/** Looks for holders (exit code 75, named on stdout) and takes the unit down in one go, so that nobody slips in between. */
-const takeDownScript = hostScript(
-  "take-down-attachment",
-  "change",
-  `${unitFunctions}${endUnitFunction}${reloadFunction}${tidyFunction}${certificatesFunctions}
-unit=$1 file=/etc/systemd/system/$1 seen=$2 device=$3 path=$5 folders=$6
-lock
-guard "$file" "$seen"
-if [ -b "$device" ]; then
-  held=$(sh -c "$4" sh "$device" "$unit") || exit 1
-  if [ -n "$held" ]; then printf '%s\\n' "$held"; exit 75; fi
-fi
-end_unit "$unit" "$file" || exit 1
-rm -f "$path" && rm -rf "$file.d" && tidy "$file" && tidy_certificates "$folders" && rm -f "$file.new" "$file" || exit 1
-udevadm control --reload && reload_units || exit 1
-systemctl reset-failed "$unit" 2>/dev/null
-exit 0
-`,
-);
-
 /**
- * `device`: what must not be held; `undefined` for what was never attached or is not ours. `mark`: what the unit's
- * file carries, "" for none.
+ * Unless somebody holds the device, which is looked at and cut in one go. `device`: what must not be held; `undefined` for what was never
+ * attached or is not ours. `mark`: what the unit's file carries, "" for none.
  */
 async function takeDown(
   context: Context,
@@ -620,25 +593,11 @@ async function takeDown(
   device: string | undefined,
   mark: string,
 ): Promise<void> {
-  const unit = attachUnitName(name);
-  const command: RemoteCommand = {
-    argv: script(
-      ...([takeDownScript, unit, mark, device ?? "", holdersScript, attachPath(name)] as const),
-      certificatesFolders(unit),
-    ),
-    kind: "change",
-    // The lock (120 s), who holds it, the stop (60 s), and the lock of the reload (120 s).
-    deadlineSeconds: 400,
-  };
-  const result = await atMost(context.host, "removed attachments", removedAtOnce, () =>
-    context.host.run(command, context.signal),
-  );
-  if (device !== undefined && result.exitCode === 0) claimsOn(context.host).delete(device);
-  if (result.exitCode === 75)
-    throw heldError(context, device ?? "", parseOutput(context, command, result, parseHolders));
-  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
-  if (result.exitCode !== 0)
-    throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
+  const holders = await removeUnit(context, {
+    ...{ unit: attachUnitName(name), path: attachPath(name), mark, device },
+  });
+  if (holders.length > 0) throw heldError(context, device ?? "", holders);
+  if (device !== undefined) claimsOn(context.host).delete(device);
 }
 
 function toState(declared: Inputs | State, seen: Observed): State {

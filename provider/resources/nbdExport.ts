@@ -8,7 +8,6 @@ import { makeCertificates } from "../core/certificateAuthority.js";
 import { failure, parseOutput, refusal, succeed } from "../core/command.js";
 import { type ErrorCode, LvmNbdError } from "../core/errors.js";
 import { OutputOf } from "../core/example.js";
-import { Gathering } from "../core/gathering.js";
 import { hostScript, script } from "../core/hostCommands.js";
 import { commonInputs, refusing, replaces, secret, triggersInput } from "../core/inputs.js";
 import { declareInstead, digest, ownerMark } from "../core/owner.js";
@@ -75,7 +74,6 @@ import {
 import { unitNameProblem } from "../linux/unitName.js";
 import {
   changedMeanwhile,
-  endUnitFunction,
   expectedMarks,
   giveUpSeconds,
   provenOnly,
@@ -106,6 +104,7 @@ import {
   withCertificates,
   writtenMeanwhile,
 } from "./unit.js";
+import { removeUnit } from "./unitRemoval.js";
 import { writtenBy } from "./volumes.js";
 
 const deviceInput = z
@@ -983,94 +982,13 @@ async function prove(context: Context, plan: ExportPlan, seen: Observed, elsewhe
     await proveTls(context, plan, seen.certificates.client.caCertificate, seen.boots);
 }
 
-/**
- * Arguments, for each export: unit, configuration, the mark that was seen, what its folders of certificates begin with. Prints, by the
- * unit's name, an exit code, and as `UNIT.said` what was said. A unit's file goes last: until then what a cut leaves is found by its mark,
- * and removed by the next run. By then systemd has forgotten what was to start it: while it remembers, it would start it when its device
- * appears again. What neither runs nor is wanted by anything it does not keep. It reads all units once for all of them.
- */
-const takeDownScript = hostScript(
-  "take-down-exports",
-  "change",
-  `${emitFunctions}${unitFunctions}${endUnitFunction}${certificatesFunctions}
-failed=' '
-each() { each_do=$1; shift; while [ $# -gt 0 ]; do case $failed in *" $1 "*) ;; *) "$each_do" "$1" "$2" "$3" "$4";; esac; shift 4; done; }
-# What one of them cannot do is told of that one, and the others go on.
-attempt() {
-  attempt_unit=$1; shift
-  said=$("$@" 2>&1) && return
-  attempt_rc=$?
-  failed="$failed$attempt_unit "
-  emit "$attempt_unit" "$attempt_rc"
-  emit "$attempt_unit.said" "$said"
-}
-see() { attempt "$1" guard "/etc/systemd/system/$1" "$3"; }
-collect() { ended="$ended $1"; if [ -e "/etc/systemd/system/$1" ]; then units="$units $1"; else end "$1"; fi; }
-end() { attempt "$1" end_unit "$1" "/etc/systemd/system/$1"; }
-remove() { attempt "$1" remove_files "/etc/systemd/system/$1" "$2" "$4"; }
-remove_files() { rm -f "$2" "$2.new" && rm -rf "$1.d" && tidy_certificates "$3" && rm -f "$1.new" "$1"; }
-done_with() { emit "$1" 0; }
-lock
-each see "$@"
-units= ended=
-each collect "$@"
-# One question for all; where that fails, each is asked for.
-[ -z "$units" ] || systemctl disable --quiet --now --no-reload $units >/dev/null 2>&1 || each end "$@"
-systemctl daemon-reload || exit 1
-[ -z "$ended" ] || systemctl reset-failed $ended >/dev/null 2>&1
-each remove "$@"
-each done_with "$@"
-emit end ""
-`,
-);
-
-const takeDowns = new Gathering<{ readonly command: RemoteCommand; readonly result: CommandResult }>();
-
-/** `mark`: what the unit's file carries, "" for none. Those that are to go at about the same time go by one command. */
+/** `mark`: what the unit's file carries, "" for none. */
 async function takeDown(
   context: Context,
   { exportName }: Pick<ExportPlan, "exportName">,
   mark: string,
 ): Promise<void> {
-  const unit = exportUnitName(exportName);
-  const item = [unit, exportConfigPath(exportName), mark, certificatesFolders(unit)] as const;
-  const together = async (items: readonly string[], signal: AbortSignal) => {
-    const all: string[][] = items.map((one) => JSON.parse(one));
-    const command: RemoteCommand = {
-      argv: script(takeDownScript, ...all.flat()),
-      kind: "change",
-      // The lock (120 s), the units read anew, and the stops (10 s, and once more each by itself).
-      deadlineSeconds: 300 + 20 * all.length,
-    };
-    const result = await context.host.run(command, signal);
-    const told =
-      result.exitCode === 0 ? parseOutput(context, command, result, parseFields) : new Map<string, string>();
-    return new Map(
-      items.flatMap((one, at) => {
-        const name = all[at]?.[0] ?? "";
-        const exitCode = result.exitCode === 0 ? told.get(name) : result.exitCode;
-        const stderr = told.get(`${name}.said`) ?? result.stderr;
-        return exitCode === undefined
-          ? []
-          : [[one, { command, result: { ...result, exitCode: Number(exitCode), stderr } }] as const];
-      }),
-    );
-  };
-  // Others wait for the units' lock for 120 s, and a stop may take 10.
-  const looks = { together, most: 8 };
-  const done = await takeDowns.ask(
-    context.host,
-    "removed exports",
-    JSON.stringify(item),
-    looks,
-    context.signal,
-  );
-  if (done === undefined)
-    throw refusal(context, "OUTPUT_UNREADABLE", `the host did not tell whether ${unit} was removed`);
-  const { command, result } = done;
-  if (result.exitCode === 0) return;
-  if (result.exitCode === changedMeanwhile) throw writtenMeanwhile(context, command, result);
-  throw failure(context, command, result, `the unit ${unit} could not be removed`, "COMMAND_FAILED");
+  await removeUnit(context, { unit: exportUnitName(exportName), path: exportConfigPath(exportName), mark });
 }
 
 /** The URI of what is declared. `reachedBy`: `serverOf` its host. */

@@ -66,15 +66,18 @@ export function killCommand(pid: number, graceSeconds: number, sudo: boolean, ma
   return wireCommand(command, sudo, `${marker}-stop`);
 }
 
+/** What follows the marker. Only there: a host may send it without end. */
+const pidLine = / (\d+)\n/y;
+
 /**
  * Takes the marked line out of stderr, with what sudo or the login shell said before it. Without the line the
  * command was never started (sudo refused, no shell).
  */
 export function takePid(stderr: string, marker: string): { pid: number | undefined; stderr: string } {
   for (let at = stderr.indexOf(marker); at >= 0; at = stderr.indexOf(marker, at + 1)) {
-    const end = stderr.indexOf("\n", at);
-    const pid = /^ (\d+)$/.exec(stderr.slice(at + marker.length, end < 0 ? at : end))?.[1];
-    if (pid !== undefined) return { pid: Number(pid), stderr: stderr.slice(end + 1) };
+    pidLine.lastIndex = at + marker.length;
+    const [, pid] = pidLine.exec(stderr) ?? [];
+    if (pid !== undefined) return { pid: Number(pid), stderr: stderr.slice(pidLine.lastIndex) };
   }
   return { pid: undefined, stderr };
 }

@@ -11,7 +11,7 @@ import { isIP } from "node:net";
 import { homedir, hostname, userInfo } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
-import { utils } from "ssh2";
+import type * as Ssh2 from "ssh2";
 import { isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import type { Problem } from "../core/resource.js";
 import { childEnvironment } from "./environment.js";
@@ -624,7 +624,7 @@ function parsedKey(
   return { label: what, privateKey, passphrase, certificates: [] };
 }
 
-type ParsedKeys = ReturnType<typeof utils.parseKey>;
+type ParsedKeys = ReturnType<typeof Ssh2.utils.parseKey>;
 
 const memory = randomBytes(32);
 /** By their texts, and by what tells a passphrase from another without holding it. */
@@ -636,8 +636,13 @@ export function parseOnce(privateKey: string, passphrase: string | undefined): P
   parsedKeys.set(privateKey, ofText);
   const id =
     passphrase === undefined ? "without" : createHmac("sha256", memory).update(passphrase).digest("hex");
-  const parsed = ofText.get(id) ?? utils.parseKey(privateKey, passphrase);
-  ofText.set(id, parsed);
+  let parsed = ofText.get(id);
+  if (parsed === undefined) {
+    // Not before a key is given: it takes longer to load than all else that a check needs.
+    const { utils }: typeof Ssh2 = require("ssh2");
+    parsed = utils.parseKey(privateKey, passphrase);
+    ofText.set(id, parsed);
+  }
   return parsed;
 }
 

@@ -91,3 +91,20 @@ it("what was cancelled before its look began is not looked at", async () => {
   await settled();
   expect(looks).toHaveLength(1);
 });
+
+it("nor is it where others, for whom there was no room, wait behind it", async () => {
+  const { ask, looks } = asked(2);
+  const first = ask("a");
+  await settled();
+  const cancelled = new AbortController();
+  const second = ask("b", cancelled.signal).catch((error: Error) => error.message);
+  const others = [ask("c"), ask("d")];
+  cancelled.abort();
+  expect(await second).toContain("cancelled");
+  for (let at = 0; at < 3; at++) {
+    looks[at]?.end();
+    await settled();
+  }
+  expect(await Promise.all([first, ...others])).toEqual(["seen a", "seen c", "seen d"]);
+  expect(looks.map(({ items }) => items)).toEqual([["a"], ["c"], ["d"]]);
+});

@@ -5,6 +5,7 @@ import { afterAll, afterEach, describe, expect, it, vi } from "vitest";
 import { z } from "zod";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import { createHandlers } from "../../provider/core/handlers.js";
+import { loadResourceType, resourceNames } from "../../provider/core/lazyRegistry.js";
 import { ownerMark } from "../../provider/core/owner.js";
 import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType, resourceTypes } from "../../provider/core/registry.js";
@@ -448,8 +449,17 @@ describe("check", () => {
   });
 });
 
-it("a type that this version does not know asks for a newer one", () => {
+it("a type that this version does not know asks for a newer one", async () => {
   expect(() => resourceType("LvMirror")).toThrow(/no resource "LvMirror".*newer version/);
+  for (const name of ["LvMirror", "toString"])
+    await expect(loadResourceType(name)).rejects.toThrow(
+      `no resource "${name}": the stack was made with a newer`,
+    );
+});
+
+it("each type is loaded by its name", async () => {
+  expect(resourceNames).toEqual(resourceTypes.map(({ type }) => type));
+  for (const type of resourceTypes) expect(await loadResourceType(type.type)).toBe(type);
 });
 
 it("what a host tells goes into the state without its escape codes, what is declared as it is", async () => {

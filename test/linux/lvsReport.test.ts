@@ -101,7 +101,10 @@ describe("anything else", () => {
     ["another shape", '{"report":[{"vg":[]}]}'],
     ["no report", '{"report":[]}'],
     ["a cut answer", recordedLvs("valid").slice(0, 400)],
-    ["a number for a row", recordedLvs("valid").replace(/\{"lv_uuid[^}]*\}/, "7")],
+    ["a number for a row", recordedLvs("valid").replace(/\{"lv_uuid[^}]*\}/, "0")],
+    ["a list for a row", recordedLvs("valid").replace(/\{"lv_uuid[^}]*\}/, "[0]")],
+    ["rows that nothing divides", recordedLvs("valid").replace(/\}\s*,/, "}")],
+    ["something before a row", recordedLvs("valid").replace('{"lv_uuid', '1{"lv_uuid')],
     ["a missing field", recordedLvs("valid").replaceAll('"lv_attr"', '"attr"')],
     ["a size that is none", recordedLvs("valid").replaceAll('"lv_size":"', '"lv_size":"x')],
   ])("is an error, never an absence: %s", (_what, stdout) => {

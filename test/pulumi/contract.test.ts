@@ -484,11 +484,17 @@ describe("the program", () => {
         for (let n = left.pop(); n !== undefined; n = left.pop()) await previewed(n);
       };
       await Promise.all(Array.from({ length: atOnce }, caller));
-      const [, most] = /VmHWM:\s*(\d+)/.exec(readFileSync(`/proc/${child.pid}/status`, "utf8")) ?? [];
-      expect((Number(most) * 1024) / 1e6).toBeLessThan(megabytes);
+      const [, now] = /VmRSS:\s*(\d+)/.exec(readFileSync(`/proc/${child.pid}/status`, "utf8")) ?? [];
+      expect((Number(now) * 1024) / 1e6).toBeLessThan(megabytes);
       own.close();
     },
   );
+
+  it("begins as every kernel and every package manager's shim can read it", () => {
+    const [line = ""] = readFileSync("dist/plugin.js", "utf8").split("\n", 1);
+    expect(line).toMatch(/^#!\/usr\/bin\/env -S node( --[a-z-]+(=\d+)?)+$/);
+    expect(line.length).toBeLessThan(127);
+  });
 
   it("ends when the engine that started it is gone", async () => {
     const own = await start();

@@ -2,9 +2,12 @@
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import type * as pulumi from "@pulumi/pulumi";
-import { describe, expect, it } from "vitest";
+import { describe, expect, it, vi } from "vitest";
+import { toDynamicProvider } from "../../provider/pulumi/dynamicProvider.js";
 import { thinProvider } from "../../provider/pulumi/thinProvider.js";
 import { handlers } from "../../provider/runtime.js";
+
+vi.mock(import("../../provider/pulumi/dynamicProvider.js"), { spy: true });
 
 const bad = { host: "no-such-host.invalid", __provider: "code", name: "snapshot1", sizee: "1G" };
 
@@ -28,8 +31,15 @@ describe("the runtime", () => {
     expect(handlers("NbdExport")).not.toBe(handlers("LvSnapshot"));
   });
 
-  it("says what is wrong when the state is of a newer version", () => {
-    expect(() => handlers("LvMirror")).toThrow(/newer version/);
+  it("says what is wrong when the state is of a newer version", async () => {
+    await expect(methods(handlers("LvMirror")).read("id", {})).rejects.toThrow(/newer version/);
+  });
+
+  it("has one for all that ask at once, also the first time: it knows what this run has made", async () => {
+    const before = vi.mocked(toDynamicProvider).mock.calls.length;
+    const { check } = methods(handlers("Mount"));
+    await Promise.all([check({}, bad), check({}, bad)]);
+    expect(vi.mocked(toDynamicProvider).mock.calls.length).toBe(before + 1);
   });
 
   it("reaches a host only through the verified pool: one that does not answer is not said to be without the snapshot", async () => {

@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, readFileSync, symlinkSync, writeFileSync } from 
 import { dirname, join } from "node:path";
 import { afterEach, expect, it } from "vitest";
 import { hostCommands } from "../../provider/core/hostCommands.js";
+import { modulesLoad, udevRule } from "../../provider/linux/attachUnit.js";
 import { parseFields } from "../../provider/linux/fields.js";
 import { changedMeanwhile, provenOnly } from "../../provider/linux/unitScript.js";
 import "../../provider/resources/nbdExport.js";
@@ -33,6 +34,9 @@ class ExportHost extends ShellHost {
           *ActiveState*) cat "$SANDBOX/state";;
           *MainPID*) ${atProof || ":"}; echo 7;;
           "show -p Job"*) ;;
+          "show -p LoadState --value"*) shift 5; for one; do
+            if [ -e "$SANDBOX/remembered" ] || [ -e "$SANDBOX/units/$one" ]; then echo loaded; else echo not-found; fi
+            echo; done;;
           show*) if [ -e "$SANDBOX/silent" ]; then rm "$SANDBOX/silent"; exit 1; fi
             case "$*" in *LoadState*) printf 'UnitFileState=disabled\\nLoadState=loaded\\nNeedDaemonReload=no\\n';; esac
             echo "IPAddressAllow=10.0.0.2/32 127.0.0.0/8 ::1/128"; echo "IPAddressDeny=::/0 0.0.0.0/0"
@@ -46,7 +50,7 @@ class ExportHost extends ShellHost {
           esac
           case "$*" in
           "disable --quiet --now --no-reload "*broken*) exit 1;;
-          daemon-reload) [ ! -e "$SANDBOX/deaf" ];;
+          daemon-reload) [ ! -e "$SANDBOX/needed" ] || echo active >"$SANDBOX/state"; [ ! -e "$SANDBOX/deaf" ];;
           restart*) echo active >"$SANDBOX/state";;
           *--now*) echo inactive >"$SANDBOX/state";;
           esac`,
@@ -57,18 +61,27 @@ class ExportHost extends ShellHost {
           echo 1048576`,
         flock: `[ ! -e "$SANDBOX/busy" ] || exit 1; PATH=\${PATH#*:}; exec flock "$@"`,
         nbdcopy: "head -c 4096 /dev/zero",
+        udevadm: `echo "$*, of $(ls "$SANDBOX/units" | grep -c attach)" >>"$SANDBOX/udev"
+          [ ! -e "$SANDBOX/unshielded" ] || { echo "no udev" >&2; exit 1; }`,
         sleep: ":",
+        date: `if [ -e "$SANDBOX/clock" ]; then echo $(($(cat "$SANDBOX/clock") + 20)) >"$SANDBOX/clock"; cat "$SANDBOX/clock"
+          else PATH=\${PATH#*:}; exec date "$@"; fi`,
       },
       [],
     );
     mkdirSync(join(this.folder, "units"));
     this.set("state", "inactive\n");
+    this.set("shared", "kept\n");
   }
 
   protected inside(path: string): string {
     return path
       .replaceAll(dirname(clientsProof), join(this.folder, "seen"))
       .replaceAll("/etc/systemd/system", join(this.folder, "units"))
+      .replaceAll("[ -b ", "[ -f ")
+      .replaceAll(udevRule.path, join(this.folder, "shared"))
+      .replaceAll(modulesLoad.path, join(this.folder, "modules"))
+      .replaceAll("/dev/lvm-nbd", join(this.folder, "links"))
       .replaceAll("/run/lvm-nbd.lock", join(this.folder, "lock"))
       .replaceAll("/run/lvm-nbd-proof", join(this.folder, "proof"));
   }
@@ -122,12 +135,17 @@ class ExportHost extends ShellHost {
     }
   }
 
-  /** Each with the mark that was seen. */
-  takeDown(...all: readonly (readonly [name: string, mark: string])[]): Promise<CommandResult | undefined> {
-    const args = all.flatMap(([name, mark]) => [
+  /** Each with the mark that was seen, and the device that must not be held: the one called `held` is. */
+  takeDown(
+    ...all: readonly (readonly [name: string, mark: string, device?: string])[]
+  ): Promise<CommandResult | undefined> {
+    const args = all.flatMap(([name, mark, device = ""]) => [
       ...[name, join(this.folder, `${name}.conf`), mark, join(this.folder, `${name}~`)],
+      device && join(this.folder, device),
     ]);
-    return this.run("take-down-exports", args);
+    const holders =
+      'case $1 in */held) echo "Timed out for waiting the udev queue" >&2; echo "mount L21udA==";; */unknown) echo "who knows" >&2; exit 3;; esac';
+    return this.run("take-down-units", [holders, ...args]);
   }
 
   proveClients(): Promise<CommandResult | undefined> {
@@ -360,10 +378,110 @@ it("exports are removed together: stopped at once, systemd reads its units once,
   expect([broken, one].map((name) => existsSync(path(name)))).toEqual([true, false]);
 });
 
+/** Attachments of that host, each with a mark, its device and its path: `NAME.conf`. */
+function attached(asked: ExportHost, ...all: readonly string[]) {
+  const names = all.map((name) => `lvm-nbd-attach-${name}.service`);
+  const unitPath = (name: string) => join(asked.root, "units", name);
+  const pathOf = (name: string) => join(asked.root, `${name}.conf`);
+  for (const name of names) {
+    writeFileSync(unitPath(name), text);
+    writeFileSync(pathOf(name), "");
+    asked.set(`${name}.dev`, "");
+  }
+  const left = () => names.map((name) => [existsSync(unitPath(name)), existsSync(pathOf(name))]);
+  return { names, left };
+}
+
+it("an attachment is stopped when nobody holds its device; one that is held, or may be, or another's is left alone", async () => {
+  const asked = host();
+  const { names, left } = attached(asked, "one", "held", "unknown", "theirs", "two");
+  const [one = "", held = "", unknown = "", theirs = "", two = ""] = names;
+  for (const device of ["held", "unknown"]) asked.set(device, "");
+  asked.set(`${one}.conf.new`, "");
+  const result = await asked.takeDown(
+    ...([
+      [one, "ours", `${one}.dev`],
+      [held, "ours", "held"],
+      [unknown, "ours", "unknown"],
+    ] as const),
+    ...([
+      [theirs, "mine", `${theirs}.dev`],
+      [two, "ours"],
+    ] as const),
+  );
+  const told = parseFields(result?.stdout ?? "");
+  expect(names.map((name) => told.get(name))).toEqual(["0", "75", "1", "77", "0"]);
+  expect([told.get(`${held}.said`), told.get(`${unknown}.said`)]).toEqual(["mount L21udA==", "who knows"]);
+  const [gone, there] = [
+    [false, false],
+    [true, true],
+  ];
+  expect(left()).toEqual([gone, there, there, there, gone]);
+  // That may be another's path.
+  expect(existsSync(join(asked.root, `${one}.conf.new`))).toBe(true);
+  expect(asked.told("jobs")).toBe(
+    `${[one, two].map((name) => `disable --quiet --now --no-reload ${name}\n`).join("")}daemon-reload\nreset-failed ${one} ${two}\n`,
+  );
+  expect(asked.told("udev")).toBe("control --reload, of 3\n");
+  // What all attachments share stays while there is another, and goes with the last.
+  expect(asked.told("shared")).toBe("kept\n");
+  await asked.takeDown([held, "ours"], [unknown, "ours"], [theirs, "ours"]);
+  expect([asked.told("shared"), asked.told("modules")]).toEqual(["", ""]);
+});
+
+it("exports and attachments go together; what systemd does not do for all of them is told of those it was for", async () => {
+  const asked = host();
+  asked.holds("{}");
+  const { names, left } = attached(asked, "one");
+  const [one = ""] = names;
+  asked.set("unshielded", "");
+  const result = await asked.takeDown([one, "ours", `${one}.dev`], [unit, "ours"]);
+  const told = parseFields(result?.stdout ?? "");
+  expect([told.get(one), told.get(unit), told.get(`${one}.said`)]).toEqual(["1", "0", "no udev"]);
+  expect(left()).toEqual([[false, false]]);
+});
+
+it("what was not begun in time is left to another command, and what was started again to another run", async () => {
+  const asked = host();
+  const { names, left } = attached(asked, "one", "two", "three");
+  const [one = "", two = "", three = ""] = names;
+  // Each time that it is looked at, 20 s have passed.
+  asked.set("clock", "0\n");
+  const first = parseFields(
+    (await asked.takeDown([one, "ours"], [two, "ours"], [three, "ours"]))?.stdout ?? "",
+  );
+  expect(names.map((name) => first.get(name))).toEqual(["0", undefined, undefined]);
+  asked.set("needed", "");
+  const second = parseFields((await asked.takeDown([two, "ours"]))?.stdout ?? "");
+  expect([second.get(two), second.get(`${two}.said`)]).toEqual(["1", "it was started again meanwhile"]);
+  expect(left()).toEqual([
+    [false, false],
+    [true, true],
+    [true, true],
+  ]);
+});
+
+it("nothing of systemd's is read anew where nothing was done", async () => {
+  const asked = host();
+  const { names } = attached(asked, "held");
+  asked.set("held", "");
+  await asked.takeDown([names[0] ?? "", "ours", "held"]);
+  expect([asked.told("jobs"), asked.told("udev")]).toEqual(["", ""]);
+});
+
+it("what another unit has systemd remember is read once more when its file is gone", async () => {
+  const asked = host();
+  const { names } = attached(asked, "one");
+  const [one = ""] = names;
+  asked.set("remembered", "");
+  expect(parseFields((await asked.takeDown([one, "ours"]))?.stdout ?? "").get(one)).toBe("0");
+  expect(asked.told("jobs")).toMatch(/daemon-reload\nreset-failed \S+\ndaemon-reload\n$/);
+});
+
 it("no file goes where systemd does not read its units anew: it would start what it remembers", async () => {
   const asked = host();
   asked.set("deaf", "");
   asked.holds("{}");
-  expect(await asked.takeDown([unit, "ours"])).toMatchObject({ exitCode: 1 });
+  expect(parseFields((await asked.takeDown([unit, "ours"]))?.stdout ?? "").get(unit)).toBe("1");
   expect(existsSync(join(asked.root, "units", unit))).toBe(true);
 });

@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { makeCertificates } from "../../provider/core/certificateAuthority.js";
-import { renderAttachUnit } from "../../provider/linux/attachUnit.js";
+import { attachUnitName, renderAttachUnit } from "../../provider/linux/attachUnit.js";
 import { type Answer, fakeHost, handlersOn, untouchedHost } from "../support/fakeHost.js";
 import { fields } from "../support/fields.js";
 import { machineId } from "../support/machineId.js";
@@ -104,17 +104,20 @@ interface World {
   device?: string;
 }
 
+const unit = attachUnitName("vm1");
+
 function world(at: World) {
   let taken = false;
   return fakeHost(({ argv, kind, stdin }) => {
     const text = argv.join("\n");
     if (kind === "change") {
       if (text.includes("systemctl disable")) {
-        if (at.held !== undefined)
-          return { exitCode: 75, stdout: `mount\t${Buffer.from(at.held).toString("base64")}\n` };
-        if (at.takeDown !== undefined) return { exitCode: at.takeDown, stderr: "the log" };
+        const outcome = (exitCode: number, said: string) =>
+          fields({ [unit]: String(exitCode), [`${unit}.said`]: said, end: "" });
+        if (at.held !== undefined) return outcome(75, `mount\t${Buffer.from(at.held).toString("base64")}\n`);
+        if (at.takeDown !== undefined) return outcome(at.takeDown, "the log");
         taken = true;
-        return "";
+        return fields({ [unit]: "0", end: "" });
       }
       const exitCode = at.applied?.shift() ?? 0;
       if (exitCode === 0 && stdin !== undefined) at.unit = stdin;
@@ -619,10 +622,10 @@ describe("read by its id alone", () => {
   });
 
   it("with certificates is refused: their key is not read back", async () => {
-    const unit = renderAttachUnit({ ...plan, tls: { digest: "0".repeat(64) } });
-    await expect(handlersOn("NbdAttachment", world({ unit })).find("server2/vm1", finder)).rejects.toThrow(
-      /INVALID_INPUT.*tls: /s,
-    );
+    const secured = renderAttachUnit({ ...plan, tls: { digest: "0".repeat(64) } });
+    await expect(
+      handlersOn("NbdAttachment", world({ unit: secured })).find("server2/vm1", finder),
+    ).rejects.toThrow(/INVALID_INPUT.*tls: /s);
   });
 });
 

@@ -197,7 +197,7 @@ function world(at: World) {
       if (text.includes(proof)) return { exitCode: applied ?? 0, stdout: told, stderr: "got in" };
       if (text.includes('end_unit "$1"')) {
         if (!at.removal) taken = true;
-        return `${argv[4]} =${at.removal ?? 0}\n${argv[4]}.said =the log\nend =\n`;
+        return `${argv[5]} =${at.removal ?? 0}\n${argv[5]}.said =the log\nend =\n`;
       }
       if (text.includes("systemctl enable")) {
         at.enabled = "enabled";

@@ -32,6 +32,7 @@ test("the marked line is taken out of stderr, with what came before the command"
   const banner = "sudo: unable to resolve host server1\nWelcome";
   expect(takePid(`${banner}mark 4711\nlvs: oh\n`, "mark")).toEqual({ pid: 4711, stderr: "lvs: oh\n" });
   // The mark alone, as where sudo tells what it was asked to run.
+  expect(takePid("mark 1mark markmark 4711\noh", "mark")).toEqual({ pid: 4711, stderr: "oh" });
   expect(takePid("sudo: mark is run\nmark 4711\noh", "mark")).toEqual({ pid: 4711, stderr: "oh" });
 });
 

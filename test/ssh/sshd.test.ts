@@ -98,6 +98,11 @@ describe("a command", () => {
     expect((await host.run(command("cat"))).stdout).toBe("");
   });
 
+  test("may print a character in pieces, and end within one", async () => {
+    const pieces = "printf '\\303'; sleep 0.3; printf '\\251\\360\\237'; sleep 0.3; printf '\\222\\276\\303'";
+    expect((await host.run(command("sh", "-c", pieces))).stdout).toBe("é\u{1f4be}\ufffd");
+  });
+
   test("gets its arguments as they are", async () => {
     const odd = [
       ..."'\"`$\\!*?[]{}()<>|&;#~ \t\n\r=%^-",

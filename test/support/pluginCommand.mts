@@ -4,7 +4,7 @@ import { dirname, join } from "node:path";
 const program = join(import.meta.dirname, "../../dist/plugin.js");
 
 /**
- * The command that starts the plugin, as its first line says and the kernel does it: `#!/usr/bin/env -S VARIABLE=VALUE... node OPTION...`.
+ * The command that starts the plugin, as its first line says and the kernel does it: `#!/usr/bin/env -S node OPTION...`.
  * `PATH` leads to this process's Node.
  */
 export function pluginCommand() {
