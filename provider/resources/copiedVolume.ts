@@ -55,12 +55,12 @@ import { withoutTls } from "../linux/nbd.js";
 import { missingPrograms } from "../linux/programs.js";
 import { type CopyIdentity, runCopy } from "./copyRun.js";
 import {
+  begunWith,
   type CopySource,
   certifySize,
   comparedBy,
   emptyRanges,
   explained,
-  isReadThere,
   isVerifiable,
   refused,
   sourceSize,
@@ -453,7 +453,7 @@ export async function copyToVolume(
       if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
       empty = await emptyRanges(context, wanted, sizeBytes);
-      const told: DeviceCopyRecord = { generation, verify, readThere: isReadThere(wanted) };
+      const told: DeviceCopyRecord = { generation, ...begunWith(wanted) };
       return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
     },
     start: async (newRecord, newDigest) => {
@@ -518,7 +518,7 @@ function planOf(wanted: VolumeWanted): DeviceCopyPlan {
   const { uri, tls, connections, bandwidthLimit } = wanted;
   const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
   // What is read on its own host the job does not read again.
-  const verify = wanted.verify && !isReadThere(wanted);
+  const { verify } = begunWith(wanted);
   // What an earlier volume left there is nobody's to read.
   return { uri, tls, connections, verify, bandwidthLimit: limit, rest: "zero" };
 }

@@ -42,14 +42,24 @@ export function isReadThere({ snapshot, bandwidthLimit, verify }: Reading): bool
 
 /** What an unfinished copy was begun with. */
 interface Begun {
+  /** Its job compares what it copied with the source. */
   readonly verify: boolean;
-  /** Its job leaves the comparison with the source to who reads that on its own host, and may have left out what is empty there. */
+  /**
+   * Its job leaves that to who reads the source on its own host, and may have left out what is empty there. `verify` is false then:
+   * earlier versions, which know of no such job, take it for one that compares nothing.
+   */
   readonly readThere: boolean;
+}
+
+/** As it is recorded of a copy that is begun now. */
+export function begunWith(source: Reading): Begun {
+  const readThere = isReadThere(source);
+  return { verify: source.verify && !readThere, readThere };
 }
 
 /** Whether an unfinished copy can still become one as it is wanted: what was left to be read on the source's host still may be. */
 export function isVerifiable(begun: Begun, wanted: Reading): boolean {
-  if (wanted.verify && !begun.verify) return false;
+  if (wanted.verify && !begun.verify && !begun.readThere) return false;
   return !begun.readThere || isReadThere(comparedBy(begun, wanted));
 }
 

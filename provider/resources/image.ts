@@ -59,12 +59,12 @@ import {
   runCopy,
 } from "./copyRun.js";
 import {
+  begunWith,
   type CopySource,
   certifySize,
   comparedBy,
   emptyRanges,
   explained,
-  isReadThere,
   isVerifiable,
   refused,
   type SizeAnswer,
@@ -246,11 +246,11 @@ export interface ImageObservation {
 const quick = { deadlineSeconds: 60, kind: "read" } as const;
 
 function planOf(wanted: CopyWanted): CopyPlan {
-  const { uri, tls, format, compress, connections, verify, bandwidthLimit } = wanted;
+  const { uri, tls, format, compress, connections, bandwidthLimit } = wanted;
   return {
     ...{ uri, tls, format, compress, connections },
     // What is read on its own host the job does not read again.
-    verify: verify && !isReadThere(wanted),
+    verify: begunWith(wanted).verify,
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
   };
 }
@@ -571,10 +571,8 @@ export async function verifiedCopy(
     prepare: async () => {
       sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
       empty = await emptyRanges(context, wanted, sizeBytes);
-      const { owner, verify } = wanted;
-      const [mark, generation] = [ownerMark(owner), partGeneration(wanted, identity)];
-      const readThere = isReadThere(wanted);
-      return `${JSON.stringify({ mark, generation, verify, readThere, started: randomUUID() })}\n`;
+      const [mark, generation] = [ownerMark(wanted.owner), partGeneration(wanted, identity)];
+      return `${JSON.stringify({ mark, generation, ...begunWith(wanted), started: randomUUID() })}\n`;
     },
     start: (record) => start(context, paths, wanted, seen, record, sizeBytes, empty),
     sourceSum: sourceSumOf(compared),

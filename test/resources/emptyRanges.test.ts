@@ -225,6 +225,16 @@ describe.each([
     expect(left()).toEqual([]);
   });
 
+  it("that waits for a comparison on the snapshot's host is none that compares anything, to a version that knows of no such job", async () => {
+    diesWhileCopied();
+    await expect(made()).rejects.toThrow(Died);
+    const record = destination.commands.flatMap(({ argv }) => argv).find((text) => text.startsWith("{"));
+    expect(JSON.parse(record ?? "")).toMatchObject({ verify: false, readThere: true });
+    goesOn();
+    expect(await made()).toMatchObject({ verified: true });
+    expect(destination.started).toBe(1);
+  });
+
   it("that waits for a comparison on the snapshot's host is begun anew where that is not to be read there any more", async () => {
     diesWhileCopied();
     await expect(made()).rejects.toThrow(Died);
