@@ -168,5 +168,12 @@ export async function deviceSum(
   if (result.exitCode === 70) return undefined;
   if (result.exitCode !== 0)
     throw failure(context, command, result, `${path} could not be checked`, "COMMAND_FAILED");
-  return result.stdout.trim();
+  return parseOutput(context, command, result, parseSum);
+}
+
+/** The checksum among the lines that `checkDeviceScript` prints. Throws for anything else. */
+function parseSum(stdout: string): string {
+  const [sum = "", ...more] = stdout.split("\n").filter((line) => line !== "");
+  if (more.length > 0 || !/^[0-9a-f]{64}$/.test(sum)) throw new Error("it tells no SHA-256");
+  return sum;
 }

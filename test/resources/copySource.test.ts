@@ -22,6 +22,8 @@ class SlowHost implements Host {
   readonly #looks = fakeHost(() => recordedLvs("valid"));
   readonly #waiting: (() => void)[] = [];
   reading = 0;
+  /** What a reading says in the end, after that it was on its way. */
+  says = `\n\n${sum}\n`;
   /** How many were begun. */
   begun = 0;
 
@@ -44,8 +46,7 @@ class SlowHost implements Host {
     } finally {
       this.reading--;
     }
-    // That it was on its way, and what it came to.
-    return { exitCode: 0, stdout: `\n\n${sum}\n`, stderr: "" };
+    return { exitCode: 0, stdout: this.says, stderr: "" };
   }
 
   letGo(): void {
@@ -62,7 +63,11 @@ function contextOn(host: Host, signal: AbortSignal): Context {
   };
 }
 
-const read = sourceSumOf({ snapshot, verify: true });
+function read(context: Context): Promise<string> {
+  const sourceSum = sourceSumOf({ snapshot, verify: true });
+  if (sourceSum === undefined) throw new Error("it is read there");
+  return sourceSum(context);
+}
 
 describe("the checksum of a source", () => {
   it.each([
@@ -74,7 +79,6 @@ describe("the checksum of a source", () => {
   });
 
   it("is read in turn; who is cancelled does not wait for the others, and reads nothing", async () => {
-    if (read === undefined) throw new Error("it is read there");
     const host = new SlowHost();
     const cancel = new AbortController();
     const first = read(contextOn(host, new AbortController().signal));
@@ -93,7 +97,6 @@ describe("the checksum of a source", () => {
   });
 
   it("that is cancelled has ended when that is told: what reads a snapshot holds it", async () => {
-    if (read === undefined) throw new Error("it is read there");
     const host = new SlowHost();
     const cancel = new AbortController();
     const only = read(contextOn(host, cancel.signal));
@@ -101,6 +104,21 @@ describe("the checksum of a source", () => {
     cancel.abort();
     await expect(only).rejects.toMatchObject({ code: "CANCELLED" });
     expect(host.reading).toBe(0);
+  });
+
+  it.each([
+    ["nothing", "\n\n"],
+    ["a part of one", `\n${sum.slice(1)}\n`],
+    ["one and more", `Last login: never\n${sum}\n`],
+    ["two", `${sum}\n${sum}\n`],
+    ["the words of another program", `${"g".repeat(64)}\n`],
+  ])("is not read from %s", async (_what, says) => {
+    const host = new SlowHost();
+    host.says = says;
+    const only = read(contextOn(host, new AbortController().signal));
+    await until(() => host.reading === 1);
+    host.letGo();
+    await expect(only).rejects.toMatchObject({ code: "OUTPUT_UNREADABLE" });
   });
 });
 
