@@ -155,16 +155,17 @@ export function sourceSumOf(source: Reading): ((context: Context) => Promise<str
   const { snapshot } = source;
   if (snapshot === undefined || !isReadThere(source)) return undefined;
   return async (context) => {
-    const lv = await certify(context, snapshot);
     const there = { ...context, host: await context.open(snapshot.host) };
-    const sum = await inTurn(there, "checksums of sources", () =>
-      deviceSum(there, lv.path, visibleBytes(lv)),
-    );
-    if (sum !== undefined) return sum;
-    throw new LvmNbdError("COPY_FAILED", {
-      message: `the source ${lv.path} could not be read a second time`,
-      host: there.host.name,
-      resource: context.resource,
+    return inTurn(there, "checksums of sources", async () => {
+      // Not before its turn: that may come hours later.
+      const lv = await certify(context, snapshot);
+      const sum = await deviceSum(there, lv.path, visibleBytes(lv));
+      if (sum !== undefined) return sum;
+      throw new LvmNbdError("COPY_FAILED", {
+        message: `the source ${lv.path} could not be read a second time`,
+        host: there.host.name,
+        resource: context.resource,
+      });
     });
   };
 }
@@ -178,24 +179,23 @@ export function sourceSumOf(source: Reading): ((context: Context) => Promise<str
 export async function emptyRanges(context: Context, source: Reading, sizeBytes: number): Promise<string> {
   const { snapshot } = source;
   if (snapshot === undefined || !isReadThere(source)) return "";
-  const lv = await certify(context, snapshot);
-  if (!lv.readOnly || !lv.active) return "";
-  const host = await context.open(snapshot.host);
-  context.progress(`looking on ${host.name} for what of ${lv.path} is empty`);
-  const command: RemoteCommand = {
-    argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
-    kind: "read",
-    deadlineSeconds: zeroSeconds + 120,
-  };
-  const there = { ...context, host };
+  const there = { ...context, host: await context.open(snapshot.host) };
   try {
     // Not behind a checksum, which may take hours: the copy waits for this.
-    const result = await inTurn(there, "what of sources is empty", () =>
-      succeed(there, command, `${lv.path} could not be read`),
-    );
-    return parseOutput(there, command, result, (text) =>
-      extentList(parseZeroRanges(text, sizeBytes), sizeBytes),
-    );
+    return await inTurn(there, "what of sources is empty", async () => {
+      const lv = await certify(context, snapshot);
+      if (!lv.readOnly || !lv.active) return "";
+      context.progress(`looking on ${there.host.name} for what of ${lv.path} is empty`);
+      const command: RemoteCommand = {
+        argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
+        kind: "read",
+        deadlineSeconds: zeroSeconds + 120,
+      };
+      const result = await succeed(there, command, `${lv.path} could not be read`);
+      return parseOutput(there, command, result, (text) =>
+        extentList(parseZeroRanges(text, sizeBytes), sizeBytes),
+      );
+    });
   } catch (error) {
     if (!isLvmNbdError(error, ...untold)) throw error;
     context.progress(`what is empty is sent as well: ${briefly(error)}`);

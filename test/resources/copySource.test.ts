@@ -19,7 +19,9 @@ const sum = "0".repeat(64);
 /** A host on which a reading goes on until it is let go, or cancelled. */
 class SlowHost implements Host {
   readonly name = "server1";
-  readonly #looks = fakeHost(() => recordedLvs("valid"));
+  /** How its volumes are. */
+  volumes: "valid" | "overflowed" = "valid";
+  readonly #looks = fakeHost(() => recordedLvs(this.volumes));
   readonly #waiting: (() => void)[] = [];
   reading = 0;
   /** What a reading says in the end, after that it was on its way. */
@@ -94,6 +96,19 @@ describe("the checksum of a source", () => {
     host.letGo();
     expect(await third).toBe(sum);
     expect(host.begun).toBe(2);
+  });
+
+  it("is not read of what ran full while it waited for its turn", async () => {
+    const host = new SlowHost();
+    const { signal } = new AbortController();
+    const first = read(contextOn(host, signal));
+    const second = read(contextOn(host, signal));
+    await until(() => host.reading === 1);
+    host.volumes = "overflowed";
+    host.letGo();
+    expect(await first).toBe(sum);
+    await expect(second).rejects.toMatchObject({ code: "SNAPSHOT_OVERFLOWED" });
+    expect(host.begun).toBe(1);
   });
 
   it("that is cancelled has ended when that is told: what reads a snapshot holds it", async () => {
