@@ -205,8 +205,10 @@ export async function emptyRanges(context: Context, source: Reading, sizeBytes: 
 
 /** Codes of a look for what is empty that a copy does without. */
 const untold = [
-  ...(["SUDO_DENIED", "COMMAND_FAILED", "COMMAND_TIMED_OUT", "OUTPUT_UNREADABLE", "LINK_LOST"] as const),
-];
+  ...(["SUDO_DENIED", "COMMAND_FAILED", "COMMAND_TIMED_OUT", "OUTPUT_UNREADABLE"] as const),
+  // As a read tells of a link that is lost again and again.
+  "HOST_UNREACHABLE",
+] as const;
 
 /** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */
 export async function explained(

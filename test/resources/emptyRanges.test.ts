@@ -168,7 +168,7 @@ describe.each([
     ["fails", () => ({ exitCode: 1, stderr: "not a block device" })],
     ["was killed in a line", () => destination.scanOf(moment).slice(0, 5)],
     ["was killed after a line", () => destination.scanOf(moment).replace("end\n", "")],
-    ["is killed by the link", () => lost("LINK_LOST")],
+    ["is killed by the link", () => lost("HOST_UNREACHABLE")],
     ["takes too long", () => lost("COMMAND_TIMED_OUT")],
     ["is not allowed", () => lost("SUDO_DENIED")],
     ["prints garbage", () => "Last login: never\n0 6291456\nend\n"],
@@ -246,6 +246,6 @@ describe.each([
 });
 
 /** What a command raises that never came to an end. */
-function lost(code: "COMMAND_TIMED_OUT" | "LINK_LOST" | "SUDO_DENIED"): never {
+function lost(code: "COMMAND_TIMED_OUT" | "HOST_UNREACHABLE" | "SUDO_DENIED"): never {
   throw new LvmNbdError(code, { message: "it never came to an end" });
 }
