@@ -132,8 +132,8 @@ function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): numb
 }
 
 /**
- * Reads a source of the context's host for one purpose. For each one at a time: it holds one of the few sessions of a connection for as
- * long as it reads, and all read one host's disks. Who is cancelled does not wait for the others, but for what he has begun.
+ * Reads a source of the context's host for one purpose. For each one at a time: it has a connection of its own for as long as it reads, and
+ * all read one host's disks. Who is cancelled does not wait for the others, but for what he has begun.
  */
 async function inTurn<T>({ host, signal }: Context, purpose: string, read: () => Promise<T>): Promise<T> {
   let begin = () => {};
@@ -159,7 +159,7 @@ export function sourceSumOf(source: Reading): ((context: Context) => Promise<str
     return inTurn(there, "checksums of sources", async () => {
       // Not before its turn: that may come hours later.
       const lv = await certify(context, snapshot);
-      const sum = await deviceSum(there, lv.path, visibleBytes(lv));
+      const sum = await deviceSum(there, lv.path, visibleBytes(lv), { ownConnection: true });
       if (sum !== undefined) return sum;
       throw new LvmNbdError("COPY_FAILED", {
         message: `the source ${lv.path} could not be read a second time`,
@@ -190,6 +190,7 @@ export async function emptyRanges(context: Context, source: Reading, sizeBytes: 
         argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
         kind: "read",
         deadlineSeconds: zeroSeconds + 120,
+        ownConnection: true,
       };
       const result = await succeed(there, command, `${lv.path} could not be read`);
       return parseOutput(there, command, result, (text) =>

@@ -158,8 +158,10 @@ export async function deviceSum(
   context: Context,
   path: string,
   sizeBytes: number,
+  { ownConnection }: Pick<RemoteCommand, "ownConnection"> = {},
 ): Promise<string | undefined> {
   const command: RemoteCommand = {
+    ownConnection,
     argv: script(checkDeviceScript, path, String(sizeBytes)),
     kind: "read",
     deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),

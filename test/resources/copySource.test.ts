@@ -3,8 +3,9 @@ import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import type { Context } from "../../provider/core/resource.js";
 import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
-import { sourceSumOf } from "../../provider/resources/copySource.js";
-import type { CommandResult, Host } from "../../provider/ssh/types.js";
+import { zeroRangesScript } from "../../provider/linux/zeroRanges.js";
+import { emptyRanges, sourceSumOf } from "../../provider/resources/copySource.js";
+import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { fakeHost } from "../support/fakeHost.js";
 import { recordedLvs } from "../support/recorded.js";
 
@@ -33,7 +34,10 @@ class SlowHost implements Host {
     return undefined;
   }
 
-  async run(command: Parameters<Host["run"]>[0], signal?: AbortSignal): Promise<CommandResult> {
+  readonly commands: RemoteCommand[] = [];
+
+  async run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
+    this.commands.push(command);
     if (command.argv[2] !== checkDeviceScript) return this.#looks.run(command);
     if (signal?.aborted) throw new LvmNbdError("CANCELLED", { message: "cancelled before it began" });
     this.begun++;
@@ -135,6 +139,19 @@ describe("the checksum of a source", () => {
     host.letGo();
     await expect(only).rejects.toMatchObject({ code: "OUTPUT_UNREADABLE" });
   });
+});
+
+it("what is read for hours takes no session from what is not", async () => {
+  const looked = fakeHost(({ argv }) => (argv[2] === zeroRangesScript ? "end\n" : recordedLvs("valid")));
+  const { signal } = new AbortController();
+  await emptyRanges(contextOn(looked, signal), { snapshot, verify: true }, 64 * 1024 ** 2);
+  const host = new SlowHost();
+  const reading = read(contextOn(host, signal));
+  await until(() => host.reading === 1);
+  host.letGo();
+  await reading;
+  const apart = [...looked.commands, ...host.commands].filter(({ ownConnection }) => ownConnection);
+  expect(apart.map(({ argv }) => argv[2])).toEqual([zeroRangesScript, checkDeviceScript]);
 });
 
 async function until(done: () => boolean): Promise<void> {
