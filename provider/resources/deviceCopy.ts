@@ -21,8 +21,10 @@ import {
   volumeOpen,
 } from "../linux/deviceCopy.js";
 import { parseFields } from "../linux/fields.js";
+import { aliveSeconds } from "../linux/holders.js";
 import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
 import { withExtents } from "../linux/zeroRanges.js";
+import { leastChunk } from "../ssh/receiveWindow.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
 import { jobText } from "./tls.js";
@@ -160,11 +162,14 @@ export async function deviceSum(
   sizeBytes: number,
   { ownConnection }: Pick<RemoteCommand, "ownConnection"> = {},
 ): Promise<string | undefined> {
+  const deadlineSeconds = 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2));
   const command: RemoteCommand = {
     ownConnection,
     argv: script(checkDeviceScript, path, String(sizeBytes)),
     kind: "read",
-    deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),
+    deadlineSeconds,
+    // Twice what it says until then: however long it reads, that is no reason to end it.
+    maxOutputBytes: 64 * 1024 + 2 * leastChunk * Math.ceil(deadlineSeconds / aliveSeconds),
   };
   const result = await context.host.run(command, context.signal);
   if (result.exitCode === 70) return undefined;

@@ -3,8 +3,11 @@ import { describe, expect, it } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import type { Context } from "../../provider/core/resource.js";
 import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
+import { aliveSeconds } from "../../provider/linux/holders.js";
 import { zeroRangesScript } from "../../provider/linux/zeroRanges.js";
 import { emptyRanges, sourceSumOf } from "../../provider/resources/copySource.js";
+import { deviceSum } from "../../provider/resources/deviceCopy.js";
+import { leastChunk } from "../../provider/ssh/receiveWindow.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { fakeHost } from "../support/fakeHost.js";
 import { recordedLvs } from "../support/recorded.js";
@@ -140,6 +143,16 @@ describe("the checksum of a source", () => {
     await expect(only).rejects.toMatchObject({ code: "OUTPUT_UNREADABLE" });
   });
 });
+
+it.each([64 * 1024 ** 2, 2 * 1024 ** 4, 64 * 1024 ** 4])(
+  "a device of %d bytes may be read until its deadline: saying so does not add up to too much output",
+  async (sizeBytes) => {
+    const host = fakeHost(() => `${sum}\n`);
+    expect(await deviceSum(contextOn(host, new AbortController().signal), "/dev/VgVm/vm1", sizeBytes)).toBe(sum);
+    const [{ deadlineSeconds = 0, maxOutputBytes = 16 * 1024 ** 2 } = {}] = host.commands;
+    expect(maxOutputBytes).toBeGreaterThan((deadlineSeconds / aliveSeconds + 1) * leastChunk);
+  },
+);
 
 it("what is read for hours takes no session from what is not", async () => {
   const looked = fakeHost(({ argv }) => (argv[2] === zeroRangesScript ? "end\n" : recordedLvs("valid")));
