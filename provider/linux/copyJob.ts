@@ -338,10 +338,15 @@ export function progressPhrase(progress: CopyProgress, now: number): string {
   if (phase === "wait")
     return "waiting for room in the thin pool, which other restores into it may still take";
   if (phase === "start" || sizeBytes === undefined) return "starting the copy";
-  const spent = Math.max(1, now - since);
-  const bytes = Math.floor(done * sizeBytes);
   const verifying = readsSource ? "reading both ends back" : "reading the copy back";
   const what = { check: "checking the source", copy: "copying", verify: verifying }[phase];
+  return ratePhrase(what, done, sizeBytes, now - since);
+}
+
+/** How far something is, from 0 to 1, how fast it goes and how long it still takes. `seconds`: since it began. */
+export function ratePhrase(what: string, done: number, sizeBytes: number, seconds: number): string {
+  const spent = Math.max(1, seconds);
+  const bytes = Math.floor(done * sizeBytes);
   const rate = `${what}: ${Math.floor(done * 100)} % of ${bytesPhrase(sizeBytes)}, ${bytesPhrase(bytes / spent)}/s`;
   return done <= 0 ? rate : `${rate}, ${secondsPhrase((spent * (1 - done)) / done)} left`;
 }

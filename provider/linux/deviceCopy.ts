@@ -68,15 +68,15 @@ export function deviceCopyPrograms(plan: Pick<DeviceCopyPlan, "bandwidthLimit">)
 }
 
 /**
- * Shell functions, beside `sumOf`. `hash_device DEVICE BYTES`: SHA-256 of its first bytes, read by direct I/O: from the disk
- * and never from the page cache. Whole sectors are read, since direct I/O reads nothing else. How far it is goes to fd 3. It
+ * Shell functions, beside `sumOf`. `hash_device DEVICE BYTES`: SHA-256 of its first bytes, read from stdin, which it is, by direct I/O: from
+ * the disk and never from the page cache. Whole sectors are read, since direct I/O reads nothing else. How far it is goes to fd 3. It
  * fails with 1 if the device cannot be read, with 2 if that cannot be told (a program is missing or was killed).
  */
 const hashDevice = `
 hash_device() {
   sector=$(blockdev --getss "$1") || return 2
   whole=$((($2 + sector - 1) / sector * sector))
-  read_back=$({ { dd if="$1" bs=4M count="$whole" iflag=direct,fullblock,count_bytes status=progress 2>&3; echo "rc $?" >&4; } |
+  read_back=$({ { dd bs=4M count="$whole" iflag=direct,fullblock,count_bytes status=progress 2>&3; echo "rc $?" >&4; } |
     if [ "$whole" = "$2" ]; then sha256sum; else head -c "$2" | sha256sum; cat >/dev/null; fi; } 4>&1)
   sum_of "$read_back" && return 0
   # No code, or one of a signal: it was not the device that failed.
@@ -131,7 +131,7 @@ sync "$device" || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
 phase verify
 read_again
-sum=$(hash_device "$device" "$size" 3>"$run/read") || fail "the device could not be read back"
+sum=$(hash_device "$device" "$size" 3>"$run/read" <"$device") || fail "the device could not be read back"
 require_same "$sum"
 [ -z "$expected" ] || [ "$sum" = "$expected" ] || fail "mismatch: the device reads back as $sum, not as $expected"
 {
@@ -215,23 +215,32 @@ device_node() {
 `;
 
 /**
- * Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. Empty lines before it say
- * that it is on its way: what reads a volume holds it, and it shows only in what is said in vain that nobody waits for it any more.
+ * Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. Lines before it say how
+ * many bytes are read, or nothing where that cannot be told (fdinfo in proc(5)): what reads a volume holds it, and it shows only in what is
+ * said in vain that nobody waits for it any more.
  */
 export const checkDeviceScript = hostScript(
   "check-volume",
   "observe",
   `${sumOf}${hashDevice}${deviceNodeFunction}
 device_node "$1" || { echo "$1 is not a block device" >&2; exit 71; }
-(
-  trap '' PIPE
-  # Not this process alone: it waits for those that read. timeout leads their group.
-  while sleep ${aliveSeconds} >/dev/null; do echo || kill -s TERM 0; done
-) 2>/dev/null &
-alive=$!
-hash_device "$node" "$2" 3>/dev/null
-rc=$?
-kill "$alive" 2>/dev/null
+rc=1
+{
+  (
+    trap '' PIPE
+    while sleep ${aliveSeconds} >/dev/null 5<&-; do
+      # Where it is read is one place for all who have it from here.
+      position=
+      read -r name position </proc/self/fdinfo/5
+      # Not this process alone: it waits for those that read. timeout leads their group.
+      echo "$position" || kill -s TERM 0
+    done
+  ) 2>/dev/null &
+  alive=$!
+  hash_device "$node" "$2" 3>/dev/null <&5
+  rc=$?
+  kill "$alive" 2>/dev/null
+} 5<"$node"
 case $rc in 0) exit 0;; 1) exit 70;; *) exit 71;; esac
 `,
   ["path", "number"],

@@ -20,7 +20,7 @@ export const zeroSeconds = 1800;
  * Prints `OFFSET LENGTH` of ranges that were read and are zero. Arguments: device, bytes. Nothing where there is no perl, which reads
  * without a process for each range. Of what is not zero only the beginning is read, and what is zero is not read again by the copy: so it
  * ends early only where it finds less than 100 MiB/s beside a second for each 8 GiB. What it read does not stay in the page cache, which is
- * the VMs'. A range that cannot be read, or not whole, passes for data. Empty lines: as of `checkDeviceScript`.
+ * the VMs'. A range that cannot be read, or not whole, passes for data. Empty lines say that it is on its way, as of `checkDeviceScript`.
  */
 export const zeroRangesScript = hostScript(
   "zero-ranges",

@@ -26,6 +26,9 @@ export interface CopyIdentity {
   readonly generation: string;
 }
 
+/** Reads the SHA-256 of a source; `tell` is given its progress, as a person reads it. Raises COPY_STALLED. */
+export type SourceSum = (context: Context, tell: (progress: string) => void) => Promise<string>;
+
 /** One copy: what differs by what it is made into. */
 export interface CopyRun<T> {
   /** What is made, for messages. */
@@ -48,7 +51,7 @@ export interface CopyRun<T> {
    * SHA-256 of the source, read on its own host while the job runs: bytes that never cross the network, and a processor that is not the
    * one that copies. `undefined`: the job itself reads the source again, if anybody does.
    */
-  readonly sourceSum?: ((context: Context) => Promise<string>) | undefined;
+  readonly sourceSum?: SourceSum | undefined;
   /** Certifies what the job has read. Returns the verified copy, which has yet to get its name. */
   certify(result: CopyResult, recordDigest: string): Promise<T>;
   /** Ends the job of the record and removes what it made. */
@@ -132,18 +135,24 @@ async function followed(
 ): Promise<CopyResult> {
   const ended = new AbortController();
   const signal = AbortSignal.any([context.signal, ended.signal]);
+  // Until then it is the job's progress that is told.
+  let isLast = false;
+  const tell = (progress: string) => {
+    if (isLast) context.progress(progress);
+  };
   // Its failure is told when the job has ended: that goes on.
   const reading = Promise.allSettled(
-    run.sourceSum === undefined ? [] : [run.sourceSum({ ...context, signal })],
+    run.sourceSum === undefined ? [] : [run.sourceSum({ ...context, signal }, tell)],
   );
   try {
     const result = await follow(context, run, recordDigest, report);
     if (run.sourceSum === undefined || result.verified) return result;
     context.progress("the copy was read back; waiting for the checksum of its source");
+    isLast = true;
     const [read] = await reading;
     // What was cut off long ago is tried again, now that nothing else is left to do.
     const source =
-      read?.status === "fulfilled" ? read.value : await readAgain(context, run.sourceSum, read?.reason);
+      read?.status === "fulfilled" ? read.value : await readAgain(context, run.sourceSum, tell, read?.reason);
     if (source === result.sha256) return { ...result, verified: true };
     throw new LvmNbdError("COPY_MISMATCH", {
       message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source}`,
@@ -159,18 +168,19 @@ async function followed(
 
 function readAgain(
   context: Context,
-  sourceSum: (context: Context) => Promise<string>,
+  sourceSum: SourceSum,
+  tell: (progress: string) => void,
   reason: unknown,
 ): Promise<string> {
   if (!isLvmNbdError(reason, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT")) throw reason;
-  return sourceSum(context);
+  return sourceSum(context, tell);
 }
 
 const pollSeconds = { first: 0.2, most: 2 };
 /** How long a host that does not answer is waited for: its job goes on. */
 const patienceSeconds = 300;
 /** After so long without a byte or a tick of work the copy hangs. */
-const stallSeconds = 300;
+export const stallSeconds = 300;
 
 /** Waits for the job's end and returns what it found. */
 async function follow(

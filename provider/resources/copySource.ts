@@ -8,12 +8,13 @@ import { briefly, type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/err
 import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
-import { bytesPhrase, type CopyProgress } from "../linux/copyJob.js";
+import { bytesPhrase, type CopyProgress, ratePhrase } from "../linux/copyJob.js";
 import { clockCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume } from "../linux/lvm.js";
 import type { ClientTls } from "../linux/tls.js";
 import { extentList, parseZeroRanges, zeroRangesScript, zeroSeconds } from "../linux/zeroRanges.js";
 import type { RemoteCommand } from "../ssh/types.js";
+import type { SourceSum } from "./copyRun.js";
 import { deviceSum } from "./deviceCopy.js";
 import { certify, type SnapshotReference, volumes } from "./volumes.js";
 
@@ -151,15 +152,20 @@ async function inTurn<T>({ host, signal }: Context, purpose: string, read: () =>
 }
 
 /** How a snapshot is read on its own host; `undefined` for a source that is not to be read there. */
-export function sourceSumOf(source: Reading): ((context: Context) => Promise<string>) | undefined {
+export function sourceSumOf(source: Reading): SourceSum | undefined {
   const { snapshot } = source;
   if (snapshot === undefined || !isReadThere(source)) return undefined;
-  return async (context) => {
+  return async (context, tell) => {
     const there = { ...context, host: await context.open(snapshot.host) };
     return inTurn(there, "checksums of sources", async () => {
       // Not before its turn: that may come hours later.
       const lv = await certify(context, snapshot);
-      const sum = await deviceSum(there, lv.path, visibleBytes(lv), { ownConnection: true });
+      const [sizeBytes, began] = [visibleBytes(lv), performance.now()];
+      const watch = (bytes: number) => {
+        const seconds = (performance.now() - began) / 1000;
+        tell(ratePhrase("reading the source on its own host", Math.min(1, bytes / sizeBytes), sizeBytes, seconds));
+      };
+      const sum = await deviceSum(there, lv.path, sizeBytes, { ownConnection: true, watch });
       if (sum !== undefined) return sum;
       throw new LvmNbdError("COPY_FAILED", {
         message: `the source ${lv.path} could not be read a second time`,

@@ -4,7 +4,7 @@
  */
 import { z } from "zod";
 import { failure, parseOutput, refusal, succeed } from "../core/command.js";
-import type { LvmNbdError } from "../core/errors.js";
+import { LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -26,7 +26,7 @@ import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
 import { withExtents } from "../linux/zeroRanges.js";
 import { leastChunk } from "../ssh/receiveWindow.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
+import { changeByScript, longestSeconds, parsed, stallSeconds } from "./copyRun.js";
 import { jobText } from "./tls.js";
 import { changeSeconds, holdersOf, listed, pathOf } from "./volumes.js";
 
@@ -152,6 +152,12 @@ export async function requireClosed(
   if (holders.length > 0) throw inUse(context, `${path} is in use`, holders);
 }
 
+/** How a device is read. */
+interface DeviceReading extends Pick<RemoteCommand, "ownConnection"> {
+  /** Told how many bytes are read. What comes no further is ended, with COPY_STALLED. */
+  readonly watch?: ((bytes: number) => void) | undefined;
+}
+
 /**
  * SHA-256 of the first bytes of a device, read from the disk; `undefined` if they cannot be read. What cannot be told is an
  * error.
@@ -160,7 +166,7 @@ export async function deviceSum(
   context: Context,
   path: string,
   sizeBytes: number,
-  { ownConnection }: Pick<RemoteCommand, "ownConnection"> = {},
+  { ownConnection, watch }: DeviceReading = {},
 ): Promise<string | undefined> {
   const deadlineSeconds = 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2));
   const command: RemoteCommand = {
@@ -171,16 +177,59 @@ export async function deviceSum(
     // Twice what it says until then: however long it reads, that is no reason to end it.
     maxOutputBytes: 64 * 1024 + 2 * leastChunk * Math.ceil(deadlineSeconds / aliveSeconds),
   };
-  const result = await context.host.run(command, context.signal);
+  const result =
+    watch === undefined
+      ? await context.host.run(command, context.signal)
+      : await watched(context, command, `reading ${path}`, watch);
   if (result.exitCode === 70) return undefined;
   if (result.exitCode !== 0)
     throw failure(context, command, result, `${path} could not be checked`, "COMMAND_FAILED");
   return parseOutput(context, command, result, parseSum);
 }
 
+/** Runs a command that says how many bytes it has read. One that comes no further for `stallSeconds` is ended, with COPY_STALLED. */
+async function watched(
+  context: Context,
+  command: RemoteCommand,
+  what: string,
+  watch: (bytes: number) => void,
+): Promise<CommandResult> {
+  const stalled = new AbortController();
+  const timer = setTimeout(() => stalled.abort(), stallSeconds * 1000);
+  let [position, begun] = ["", ""];
+  const onOutput = (text: string) => {
+    const lines = `${begun}${text}`.split("\n");
+    begun = (lines.pop() ?? "").slice(0, 100);
+    for (const line of lines.filter((one) => saysPosition.test(one))) {
+      // Where no position can be told it may come further for all we know.
+      if (line !== position || line === "") timer.refresh();
+      position = line;
+      if (line !== "") watch(Number(line));
+    }
+  };
+  try {
+    const signal = AbortSignal.any([context.signal, stalled.signal]);
+    return await context.host.run({ ...command, onOutput }, signal);
+  } catch (error) {
+    if (!stalled.signal.aborted || context.signal.aborted) throw error;
+    throw new LvmNbdError("COPY_STALLED", {
+      message: `${what}: no progress for ${stallSeconds} s${position === "" ? "" : ` at byte ${position}`}`,
+      host: context.host.name,
+      resource: context.resource,
+      advice: "Look at that host's disks (`dmesg`), then run again.",
+      cause: error,
+    });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Lines of `checkDeviceScript` before its checksum. */
+const saysPosition = /^\d{0,20}$/;
+
 /** The checksum among the lines that `checkDeviceScript` prints. Throws for anything else. */
 function parseSum(stdout: string): string {
-  const [sum = "", ...more] = stdout.split("\n").filter((line) => line !== "");
+  const [sum = "", ...more] = stdout.split("\n").filter((line) => !saysPosition.test(line));
   if (more.length > 0 || !/^[0-9a-f]{64}$/.test(sum)) throw new Error("it tells no SHA-256");
   return sum;
 }

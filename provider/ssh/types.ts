@@ -25,6 +25,8 @@ export interface RemoteCommand {
   readonly ownConnection?: boolean | undefined;
   /** Seconds between TERM and KILL, e.g. to let a script's trap run. Default 5. */
   readonly graceSeconds?: number | undefined;
+  /** Called with what it prints on stdout, as it comes: of one that is run again, from the beginning. Must not throw. */
+  readonly onOutput?: ((text: string) => void) | undefined;
   /** Bytes of stdout or stderr after which the command is stopped with `OUTPUT_TOO_LARGE`. Default 16 MiB. */
   readonly maxOutputBytes?: number | undefined;
 }

@@ -114,6 +114,36 @@ describe("reading a device back", () => {
     }
   });
 
+  it("does not call it readable where it cannot even be opened", () => {
+    expect(check(join(folder, "gone"), 512)).toEqual({ status: 70, stdout: "" });
+  });
+
+  it("says meanwhile how far it is, and ends when it is done", async () => {
+    const programs = join(folder, "halting");
+    mkdirSync(programs);
+    const dd = `#!/bin/sh\nhead -c 4096; while [ ! -e ${folder}/go ]; do sleep 0.02; done; exec cat\n`;
+    writeFileSync(join(programs, "dd"), dd, { mode: 0o755 });
+    const quick = onFiles.replace(`sleep ${aliveSeconds} `, "sleep 0.05 ");
+    const env = { PATH: `${programs}:${join(folder, "bin")}:${process.env.PATH}` };
+    const child = spawn("/bin/sh", ["-c", quick, "sh", device(), "8192"], { env, detached: true });
+    let [told, ended] = ["", false];
+    child.stdout.on("data", (chunk) => {
+      told += String(chunk);
+    });
+    child.once("close", () => {
+      ended = true;
+    });
+    try {
+      await vi.waitFor(() => expect(told).toMatch(/^(0\n)*(4096\n)+$/), { timeout: 10_000 });
+      writeFileSync(join(folder, "go"), "");
+      await vi.waitFor(() => expect(ended).toBe(true), { timeout: 10_000 });
+      const sum = createHash("sha256").update(readFileSync(device())).digest("hex");
+      expect(told.split("\n").filter((line) => !/^\d{0,20}$/.test(line))).toEqual([sum]);
+    } finally {
+      if (child.pid !== undefined && !ended) process.kill(-child.pid, "SIGKILL");
+    }
+  });
+
   it("ends with all it started where nobody is told any more that it reads", async () => {
     const programs = join(folder, "slow");
     const reader = join(folder, "reader");

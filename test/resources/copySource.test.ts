@@ -1,5 +1,5 @@
 /** Sources that are read on their own host, one after the other. */
-import { describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import type { Context } from "../../provider/core/resource.js";
 import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
@@ -37,6 +37,10 @@ class SlowHost implements Host {
     return undefined;
   }
 
+  /** What the reading prints meanwhile. */
+  say = (_text: string): void => {
+    throw new Error("nobody listens");
+  };
   readonly commands: RemoteCommand[] = [];
 
   async run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
@@ -45,6 +49,7 @@ class SlowHost implements Host {
     if (signal?.aborted) throw new LvmNbdError("CANCELLED", { message: "cancelled before it began" });
     this.begun++;
     this.reading++;
+    this.say = command.onOutput ?? this.say;
     try {
       await new Promise<void>((resolve, reject) => {
         this.#waiting.push(resolve);
@@ -72,10 +77,10 @@ function contextOn(host: Host, signal: AbortSignal): Context {
   };
 }
 
-function read(context: Context): Promise<string> {
+function read(context: Context, tell: (progress: string) => void = () => undefined): Promise<string> {
   const sourceSum = sourceSumOf({ snapshot, verify: true });
   if (sourceSum === undefined) throw new Error("it is read there");
-  return sourceSum(context);
+  return sourceSum(context, tell);
 }
 
 describe("the checksum of a source", () => {
@@ -126,6 +131,72 @@ describe("the checksum of a source", () => {
     cancel.abort();
     await expect(only).rejects.toMatchObject({ code: "CANCELLED" });
     expect(host.reading).toBe(0);
+  });
+
+  describe("is ended where its reading hangs", () => {
+    beforeEach(() => {
+      vi.useFakeTimers({ toFake: ["setTimeout", "clearTimeout"] });
+    });
+    afterEach(() => {
+      vi.useRealTimers();
+    });
+
+    it("for minutes at one place, and tells until then how far it is", async () => {
+      const host = new SlowHost();
+      const told: string[] = [];
+      const only = read(contextOn(host, new AbortController().signal), (line) => told.push(line));
+      const failed = expect(only).rejects.toMatchObject({ code: "COPY_STALLED" });
+      await until(() => host.reading === 1);
+      host.say("0\n");
+      await vi.advanceTimersByTimeAsync(299_000);
+      host.say("16777");
+      host.say("216\n");
+      await vi.advanceTimersByTimeAsync(299_000);
+      host.say("33554432\n");
+      await vi.advanceTimersByTimeAsync(299_000);
+      host.say("33554432\n");
+      expect(host.reading).toBe(1);
+      await vi.advanceTimersByTimeAsync(1000);
+      await failed;
+      expect(host.reading).toBe(0);
+      expect(told).toEqual(
+        [/: 0 % of 64 MiB/, /: 25 % of 64 MiB, \S+ \S+\/s, .* left$/, /: 50 % of/, /: 50 % of/].map((line) =>
+          expect.stringMatching(line),
+        ),
+      );
+    });
+
+    it("before it says anything", async () => {
+      const host = new SlowHost();
+      const only = read(contextOn(host, new AbortController().signal));
+      const failed = expect(only).rejects.toMatchObject({ code: "COPY_STALLED" });
+      await until(() => host.reading === 1);
+      await vi.advanceTimersByTimeAsync(300_000);
+      await failed;
+    });
+
+    it("and not where it cannot be told at which place it is", async () => {
+      const host = new SlowHost();
+      const only = read(contextOn(host, new AbortController().signal));
+      await until(() => host.reading === 1);
+      for (let minutes = 0; minutes < 20; minutes += 4) {
+        host.say("\n");
+        await vi.advanceTimersByTimeAsync(240_000);
+      }
+      host.says = `\n512\n${sum}\n1024\n`;
+      host.letGo();
+      expect(await only).toBe(sum);
+    });
+
+    it("and not who is cancelled", async () => {
+      const host = new SlowHost();
+      const cancel = new AbortController();
+      const only = read(contextOn(host, cancel.signal));
+      await until(() => host.reading === 1);
+      cancel.abort();
+      await expect(only).rejects.toMatchObject({ code: "CANCELLED" });
+      expect(vi.getTimerCount()).toBe(0);
+    });
   });
 
   it.each([
