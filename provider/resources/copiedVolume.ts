@@ -55,6 +55,7 @@ import { withoutTls } from "../linux/nbd.js";
 import { missingPrograms } from "../linux/programs.js";
 import { type CopyIdentity, runCopy } from "./copyRun.js";
 import {
+  asReadable,
   begunWith,
   type CopySource,
   certifySize,
@@ -437,7 +438,7 @@ export async function copyToVolume(
     await discard(context, volume, runTag);
     part = undefined;
   }
-  const compared = comparedBy(part && record, wanted);
+  let compared = comparedBy(part && record, wanted);
   let sizeBytes = 0;
   let extents = 0;
   let empty = "";
@@ -452,8 +453,9 @@ export async function copyToVolume(
       refuseAside(context, volume, seen);
       if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
-      empty = await emptyRanges(context, wanted, sizeBytes);
-      const told: DeviceCopyRecord = { generation, ...begunWith(wanted) };
+      compared = await asReadable(context, compared);
+      empty = await emptyRanges(context, compared, sizeBytes);
+      const told: DeviceCopyRecord = { generation, ...begunWith(compared) };
       return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
     },
     start: async (newRecord, newDigest) => {
@@ -466,13 +468,16 @@ export async function copyToVolume(
       part = await makePart(context, volume, extents, tags);
       context.progress(`copying ${uri} to ${path}`);
       try {
-        await startDeviceCopy(context, job, part, planOf(wanted), newRecord, sizeBytes, empty);
+        await startDeviceCopy(context, job, part, planOf(compared), newRecord, sizeBytes, empty);
       } catch (error) {
         if (isLvmNbdError(error, "COMMAND_FAILED")) await discard(context, volume, runTagOf(newDigest));
         throw error;
       }
     },
-    sourceSum: sourceSumOf(compared),
+    // As it comes out when the copy is prepared.
+    get sourceSum() {
+      return sourceSumOf(compared);
+    },
     certify: async (done) => {
       const lv = await certifySize(context, wanted, done.sizeBytes);
       if (part === undefined) throw new Error("a copy without its volume");

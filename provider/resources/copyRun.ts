@@ -126,39 +126,52 @@ export function longestSeconds(sizeBytes: number, bandwidthLimit: number | undef
   return Math.max(7 * 24 * 3600, Math.ceil((4 * sizeBytes) / slowest));
 }
 
-/** What the job found, compared with the source where that is read on its own host. Raises COPY_MISMATCH. */
+/**
+ * What the job found, compared with the source where that is read on its own host. Raises COPY_MISMATCH, and at once what keeps the source
+ * from being read.
+ */
 async function followed(
   context: Context,
-  run: Pick<CopyRun<unknown>, "following" | "whenFull" | "sourceSum">,
+  run: Pick<CopyRun<unknown>, "target" | "following" | "whenFull" | "sourceSum">,
   recordDigest: string,
   report: (progress: CopyProgress) => void,
 ): Promise<CopyResult> {
-  const ended = new AbortController();
+  const { sourceSum } = run;
+  const [ended, refused] = [new AbortController(), new AbortController()];
   const signal = AbortSignal.any([context.signal, ended.signal]);
   // Until then it is the job's progress that is told.
   let isLast = false;
   const tell = (progress: string) => {
     if (isLast) context.progress(progress);
   };
-  // Its failure is told when the job has ended: that goes on.
   const reading = Promise.allSettled(
-    run.sourceSum === undefined ? [] : [run.sourceSum({ ...context, signal }, tell)],
-  );
+    sourceSum === undefined ? [] : [sourceSum({ ...context, signal }, tell)],
+  ).then(([read]) => {
+    if (read?.status === "rejected" && !mayPass(read.reason)) refused.abort();
+    return read;
+  });
+  const following = { ...context, signal: AbortSignal.any([context.signal, refused.signal]) };
   try {
-    const result = await follow(context, run, recordDigest, report);
-    if (run.sourceSum === undefined || result.verified) return result;
+    const result = await follow(following, run, recordDigest, report);
+    if (sourceSum === undefined || result.verified) return result;
     context.progress("the copy was read back; waiting for the checksum of its source");
     isLast = true;
-    const [read] = await reading;
+    const read = await reading;
     // What was cut off long ago is tried again, now that nothing else is left to do.
-    const source =
-      read?.status === "fulfilled" ? read.value : await readAgain(context, run.sourceSum, tell, read?.reason);
+    if (read?.status === "rejected" && !mayPass(read.reason)) throw read.reason;
+    const source = read?.status === "fulfilled" ? read.value : await sourceSum(context, tell);
     if (source === result.sha256) return { ...result, verified: true };
     throw new LvmNbdError("COPY_MISMATCH", {
       message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source}`,
       host: context.host.name,
       resource: context.resource,
     });
+  } catch (error) {
+    const read = refused.signal.aborted && !context.signal.aborted ? await reading : undefined;
+    if (read?.status !== "rejected" || !isLvmNbdError(error, "CANCELLED")) throw error;
+    if (!isLvmNbdError(read.reason, ...copyFailures))
+      context.warn(`the copy to ${run.target} goes on: the next \`pulumi up\` goes on with it`);
+    throw read.reason;
   } finally {
     ended.abort();
     // What reads the snapshot holds it.
@@ -166,14 +179,8 @@ async function followed(
   }
 }
 
-function readAgain(
-  context: Context,
-  sourceSum: SourceSum,
-  tell: (progress: string) => void,
-  reason: unknown,
-): Promise<string> {
-  if (!isLvmNbdError(reason, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT")) throw reason;
-  return sourceSum(context, tell);
+function mayPass(error: unknown): boolean {
+  return isLvmNbdError(error, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT");
 }
 
 const pollSeconds = { first: 0.2, most: 2 };

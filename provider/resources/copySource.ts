@@ -31,14 +31,16 @@ interface Reading extends Pick<CopySource, "snapshot"> {
   readonly bandwidthLimit?: string | number | undefined;
   /** Whether what was copied is compared with it. */
   readonly verify: boolean;
+  /** Its host lets nobody read it: see `asReadable`. */
+  readonly refusedThere?: boolean;
 }
 
 /**
  * Whether what was copied is compared with the snapshot itself, which is read on its own host for that, at the speed of its disk. Only
  * then is anything believed of what that snapshot holds: see `emptyRanges`.
  */
-export function isReadThere({ snapshot, bandwidthLimit, verify }: Reading): boolean {
-  return verify && snapshot !== undefined && bandwidthLimit === undefined;
+function isReadThere({ snapshot, bandwidthLimit, verify, refusedThere }: Reading): boolean {
+  return verify && snapshot !== undefined && bandwidthLimit === undefined && refusedThere !== true;
 }
 
 /** What an unfinished copy was begun with. */
@@ -163,7 +165,14 @@ export function sourceSumOf(source: Reading): SourceSum | undefined {
       const [sizeBytes, began] = [visibleBytes(lv), performance.now()];
       const watch = (bytes: number) => {
         const seconds = (performance.now() - began) / 1000;
-        tell(ratePhrase("reading the source on its own host", Math.min(1, bytes / sizeBytes), sizeBytes, seconds));
+        tell(
+          ratePhrase(
+            "reading the source on its own host",
+            Math.min(1, bytes / sizeBytes),
+            sizeBytes,
+            seconds,
+          ),
+        );
       };
       const sum = await deviceSum(there, lv.path, sizeBytes, { ownConnection: true, watch });
       if (sum !== undefined) return sum;
@@ -174,6 +183,29 @@ export function sourceSumOf(source: Reading): SourceSum | undefined {
       });
     });
   };
+}
+
+/**
+ * How the source is read for a copy that is begun now: by its job, over the network, where the snapshot's host refuses what would be run
+ * there. Found out by the first sector: what is refused at once is not to be told when the copy is complete.
+ */
+export async function asReadable<T extends Reading>(context: Context, source: T): Promise<T> {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isReadThere(source)) return source;
+  const lv = await certify(context, snapshot);
+  const there = { ...context, host: await context.open(snapshot.host) };
+  let reason = "its first sector cannot be read";
+  try {
+    const sum = await inTurn(there, "first sectors of sources", () =>
+      deviceSum(there, lv.path, 512, { ownConnection: true, watch: () => undefined }),
+    );
+    if (sum !== undefined) return source;
+  } catch (error) {
+    if (!isLvmNbdError(error, ...untold)) throw error;
+    reason = briefly(error);
+  }
+  context.warn(`${lv.path} is read a second time over the network, not on ${there.host.name}: ${reason}`);
+  return { ...source, refusedThere: true };
 }
 
 /**
@@ -210,11 +242,11 @@ export async function emptyRanges(context: Context, source: Reading, sizeBytes: 
   }
 }
 
-/** Codes of a look for what is empty that a copy does without. */
+/** With which codes a source cannot be read on its own host, which a copy does without. */
 const untold = [
   ...(["SUDO_DENIED", "COMMAND_FAILED", "COMMAND_TIMED_OUT", "OUTPUT_UNREADABLE"] as const),
-  // As a read tells of a link that is lost again and again.
-  "HOST_UNREACHABLE",
+  // As a read tells of a link that is lost again and again; and the host may let nobody connect a second time.
+  ...(["HOST_UNREACHABLE", "AUTH_FAILED"] as const),
 ] as const;
 
 /** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */

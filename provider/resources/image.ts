@@ -59,6 +59,7 @@ import {
   runCopy,
 } from "./copyRun.js";
 import {
+  asReadable,
   begunWith,
   type CopySource,
   certifySize,
@@ -559,7 +560,7 @@ export async function verifiedCopy(
     await discard(context, paths, part.recordDigest);
     part = undefined;
   }
-  const compared = comparedBy(part?.record, wanted);
+  let compared = comparedBy(part?.record, wanted);
   let sizeBytes = 0;
   let empty = "";
   return runCopy(context, {
@@ -570,12 +571,16 @@ export async function verifiedCopy(
     following: scriptOn(paths, followCopyScript),
     prepare: async () => {
       sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
-      empty = await emptyRanges(context, wanted, sizeBytes);
+      compared = await asReadable(context, compared);
+      empty = await emptyRanges(context, compared, sizeBytes);
       const [mark, generation] = [ownerMark(wanted.owner), partGeneration(wanted, identity)];
-      return `${JSON.stringify({ mark, generation, ...begunWith(wanted), started: randomUUID() })}\n`;
+      return `${JSON.stringify({ mark, generation, ...begunWith(compared), started: randomUUID() })}\n`;
     },
-    start: (record) => start(context, paths, wanted, seen, record, sizeBytes, empty),
-    sourceSum: sourceSumOf(compared),
+    start: (record) => start(context, paths, compared, seen, record, sizeBytes, empty),
+    // As it comes out when the copy is prepared.
+    get sourceSum() {
+      return sourceSumOf(compared);
+    },
     certify: async (result, recordDigest) => {
       const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes));
       const manifest = manifestOf(wanted, identity, result, snapshot);

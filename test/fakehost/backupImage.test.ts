@@ -658,7 +658,12 @@ describe("a backup that fails leaves nothing but its reason", () => {
   });
 
   it("the source cannot be read the second time", () => {
-    world.server1.scripts.set(checkDeviceScript, () => 70);
+    world.server1.scripts.set(checkDeviceScript, (process) => {
+      // Its first sector can be.
+      if (process.argv.at(-1) !== "512") return 70;
+      process.out(`${"0".repeat(64)}\n`);
+      return 0;
+    });
     return fails("COPY_FAILED");
   });
 

@@ -293,10 +293,12 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
     const uuidOf = JSON.parse(overflowed).report[0].lv.find(
       (row: Values) => row.lv_snapshot_invalid === "1",
     ).lv_uuid;
-    destination.onCommand = ({ argv }) => {
-      if (argv[2]?.includes("systemd-run")) volumes = overflowed.replaceAll(uuidOf, snapshot.uuid);
-      return undefined;
-    };
+    destination.onCommand = ({ argv }) =>
+      argv[2]?.includes("CPUUsageNSec")
+        ? () => {
+            volumes = overflowed.replaceAll(uuidOf, snapshot.uuid);
+          }
+        : undefined;
     await fails("SNAPSHOT_OVERFLOWED", /ran full/, { snapshot });
   });
 

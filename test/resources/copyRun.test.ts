@@ -1,5 +1,6 @@
 /** A copy whose source is read on its own host beside its job. */
 import { describe, expect, it, vi } from "vitest";
+import { LvmNbdError } from "../../provider/core/errors.js";
 import type { Context } from "../../provider/core/resource.js";
 import { type CopyRun, runCopy, type SourceSum } from "../../provider/resources/copyRun.js";
 import { fakeHost } from "../support/fakeHost.js";
@@ -33,7 +34,13 @@ function job(sourceSum: SourceSum) {
     open: async () => host,
   };
   const run: CopyRun<boolean> = {
-    ...{ target: "vm1", unfinished: "vm1.part", whenFull: undefined, going: recordDigest, following: ["look"] },
+    ...{
+      target: "vm1",
+      unfinished: "vm1.part",
+      whenFull: undefined,
+      going: recordDigest,
+      following: ["look"],
+    },
     prepare: async () => "",
     start: async () => undefined,
     sourceSum,
@@ -66,5 +73,42 @@ describe("what reads the source beside the job", () => {
     expect(await making).toBe(true);
     expect(lines).toContain("50 % there");
     expect(lines).not.toContain("25 % there");
+  });
+
+  it.each(["SUDO_DENIED", "COMMAND_FAILED", "OUTPUT_UNREADABLE"] as const)(
+    "is told at once when it is refused: %s; the job goes on",
+    async (code) => {
+      const { lines, discarded, seen, made } = job(() =>
+        Promise.reject(new LvmNbdError(code, { message: "no" })),
+      );
+      await expect(made()).rejects.toMatchObject({ code });
+      expect(seen.ended).toBe(false);
+      expect(discarded).toEqual([]);
+      expect(lines.join("\n")).toContain("the copy to vm1 goes on");
+    },
+  );
+
+  it.each(["COPY_FAILED", "COPY_STALLED", "SNAPSHOT_OVERFLOWED"] as const)(
+    "ends the job that cannot be compared any more: %s",
+    async (code) => {
+      const { lines, discarded, made } = job(() => Promise.reject(new LvmNbdError(code, { message: "no" })));
+      await expect(made()).rejects.toMatchObject({ code });
+      expect(discarded).toEqual([recordDigest]);
+      expect(lines.join("\n")).not.toContain("goes on:");
+    },
+  );
+
+  it("is begun anew when the job has ended, if its link was lost", async () => {
+    let begun = 0;
+    const { seen, made } = job(async () => {
+      if (++begun === 1) throw new LvmNbdError("HOST_UNREACHABLE", { message: "the link was lost" });
+      return sum;
+    });
+    const making = made();
+    await vi.waitFor(() => expect(seen.looks).toBeGreaterThan(1));
+    expect(begun).toBe(1);
+    seen.ended = true;
+    expect(await making).toBe(true);
+    expect(begun).toBe(2);
   });
 });

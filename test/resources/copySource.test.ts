@@ -219,7 +219,9 @@ it.each([64 * 1024 ** 2, 2 * 1024 ** 4, 64 * 1024 ** 4])(
   "a device of %d bytes may be read until its deadline: saying so does not add up to too much output",
   async (sizeBytes) => {
     const host = fakeHost(() => `${sum}\n`);
-    expect(await deviceSum(contextOn(host, new AbortController().signal), "/dev/VgVm/vm1", sizeBytes)).toBe(sum);
+    expect(await deviceSum(contextOn(host, new AbortController().signal), "/dev/VgVm/vm1", sizeBytes)).toBe(
+      sum,
+    );
     const [{ deadlineSeconds = 0, maxOutputBytes = 16 * 1024 ** 2 } = {}] = host.commands;
     expect(maxOutputBytes).toBeGreaterThan((deadlineSeconds / aliveSeconds + 1) * leastChunk);
   },

@@ -208,6 +208,33 @@ describe.each([
     expect(scans).toBe(0);
   });
 
+  it.each([
+    ["is not allowed", () => lost("SUDO_DENIED")],
+    ["has no program for it", () => ({ exitCode: 71, stderr: "sh: sha256sum: not found" })],
+    ["cannot", () => ({ exitCode: 70 })],
+    ["opens no second connection", () => lost("HOST_UNREACHABLE")],
+  ])(
+    "is compared over the network where the snapshot's host %s, which shows before it is begun",
+    async (_what, firstSector) => {
+      destination.onFirstSector = firstSector;
+      let reads = 0;
+      destination.onSource = () => {
+        reads++;
+      };
+      expect(await made()).toMatchObject({ verified: true, sha256: sha256(moment) });
+      isWhole();
+      expect([reads, scans, destination.started]).toEqual([0, 0, 1]);
+      expect(lines.join("\n")).toContain("is read a second time over the network, not on server1: ");
+    },
+  );
+
+  it("is compared over the network with what the export serves then, where the snapshot's host refuses to", async () => {
+    destination.onFirstSector = () => lost("SUDO_DENIED");
+    destination.set("reread", other);
+    await expect(made()).rejects.toThrow(/COPY_MISMATCH/);
+    expect(left()).toEqual([]);
+  });
+
   it("with a limit reads nothing on the snapshot's host, and is verified over the network", async () => {
     expect(await made({ bandwidthLimit: "20M" })).toMatchObject({ verified: true });
     isWhole();

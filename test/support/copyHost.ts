@@ -127,6 +127,8 @@ export class CopyHost extends ShellHost implements Host {
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
   /** Called before the source is read on its own host; may throw. */
   onSource: () => void = () => undefined;
+  /** What reading the first sector there comes to, before a copy is begun; may throw. */
+  onFirstSector: () => string | Partial<CommandResult> = () => `${"0".repeat(64)}\n`;
   /** What the look there for what is empty comes to; may throw. Unless set as where there is no perl. */
   onScan: () => string | Partial<CommandResult> = () => "";
   /** Where images go. */
@@ -152,6 +154,7 @@ export class CopyHost extends ShellHost implements Host {
   sourceAnswer({ argv }: RemoteCommand): string | Partial<CommandResult> | undefined {
     if (argv[2] === zeroRangesScript) return this.onScan();
     if (argv[2] !== checkDeviceScript) return undefined;
+    if (argv[5] === "512") return this.onFirstSector();
     this.onSource();
     return this.servedSum();
   }
