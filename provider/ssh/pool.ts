@@ -1,6 +1,6 @@
 /**
- * The hosts of a run: one connection each, opened at first use, opened again when it was lost. Reads are run
- * again after a lost link; a change never is, once it may have reached the host.
+ * The hosts of a run: one connection each, opened at first use, opened again when it was lost, and those that a long read has to itself.
+ * Reads are run again after a lost link; a change never is, once it may have reached the host.
  */
 import { hash } from "node:crypto";
 import { unlessCancelled } from "../core/cancel.js";
