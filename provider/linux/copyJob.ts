@@ -185,19 +185,30 @@ own_folder() {
 /**
  * Shell functions of a job, beside `sumOf`; its `uri`, `bits`, `connections`, `verify` and `run` are set, `undo` drops what it
  * made. `phase NAME`: what it does now. `fail REASON`: ends it. `with_source COMMAND [plain]`: runs that with the source's uri in
- * `source`, for a program that knows no TLS a "plain" one. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
+ * `source`, for a program that knows no TLS a "plain" one. `map_source`: of what is in `extents` (see `extentList`) nothing is asked that is
+ * a hole, until `mapped` is empty again; where nbdkit cannot do that, all is. `read_source`, then `await_source`: the source is read meanwhile, its checksum is in `source_sum` then. `read_again`,
  * then `require_same SUM`: so it is read a second time, and must have this checksum.
  */
 export const jobFunctions = `
+mapped=
 phase() { printf '%s %s\\n' "$1" "$(date +%s)" >"$run/phase.new" && mv -f "$run/phase.new" "$run/phase"; }
 fail() { undo; printf '%s' "$1" >"$run/failure.new" && mv -f "$run/failure.new" "$run/failure"; exit 1; }
 with_source() {
   command=$1; export command
   case $uri in nbds:*) secured="tls-certificates=\${uri#*\\?tls-certificates=}";; *) secured=;; esac
-  if [ -z "$bits" ] && { [ -z "$secured" ] || [ "\${2-}" != plain ]; }; then source=$uri; export source; sh -c "$command"; return; fi
+  if [ -z "$bits$mapped" ] && { [ -z "$secured" ] || [ "\${2-}" != plain ]; }; then source=$uri; export source; sh -c "$command"; return; fi
   source=
-  nbdkit -U - -r --exit-with-parent \${bits:+--filter=rate} nbd uri="\${uri%%\\?*}" $secured \${bits:+rate="$bits"} \\
+  nbdkit -U - -r --exit-with-parent \${mapped:+--filter=extentlist} \${bits:+--filter=rate} nbd uri="\${uri%%\\?*}" $secured \\
+    \${bits:+rate="$bits"} \${mapped:+extentlist="$mapped"} \\
     --run 'source=$uri; export source; sh -c "$command"'
+}
+map_source() {
+  [ -n "\${extents-}" ] && nbdkit --dump-plugin nbd >/dev/null 2>&1 && printf %s "$extents" >"$run/extents" || return 0
+  # What it does not tell of would pass for a hole.
+  set -- $(tail -n 1 "$run/extents")
+  [ "$((\${1:-0} + \${2:-0}))" = "$size" ] || return 0
+  nbdkit -U - -r --filter=extentlist null "$size" extentlist="$run/extents" --run true 2>/dev/null && mapped=$run/extents
+  return 0
 }
 read_source() {
   with_source '{ { nbdcopy --progress=3 "$source" - 3>"$run/progress"; echo "rc $?" >&4; } | sha256sum; } 4>&1' >"$run/sum" &
@@ -231,6 +242,7 @@ began=$(date +%s)
 size=$(nbdinfo --size "$uri") || fail "the source does not answer"
 printf '%s\\n' "$size" >"$run/size"
 phase copy
+map_source
 if [ "$format" = raw ]; then
   with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" image 3>"$run/progress"'
 elif [ "$compress" = yes ]; then
@@ -238,6 +250,7 @@ elif [ "$compress" = yes ]; then
 else
   with_source 'qemu-img convert -p -f raw -O qcow2 "$source" image >"$run/progress"' plain
 fi || fail "the copy broke off"
+mapped=
 sync image || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
 phase verify
@@ -325,10 +338,15 @@ export function progressPhrase(progress: CopyProgress, now: number): string {
   if (phase === "wait")
     return "waiting for room in the thin pool, which other restores into it may still take";
   if (phase === "start" || sizeBytes === undefined) return "starting the copy";
-  const spent = Math.max(1, now - since);
-  const bytes = Math.floor(done * sizeBytes);
   const verifying = readsSource ? "reading both ends back" : "reading the copy back";
   const what = { check: "checking the source", copy: "copying", verify: verifying }[phase];
+  return ratePhrase(what, done, sizeBytes, now - since);
+}
+
+/** How far something is, from 0 to 1, how fast it goes and how long it still takes. `seconds`: since it began. */
+export function ratePhrase(what: string, done: number, sizeBytes: number, seconds: number): string {
+  const spent = Math.max(1, seconds);
+  const bytes = Math.floor(done * sizeBytes);
   const rate = `${what}: ${Math.floor(done * 100)} % of ${bytesPhrase(sizeBytes)}, ${bytesPhrase(bytes / spent)}/s`;
   return done <= 0 ? rate : `${rate}, ${secondsPhrase((spent * (1 - done)) / done)} left`;
 }

@@ -9,6 +9,7 @@ import { hostScript } from "../core/hostCommands.js";
 import { copyName, jobFunctions, sumOf } from "./copyJob.js";
 import { startJobFunction, stopJobFunction } from "./copyScripts.js";
 import { emitFunctions } from "./fields.js";
+import { aliveSeconds } from "./holders.js";
 import { type ClientTls, jobUri } from "./tls.js";
 import { changedMeanwhile, unitFunctions } from "./unitScript.js";
 
@@ -67,15 +68,15 @@ export function deviceCopyPrograms(plan: Pick<DeviceCopyPlan, "bandwidthLimit">)
 }
 
 /**
- * Shell functions, beside `sumOf`. `hash_device DEVICE BYTES`: SHA-256 of its first bytes, read by direct I/O: from the disk
- * and never from the page cache. Whole sectors are read, since direct I/O reads nothing else. How far it is goes to fd 3. It
+ * Shell functions, beside `sumOf`. `hash_device DEVICE BYTES`: SHA-256 of its first bytes, read from stdin, which it is, by direct I/O: from
+ * the disk and never from the page cache. Whole sectors are read, since direct I/O reads nothing else. How far it is goes to fd 3. It
  * fails with 1 if the device cannot be read, with 2 if that cannot be told (a program is missing or was killed).
  */
 const hashDevice = `
 hash_device() {
   sector=$(blockdev --getss "$1") || return 2
   whole=$((($2 + sector - 1) / sector * sector))
-  read_back=$({ { dd if="$1" bs=4M count="$whole" iflag=direct,fullblock,count_bytes status=progress 2>&3; echo "rc $?" >&4; } |
+  read_back=$({ { dd bs=4M count="$whole" iflag=direct,fullblock,count_bytes status=progress 2>&3; echo "rc $?" >&4; } |
     if [ "$whole" = "$2" ]; then sha256sum; else head -c "$2" | sha256sum; cat >/dev/null; fi; } 4>&1)
   sum_of "$read_back" && return 0
   # No code, or one of a signal: it was not the device that failed.
@@ -88,7 +89,14 @@ hash_device() {
  * verified. What its user does right before the first byte is written and after the last one was read is `before_write` and `at_end`, which may `fail`. nbdcopy writes the source's zeros too (by BLKZEROOUT where the device can): a volume
  * holds what was there before it, so nothing is known to be zero. It ends with `result` or `failure` below /run.
  */
-export const deviceCopySteps = `${sumOf}${jobFunctions}${hashDevice}
+export const deviceCopySteps = `
+# qemu-img writes past the page cache, which takes half of nbdcopy's time, and pushes nothing out that is the VMs'. But it may zero the
+# whole device first, so that must be new; and it has one connection, on which all of TLS would wait for one processor.
+past_cache() {
+  [ -n "\${new-}" ] && command -v qemu-img >/dev/null || return 1
+  case $uri in nbds:*) [ -n "$bits$mapped" ];; esac
+}
+${sumOf}${jobFunctions}${hashDevice}
 undo() { :; }
 cd "$1" || exit 1
 run=$1 device=$2 uri=$3 connections=$4 bits=$5 verify=$6 rest=$7 expected=$8
@@ -108,7 +116,13 @@ if [ -n "$expected" ]; then
 fi
 before_write
 phase copy
-with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" "$device" 3>"$run/progress"' || fail "the copy broke off"
+map_source
+if past_cache; then
+  with_source 'qemu-img convert -p -n -t none -f raw -O raw "$source" "$device" >"$run/progress"' plain
+else
+  with_source 'nbdcopy --flush --progress=3 --connections="$connections" "$source" "$device" 3>"$run/progress"'
+fi || fail "the copy broke off"
+mapped=
 if [ "$rest" = zero ] && [ "$room" -gt "$size" ]; then
   dd if=/dev/zero of="$device" bs=64K seek="$size" count=$((room - size)) oflag=seek_bytes iflag=count_bytes conv=notrunc,nocreat,fsync status=none ||
     fail "what lies behind the content could not be written"
@@ -117,7 +131,7 @@ sync "$device" || fail "what was copied could not be written to the disk"
 rm -f "$run/progress"
 phase verify
 read_again
-sum=$(hash_device "$device" "$size" 3>"$run/read") || fail "the device could not be read back"
+sum=$(hash_device "$device" "$size" 3>"$run/read" <"$device") || fail "the device could not be read back"
 require_same "$sum"
 [ -z "$expected" ] || [ "$sum" = "$expected" ] || fail "mismatch: the device reads back as $sum, not as $expected"
 {
@@ -130,8 +144,9 @@ at_end
 mv -f result.new result || fail "the result could not be written"
 `;
 
-/** The job of a copy that nobody waits upon: its device is its own. */
+/** The job of a copy that nobody waits upon: its device is new, and its own. */
 export const deviceCopyJob = `
+new=yes
 before_write() { :; }
 at_end() { :; }
 ${deviceCopySteps}`;
@@ -199,14 +214,34 @@ device_node() {
 }
 `;
 
-/** Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. */
+/**
+ * Reads the checksum again. Arguments: device, bytes. Exit code 70: it cannot be read. 71: that cannot be told. Lines before it say how
+ * many bytes are read, or nothing where that cannot be told (fdinfo in proc(5)): what reads a volume holds it, and it shows only in what is
+ * said in vain that nobody waits for it any more.
+ */
 export const checkDeviceScript = hostScript(
   "check-volume",
   "observe",
   `${sumOf}${hashDevice}${deviceNodeFunction}
 device_node "$1" || { echo "$1 is not a block device" >&2; exit 71; }
-hash_device "$node" "$2" 3>/dev/null && exit 0
-case $? in 1) exit 70;; *) exit 71;; esac
+rc=1
+{
+  (
+    trap '' PIPE
+    while sleep ${aliveSeconds} >/dev/null 5<&-; do
+      # Where it is read is one place for all who have it from here.
+      position=
+      read -r name position </proc/self/fdinfo/5
+      # Not this process alone: it waits for those that read. timeout leads their group.
+      echo "$position" || kill -s TERM 0
+    done
+  ) 2>/dev/null &
+  alive=$!
+  hash_device "$node" "$2" 3>/dev/null <&5
+  rc=$?
+  kill "$alive" 2>/dev/null
+} 5<"$node"
+case $rc in 0) exit 0;; 1) exit 70;; *) exit 71;; esac
 `,
   ["path", "number"],
 );

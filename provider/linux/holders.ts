@@ -5,14 +5,17 @@
 import { z } from "zod";
 import { hostScript } from "../core/hostCommands.js";
 
-/** Shell functions. `say KIND WHO`: a line on a holder. `say_process PID`: one on a process, unless it is ending. */
+/** So often what reads a volume over a link, for long, says that it does, and ends where nobody is told any more. */
+export const aliveSeconds = 5;
+
+/** Shell functions. `say KIND WHO`: a line on a holder. `say_process PID [WORDS]`: one on a process, unless it is ending. */
 const sayFunctions = `
 say() { printf '%s\\t' "$1"; printf '%s' "$2" | base64 -w0; echo; }
 say_process() {
   held=$(tr '\\0\\n' '  ' </proc/"$1"/cmdline 2>/dev/null | cut -c1-120 | sed 's/ *$//')
   # Neither a command line nor a program: it is ending, as a probe does that was killed at a dead link.
   [ -n "$held" ] || readlink /proc/"$1"/exe >/dev/null 2>&1 || return 0
-  say process "$held (pid $1)"
+  say process "$held (pid $1)\${2-}"
 }
 `;
 
@@ -68,13 +71,25 @@ done | cut -d/ -f3 | sort -un | while IFS= read -r pid; do
   if [ -n "$2" ] && grep -Fqs "/$2" /proc/"$pid"/cgroup; then continue; fi
   echo "$pid"
 done)
+own() { grep -qsz '^LVM_NBD_RUN=' /proc/"$1"/environ; }
+holds() { for name in $names; do find /proc/"$1"/fd -lname "/dev/$name" 2>/dev/null; done | grep -q .; }
 # Who only looks, as a scan of LVM does, is gone a moment later.
 [ -z "$opened" ] || sleep 1
+# A reader of ours whose link was lost ends by itself, some seconds later. Of a link that died silently the host hears only when it gives
+# up sending, after 13 to 30 minutes (tcp_retries2 in tcp(7)).
+patience=${2 * aliveSeconds}
+said=
 for pid in $opened; do
-  still=
-  for name in $names; do still=$still$(find /proc/"$pid"/fd -lname "/dev/$name" 2>/dev/null); done
-  [ -n "$still" ] || continue
-  say_process "$pid"
+  while [ "$patience" -gt 0 ] && holds "$pid" && own "$pid"; do
+    sleep 1
+    patience=$((patience - 1))
+  done
+  holds "$pid" || continue
+  own "$pid" || { say_process "$pid"; continue; }
+  # One stands for all that belong to it.
+  [ -z "$said" ] || continue
+  said=$(say_process "$pid" ", which is lvm-nbd's own: it ends by itself when it is done, or half an hour after its link died at the latest")
+  [ -z "$said" ] || printf '%s\n' "$said"
 done
 exit 0
 `,

@@ -54,7 +54,19 @@ import {
 import { withoutTls } from "../linux/nbd.js";
 import { missingPrograms } from "../linux/programs.js";
 import { type CopyIdentity, runCopy } from "./copyRun.js";
-import { type CopySource, certifySize, explained, refused, sourceSize } from "./copySource.js";
+import {
+  asReadable,
+  begunWith,
+  type CopySource,
+  certifySize,
+  comparedBy,
+  emptyRanges,
+  explained,
+  isVerifiable,
+  refused,
+  sourceSize,
+  sourceSumOf,
+} from "./copySource.js";
 import {
   changeVolumeByScript,
   type DeviceCopyRecord,
@@ -418,7 +430,7 @@ export async function copyToVolume(
   const { running, record, recordDigest, result } = seen.job ?? {};
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = running === true || (result !== undefined && snapshot !== undefined);
-  const asDeclared = record?.generation === generation && (record.verify || !verify);
+  const asDeclared = record?.generation === generation && isVerifiable(record, wanted);
   const writesIt = part?.tags.includes(runTagOf(recordDigest ?? "")) === true;
   const runTag = ownRun(wanted.owner, seen);
   if (runTag !== undefined && !(goesOn && asDeclared && writesIt && facts === undefined)) {
@@ -426,8 +438,10 @@ export async function copyToVolume(
     await discard(context, volume, runTag);
     part = undefined;
   }
+  let compared = comparedBy(part && record, wanted);
   let sizeBytes = 0;
   let extents = 0;
+  let empty = "";
   const [verified, told] = await runCopy(context, {
     target: path,
     unfinished: partOf(volume).name,
@@ -439,7 +453,9 @@ export async function copyToVolume(
       refuseAside(context, volume, seen);
       if (seen.lv !== undefined) await requireUnused(context, seen.lv, seen.all);
       [sizeBytes, extents] = await preflight(context, wanted, seen);
-      const told: DeviceCopyRecord = { generation, verify };
+      compared = await asReadable(context, compared);
+      empty = await emptyRanges(context, compared, sizeBytes);
+      const told: DeviceCopyRecord = { generation, ...begunWith(compared) };
       return `${JSON.stringify({ ...told, started: randomUUID() })}\n`;
     },
     start: async (newRecord, newDigest) => {
@@ -452,11 +468,15 @@ export async function copyToVolume(
       part = await makePart(context, volume, extents, tags);
       context.progress(`copying ${uri} to ${path}`);
       try {
-        await startDeviceCopy(context, job, part, planOf(wanted), newRecord, sizeBytes);
+        await startDeviceCopy(context, job, part, planOf(compared), newRecord, sizeBytes, empty);
       } catch (error) {
         if (isLvmNbdError(error, "COMMAND_FAILED")) await discard(context, volume, runTagOf(newDigest));
         throw error;
       }
+    },
+    // As it comes out when the copy is prepared.
+    get sourceSum() {
+      return sourceSumOf(compared);
     },
     certify: async (done) => {
       const lv = await certifySize(context, wanted, done.sizeBytes);
@@ -499,8 +519,11 @@ function identityTags(
   return [ownerMark(owner), generation, ...copyTags(copyId, facts)];
 }
 
-function planOf({ uri, tls, connections, bandwidthLimit, verify }: VolumeWanted): DeviceCopyPlan {
+function planOf(wanted: VolumeWanted): DeviceCopyPlan {
+  const { uri, tls, connections, bandwidthLimit } = wanted;
   const limit = bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit);
+  // What is read on its own host the job does not read again.
+  const { verify } = begunWith(wanted);
   // What an earlier volume left there is nobody's to read.
   return { uri, tls, connections, verify, bandwidthLimit: limit, rest: "zero" };
 }

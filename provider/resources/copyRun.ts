@@ -26,6 +26,9 @@ export interface CopyIdentity {
   readonly generation: string;
 }
 
+/** Reads the SHA-256 of a source; `tell` is given its progress, as a person reads it. Raises COPY_STALLED. */
+export type SourceSum = (context: Context, tell: (progress: string) => void) => Promise<string>;
+
 /** One copy: what differs by what it is made into. */
 export interface CopyRun<T> {
   /** What is made, for messages. */
@@ -44,6 +47,11 @@ export interface CopyRun<T> {
   prepare(): Promise<string>;
   /** Starts the job of the record, which has this digest. */
   start(record: string, recordDigest: string): Promise<void>;
+  /**
+   * SHA-256 of the source, read on its own host while the job runs: bytes that never cross the network, and a processor that is not the
+   * one that copies. `undefined`: the job itself reads the source again, if anybody does.
+   */
+  readonly sourceSum?: SourceSum | undefined;
   /** Certifies what the job has read. Returns the verified copy, which has yet to get its name. */
   certify(result: CopyResult, recordDigest: string): Promise<T>;
   /** Ends the job of the record and removes what it made. */
@@ -76,7 +84,7 @@ export async function runCopy<T>(context: Context, run: CopyRun<T>): Promise<T> 
       recordDigest = digest(record, 64);
       await run.start(record, recordDigest);
     } else context.progress(`a copy to ${run.target} is on its way: going on with it`);
-    const result = await follow(context, run, recordDigest, (now) => {
+    const result = await followed(context, run, recordDigest, (now) => {
       progress = now;
     });
     return await run.certify(result, recordDigest);
@@ -118,11 +126,68 @@ export function longestSeconds(sizeBytes: number, bandwidthLimit: number | undef
   return Math.max(7 * 24 * 3600, Math.ceil((4 * sizeBytes) / slowest));
 }
 
+/**
+ * What the job found, compared with the source where that is read on its own host. Raises COPY_MISMATCH, and at once what keeps the source
+ * from being read.
+ */
+async function followed(
+  context: Context,
+  run: Pick<CopyRun<unknown>, "target" | "following" | "whenFull" | "sourceSum">,
+  recordDigest: string,
+  report: (progress: CopyProgress) => void,
+): Promise<CopyResult> {
+  const { sourceSum } = run;
+  const [ended, refused] = [new AbortController(), new AbortController()];
+  const signal = AbortSignal.any([context.signal, ended.signal]);
+  // Until then it is the job's progress that is told.
+  let isLast = false;
+  const tell = (progress: string) => {
+    if (isLast) context.progress(progress);
+  };
+  const reading = Promise.allSettled(
+    sourceSum === undefined ? [] : [sourceSum({ ...context, signal }, tell)],
+  ).then(([read]) => {
+    if (read?.status === "rejected" && !mayPass(read.reason)) refused.abort();
+    return read;
+  });
+  const following = { ...context, signal: AbortSignal.any([context.signal, refused.signal]) };
+  try {
+    const result = await follow(following, run, recordDigest, report);
+    if (sourceSum === undefined || result.verified) return result;
+    context.progress("the copy was read back; waiting for the checksum of its source");
+    isLast = true;
+    const read = await reading;
+    // What was cut off long ago is tried again, now that nothing else is left to do.
+    if (read?.status === "rejected" && !mayPass(read.reason)) throw read.reason;
+    const source = read?.status === "fulfilled" ? read.value : await sourceSum(context, tell);
+    if (source === result.sha256) return { ...result, verified: true };
+    throw new LvmNbdError("COPY_MISMATCH", {
+      message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source}`,
+      host: context.host.name,
+      resource: context.resource,
+    });
+  } catch (error) {
+    const read = refused.signal.aborted && !context.signal.aborted ? await reading : undefined;
+    if (read?.status !== "rejected" || !isLvmNbdError(error, "CANCELLED")) throw error;
+    if (!isLvmNbdError(read.reason, ...copyFailures))
+      context.warn(`the copy to ${run.target} goes on: the next \`pulumi up\` goes on with it`);
+    throw read.reason;
+  } finally {
+    ended.abort();
+    // What reads the snapshot holds it.
+    await reading;
+  }
+}
+
+function mayPass(error: unknown): boolean {
+  return isLvmNbdError(error, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT");
+}
+
 const pollSeconds = { first: 0.2, most: 2 };
 /** How long a host that does not answer is waited for: its job goes on. */
 const patienceSeconds = 300;
 /** After so long without a byte or a tick of work the copy hangs. */
-const stallSeconds = 300;
+export const stallSeconds = 300;
 
 /** Waits for the job's end and returns what it found. */
 async function follow(

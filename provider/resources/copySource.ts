@@ -2,12 +2,20 @@
  * The source of a copy: an export, and the snapshot behind it where that is known. It is asked for its size before
  * anything is changed, and its snapshot is seen to be valid after the last byte.
  */
-import { type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { unlessCancelled } from "../core/cancel.js";
+import { parseOutput, succeed } from "../core/command.js";
+import { briefly, type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
+import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
-import { bytesPhrase, type CopyProgress } from "../linux/copyJob.js";
+import { serially } from "../core/serial.js";
+import { bytesPhrase, type CopyProgress, ratePhrase } from "../linux/copyJob.js";
 import { clockCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume } from "../linux/lvm.js";
 import type { ClientTls } from "../linux/tls.js";
+import { extentList, parseZeroRanges, zeroRangesScript, zeroSeconds } from "../linux/zeroRanges.js";
+import type { RemoteCommand } from "../ssh/types.js";
+import type { SourceSum } from "./copyRun.js";
+import { deviceSum } from "./deviceCopy.js";
 import { certify, type SnapshotReference, volumes } from "./volumes.js";
 
 /** What is copied. */
@@ -15,6 +23,55 @@ export interface CopySource {
   readonly uri: string;
   readonly tls?: ClientTls | undefined;
   readonly snapshot?: SnapshotReference | undefined;
+}
+
+/** How a source is read. */
+interface Reading extends Pick<CopySource, "snapshot"> {
+  /** Its host is to be read no faster. */
+  readonly bandwidthLimit?: string | number | undefined;
+  /** Whether what was copied is compared with it. */
+  readonly verify: boolean;
+  /** Its host lets nobody read it: see `asReadable`. */
+  readonly refusedThere?: boolean;
+}
+
+/**
+ * Whether what was copied is compared with the snapshot itself, which is read on its own host for that, at the speed of its disk. Only
+ * then is anything believed of what that snapshot holds: see `emptyRanges`.
+ */
+function isReadThere({ snapshot, bandwidthLimit, verify, refusedThere }: Reading): boolean {
+  return verify && snapshot !== undefined && bandwidthLimit === undefined && refusedThere !== true;
+}
+
+/** What an unfinished copy was begun with. */
+interface Begun {
+  /** Its job compares what it copied with the source. */
+  readonly verify: boolean;
+  /**
+   * Its job leaves that to who reads the source on its own host, and may have left out what is empty there. `verify` is false then:
+   * earlier versions, which know of no such job, take it for one that compares nothing.
+   */
+  readonly readThere: boolean;
+}
+
+/** As it is recorded of a copy that is begun now. */
+export function begunWith(source: Reading): Begun {
+  const readThere = isReadThere(source);
+  return { verify: source.verify && !readThere, readThere };
+}
+
+/** Whether an unfinished copy can still become one as it is wanted: what was left to be read on the source's host still may be. */
+export function isVerifiable(begun: Begun, wanted: Reading): boolean {
+  if (wanted.verify && !begun.verify && !begun.readThere) return false;
+  return !begun.readThere || isReadThere(comparedBy(begun, wanted));
+}
+
+/**
+ * How the source is read: as the unfinished copy that is gone on with was begun, whatever is wanted by now. `begun`: `undefined` for one
+ * that is begun anew.
+ */
+export function comparedBy<T extends Reading>(begun: Begun | undefined, wanted: T): T {
+  return begun === undefined ? wanted : { ...wanted, verify: begun.readThere };
 }
 
 /** What the export answered when it was asked for its size on the destination's host. */
@@ -61,8 +118,7 @@ export async function certifySize(
 ): Promise<LogicalVolume | undefined> {
   if (snapshot === undefined) return undefined;
   const lv = await certify(context, snapshot);
-  // A thin snapshot has a size of its own, and its origin may have grown since.
-  const size = lv.kind === "cow" ? lv.originSizeBytes : lv.sizeBytes;
+  const size = visibleBytes(lv);
   if (size === sizeBytes) return lv;
   throw new LvmNbdError("COPY_MISMATCH", {
     message: `uri: ${uri} serves ${sizeBytes} bytes, the snapshot ${lv.volumeGroup}/${lv.name} has ${size}: it is not what this export serves`,
@@ -72,6 +128,126 @@ export async function certifySize(
     advice: "Give the `uri` of the NbdExport whose `device` is that snapshot's `path`.",
   });
 }
+
+/** Bytes that a reader of it sees. A thin snapshot has a size of its own, and its origin may have grown since. */
+function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): number {
+  return kind === "cow" ? (originSizeBytes ?? sizeBytes) : sizeBytes;
+}
+
+/**
+ * Reads a source of the context's host for one purpose. For each one at a time: it has a connection of its own for as long as it reads, and
+ * all read one host's disks. Who is cancelled does not wait for the others, but for what he has begun.
+ */
+async function inTurn<T>({ host, signal }: Context, purpose: string, read: () => Promise<T>): Promise<T> {
+  let begin = () => {};
+  const begun = new Promise<void>((resolve) => {
+    begin = resolve;
+  });
+  const reading = serially(host, purpose, () => {
+    begin();
+    return read();
+  });
+  // Of one that was cancelled before its turn nobody hears that it was then not read.
+  reading.catch(() => undefined);
+  await unlessCancelled(begun, signal, host.name);
+  return reading;
+}
+
+/** How a snapshot is read on its own host; `undefined` for a source that is not to be read there. */
+export function sourceSumOf(source: Reading): SourceSum | undefined {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isReadThere(source)) return undefined;
+  return async (context, tell) => {
+    const there = { ...context, host: await context.open(snapshot.host) };
+    return inTurn(there, "checksums of sources", async () => {
+      // Not before its turn: that may come hours later.
+      const lv = await certify(context, snapshot);
+      const [sizeBytes, began] = [visibleBytes(lv), performance.now()];
+      const watch = (bytes: number) => {
+        const seconds = (performance.now() - began) / 1000;
+        tell(
+          ratePhrase(
+            "reading the source on its own host",
+            Math.min(1, bytes / sizeBytes),
+            sizeBytes,
+            seconds,
+          ),
+        );
+      };
+      const sum = await deviceSum(there, lv.path, sizeBytes, { ownConnection: true, watch });
+      if (sum !== undefined) return sum;
+      throw new LvmNbdError("COPY_FAILED", {
+        message: `the source ${lv.path} could not be read a second time`,
+        host: there.host.name,
+        resource: context.resource,
+      });
+    });
+  };
+}
+
+/**
+ * How the source is read for a copy that is begun now: by its job, over the network, where the snapshot's host refuses what would be run
+ * there. Found out by the first sector: what is refused at once is not to be told when the copy is complete.
+ */
+export async function asReadable<T extends Reading>(context: Context, source: T): Promise<T> {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isReadThere(source)) return source;
+  const lv = await certify(context, snapshot);
+  const there = { ...context, host: await context.open(snapshot.host) };
+  let reason = "its first sector cannot be read";
+  try {
+    const sum = await inTurn(there, "first sectors of sources", () =>
+      deviceSum(there, lv.path, 512, { ownConnection: true, watch: () => undefined }),
+    );
+    if (sum !== undefined) return source;
+  } catch (error) {
+    if (!isLvmNbdError(error, ...untold)) throw error;
+    reason = briefly(error);
+  }
+  context.warn(`${lv.path} is read a second time over the network, not on ${there.host.name}: ${reason}`);
+  return { ...source, refusedThere: true };
+}
+
+/**
+ * What of the source is known to be zero, for a job; "" where nothing is. Only a read-only snapshot's: of another one that may be
+ * written to before it is copied. It is looked for right at the snapshot, so that only what is not zero crosses the network. That the
+ * `uri` serves this snapshot is the program's word, and of another one this would leave data out: so nothing is told of a source with
+ * which the copy is not compared afterwards.
+ */
+export async function emptyRanges(context: Context, source: Reading, sizeBytes: number): Promise<string> {
+  const { snapshot } = source;
+  if (snapshot === undefined || !isReadThere(source)) return "";
+  const there = { ...context, host: await context.open(snapshot.host) };
+  try {
+    // Not behind a checksum, which may take hours: the copy waits for this.
+    return await inTurn(there, "what of sources is empty", async () => {
+      const lv = await certify(context, snapshot);
+      if (!lv.readOnly || !lv.active) return "";
+      context.progress(`looking on ${there.host.name} for what of ${lv.path} is empty`);
+      const command: RemoteCommand = {
+        argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
+        kind: "read",
+        deadlineSeconds: zeroSeconds + 120,
+        ownConnection: true,
+      };
+      const result = await succeed(there, command, `${lv.path} could not be read`);
+      return parseOutput(there, command, result, (text) =>
+        extentList(parseZeroRanges(text, sizeBytes), sizeBytes),
+      );
+    });
+  } catch (error) {
+    if (!isLvmNbdError(error, ...untold)) throw error;
+    context.progress(`what is empty is sent as well: ${briefly(error)}`);
+    return "";
+  }
+}
+
+/** With which codes a source cannot be read on its own host, which a copy does without. */
+const untold = [
+  ...(["SUDO_DENIED", "COMMAND_FAILED", "COMMAND_TIMED_OUT", "OUTPUT_UNREADABLE"] as const),
+  // As a read tells of a link that is lost again and again; and the host may let nobody connect a second time.
+  ...(["HOST_UNREACHABLE", "AUTH_FAILED"] as const),
+] as const;
 
 /** An overflowed snapshot shows as a read error first; what to do about it is to make it larger. */
 export async function explained(

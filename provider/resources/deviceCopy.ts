@@ -4,7 +4,7 @@
  */
 import { z } from "zod";
 import { failure, parseOutput, refusal, succeed } from "../core/command.js";
-import type { LvmNbdError } from "../core/errors.js";
+import { LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
 import { serially } from "../core/serial.js";
@@ -21,14 +21,21 @@ import {
   volumeOpen,
 } from "../linux/deviceCopy.js";
 import { parseFields } from "../linux/fields.js";
+import { aliveSeconds } from "../linux/holders.js";
 import { type LogicalVolume, lvmFailure } from "../linux/lvm.js";
+import { withExtents } from "../linux/zeroRanges.js";
+import { leastChunk } from "../ssh/receiveWindow.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
-import { changeByScript, longestSeconds, parsed } from "./copyRun.js";
+import { changeByScript, longestSeconds, parsed, stallSeconds } from "./copyRun.js";
 import { jobText } from "./tls.js";
 import { changeSeconds, holdersOf, listed, pathOf } from "./volumes.js";
 
-/** What a copy onto a device is for. In the folder of its job. */
-const recordShape = z.object({ generation: z.string(), verify: z.boolean() });
+/** What a copy onto a device is for, whether it is compared with its source, and that read on its own host. In the folder of its job. */
+const recordShape = z.object({
+  generation: z.string(),
+  verify: z.boolean(),
+  readThere: z.boolean().default(false),
+});
 export type DeviceCopyRecord = z.infer<typeof recordShape>;
 
 /** What was seen of a job. */
@@ -61,7 +68,7 @@ export function followingOf({ unit, run }: DeviceJob, following = followCopyScri
 }
 
 /**
- * Starts the copy of `sizeBytes` bytes onto the volume; `record` is what `observeDeviceJob` finds again. Raises VOLUME_IN_USE
+ * Starts the copy of `sizeBytes` bytes onto the volume; `empty`: see `emptyRanges`; `record` is what `observeDeviceJob` finds again. Raises VOLUME_IN_USE
  * if the volume is open, and is `ChangedMeanwhile` if its name is another volume's.
  */
 export async function startDeviceCopy(
@@ -71,6 +78,7 @@ export async function startDeviceCopy(
   plan: DeviceCopyPlan,
   record: string,
   sizeBytes: number,
+  empty: string,
 ): Promise<void> {
   const { volumeGroup, name, uuid, path } = volume;
   const runtime = String(longestSeconds(sizeBytes, plan.bandwidthLimit));
@@ -84,7 +92,7 @@ export async function startDeviceCopy(
       ...[record, description, runtime],
     ),
     [volume],
-    jobText(job.run, plan.tls, deviceCopyArguments(job, path, plan), deviceCopyJob),
+    jobText(job.run, plan.tls, deviceCopyArguments(job, path, plan), withExtents(empty, deviceCopyJob)),
   );
 }
 
@@ -144,6 +152,12 @@ export async function requireClosed(
   if (holders.length > 0) throw inUse(context, `${path} is in use`, holders);
 }
 
+/** How a device is read. */
+interface DeviceReading extends Pick<RemoteCommand, "ownConnection"> {
+  /** Told how many bytes are read. What comes no further is ended, with COPY_STALLED. */
+  readonly watch?: ((bytes: number) => void) | undefined;
+}
+
 /**
  * SHA-256 of the first bytes of a device, read from the disk; `undefined` if they cannot be read. What cannot be told is an
  * error.
@@ -152,15 +166,70 @@ export async function deviceSum(
   context: Context,
   path: string,
   sizeBytes: number,
+  { ownConnection, watch }: DeviceReading = {},
 ): Promise<string | undefined> {
+  const deadlineSeconds = 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2));
   const command: RemoteCommand = {
+    ownConnection,
     argv: script(checkDeviceScript, path, String(sizeBytes)),
     kind: "read",
-    deadlineSeconds: 600 + Math.ceil(sizeBytes / (5 * 1024 ** 2)),
+    deadlineSeconds,
+    // Twice what it says until then: however long it reads, that is no reason to end it.
+    maxOutputBytes: 64 * 1024 + 2 * leastChunk * Math.ceil(deadlineSeconds / aliveSeconds),
   };
-  const result = await context.host.run(command, context.signal);
+  const result =
+    watch === undefined
+      ? await context.host.run(command, context.signal)
+      : await watched(context, command, `reading ${path}`, watch);
   if (result.exitCode === 70) return undefined;
   if (result.exitCode !== 0)
     throw failure(context, command, result, `${path} could not be checked`, "COMMAND_FAILED");
-  return result.stdout.trim();
+  return parseOutput(context, command, result, parseSum);
+}
+
+/** Runs a command that says how many bytes it has read. One that comes no further for `stallSeconds` is ended, with COPY_STALLED. */
+async function watched(
+  context: Context,
+  command: RemoteCommand,
+  what: string,
+  watch: (bytes: number) => void,
+): Promise<CommandResult> {
+  const stalled = new AbortController();
+  const timer = setTimeout(() => stalled.abort(), stallSeconds * 1000);
+  let [position, begun] = ["", ""];
+  const onOutput = (text: string) => {
+    const lines = `${begun}${text}`.split("\n");
+    begun = (lines.pop() ?? "").slice(0, 100);
+    for (const line of lines.filter((one) => saysPosition.test(one))) {
+      // Where no position can be told it may come further for all we know.
+      if (line !== position || line === "") timer.refresh();
+      position = line;
+      if (line !== "") watch(Number(line));
+    }
+  };
+  try {
+    const signal = AbortSignal.any([context.signal, stalled.signal]);
+    return await context.host.run({ ...command, onOutput }, signal);
+  } catch (error) {
+    if (!stalled.signal.aborted || context.signal.aborted) throw error;
+    throw new LvmNbdError("COPY_STALLED", {
+      message: `${what}: no progress for ${stallSeconds} s${position === "" ? "" : ` at byte ${position}`}`,
+      host: context.host.name,
+      resource: context.resource,
+      advice: "Look at that host's disks (`dmesg`), then run again.",
+      cause: error,
+    });
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+/** Lines of `checkDeviceScript` before its checksum. */
+const saysPosition = /^\d{0,20}$/;
+
+/** The checksum among the lines that `checkDeviceScript` prints. Throws for anything else. */
+function parseSum(stdout: string): string {
+  const [sum = "", ...more] = stdout.split("\n").filter((line) => !saysPosition.test(line));
+  if (more.length > 0 || !/^[0-9a-f]{64}$/.test(sum)) throw new Error("it tells no SHA-256");
+  return sum;
 }

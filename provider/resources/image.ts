@@ -46,6 +46,7 @@ import { parseFields } from "../linux/fields.js";
 import { fileProblem, imageFormats } from "../linux/imageFile.js";
 import type { LogicalVolume } from "../linux/lvm.js";
 import { missingPrograms } from "../linux/programs.js";
+import { withExtents } from "../linux/zeroRanges.js";
 import { hostName } from "../ssh/config.js";
 import type { CommandResult, RemoteCommand } from "../ssh/types.js";
 import {
@@ -58,12 +59,18 @@ import {
   runCopy,
 } from "./copyRun.js";
 import {
+  asReadable,
+  begunWith,
   type CopySource,
   certifySize,
+  comparedBy,
+  emptyRanges,
   explained,
+  isVerifiable,
   refused,
   type SizeAnswer,
   sourceSize,
+  sourceSumOf,
 } from "./copySource.js";
 import { asking, jobText } from "./tls.js";
 
@@ -97,7 +104,7 @@ export const imageInputs = {
     .min(1)
     .max(16)
     .default(4)
-    .describe("NBD connections to the source, for `raw`."),
+    .describe("NBD connections to the source at most, for `raw`."),
   bandwidthLimit: z
     .union([z.string(), z.number()])
     .superRefine(readableBy(parseRate))
@@ -109,7 +116,8 @@ export const imageInputs = {
     .boolean()
     .default(true)
     .describe(
-      "Whether the source is read a second time and its SHA-256 compared with that of the image, which is read from the disk.",
+      "Whether the source is read a second time and its SHA-256 compared with that of the image, which is read from the disk. Where the " +
+        "snapshot behind it is known, it is read on its own host, while the copy runs; else over the network, afterwards.",
     ),
   deepCheck: z
     .boolean()
@@ -205,8 +213,11 @@ const manifestShape = z.object({
 });
 export type Manifest = z.infer<typeof manifestShape>;
 
-/** In the folder of an unfinished copy: whose it is, what for, and whether its job reads the source a second time. */
-const recordShape = z.object({ mark: z.string(), generation: z.string(), verify: z.boolean() });
+/** In the folder of an unfinished copy: whose it is, what for, whether it is compared with its source, and that read on its own host. */
+const recordShape = z.object({
+  ...{ mark: z.string(), generation: z.string(), verify: z.boolean() },
+  readThere: z.boolean().default(false),
+});
 
 interface Part {
   /** `undefined` if it is none of ours. */
@@ -236,9 +247,11 @@ export interface ImageObservation {
 const quick = { deadlineSeconds: 60, kind: "read" } as const;
 
 function planOf(wanted: CopyWanted): CopyPlan {
-  const { uri, tls, format, compress, connections, verify, bandwidthLimit } = wanted;
+  const { uri, tls, format, compress, connections, bandwidthLimit } = wanted;
   return {
-    ...{ uri, tls, format, compress, connections, verify },
+    ...{ uri, tls, format, compress, connections },
+    // What is read on its own host the job does not read again.
+    verify: begunWith(wanted).verify,
     bandwidthLimit: bandwidthLimit === undefined ? undefined : parseRate(bandwidthLimit),
   };
 }
@@ -525,7 +538,7 @@ export function isGoneOnWith(
   // Of a source without identity, what a job read some time ago may be another moment.
   const goesOn = running || (part?.result !== undefined && wanted.snapshot !== undefined);
   const isAsDeclared = part?.record?.generation === partGeneration(wanted, identity);
-  return goesOn && isAsDeclared && (part.record.verify || !wanted.verify);
+  return goesOn && isAsDeclared && isVerifiable(part.record, wanted);
 }
 
 /** Makes the copy up to its name, or goes on with one of ours. What has failed for good is removed. */
@@ -547,7 +560,9 @@ export async function verifiedCopy(
     await discard(context, paths, part.recordDigest);
     part = undefined;
   }
+  let compared = comparedBy(part?.record, wanted);
   let sizeBytes = 0;
+  let empty = "";
   return runCopy(context, {
     target: wanted.file,
     unfinished: paths.part,
@@ -556,11 +571,16 @@ export async function verifiedCopy(
     following: scriptOn(paths, followCopyScript),
     prepare: async () => {
       sizeBytes = await sourceSize(context, wanted, await requireHost(context, wanted, seen, wanted.uri));
-      const { owner, verify } = wanted;
-      const generation = partGeneration(wanted, identity);
-      return `${JSON.stringify({ mark: ownerMark(owner), generation, verify, started: randomUUID() })}\n`;
+      compared = await asReadable(context, compared);
+      empty = await emptyRanges(context, compared, sizeBytes);
+      const [mark, generation] = [ownerMark(wanted.owner), partGeneration(wanted, identity)];
+      return `${JSON.stringify({ mark, generation, ...begunWith(compared), started: randomUUID() })}\n`;
     },
-    start: (record) => start(context, paths, wanted, seen, record, sizeBytes),
+    start: (record) => start(context, paths, compared, seen, record, sizeBytes, empty),
+    // As it comes out when the copy is prepared.
+    get sourceSum() {
+      return sourceSumOf(compared);
+    },
     certify: async (result, recordDigest) => {
       const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes));
       const manifest = manifestOf(wanted, identity, result, snapshot);
@@ -642,6 +662,7 @@ async function start(
   seen: ImageObservation,
   record: string,
   sizeBytes: number,
+  empty: string,
 ): Promise<void> {
   const { file } = paths;
   const plan = planOf(wanted);
@@ -654,7 +675,7 @@ async function start(
       ...[paths, startCopyScript, seen.facts, seen.manifestDigest, record, description],
       String(longestSeconds(sizeBytes, plan.bandwidthLimit)),
     ),
-    jobText(paths.run, plan.tls, copyArguments(paths, plan, digest(record, 64)), copyJob),
+    jobText(paths.run, plan.tls, copyArguments(paths, plan, digest(record, 64)), withExtents(empty, copyJob)),
   );
 }
 

@@ -218,7 +218,7 @@ export async function restoreImage(
     following: followingOf(job, followImageRestoreScript),
     prepare: async () => {
       target = await prepared(context, wanted, life);
-      const record: DeviceCopyRecord = { generation: target.marks.begun, verify: true };
+      const record: DeviceCopyRecord = { generation: target.marks.begun, verify: true, readThere: false };
       return `${JSON.stringify({ ...record, started: randomUUID() })}\n`;
     },
     start: async (record) => {

@@ -467,8 +467,11 @@ export class Connection {
         const counted = Math.max(chunk.length, leastChunk);
         size += counted;
         if (into === err) errSize += counted;
-        if (into === out) stdout += out.write(chunk);
-        else err.push(chunk);
+        if (into === out) {
+          const text = out.write(chunk);
+          stdout += text;
+          command.onOutput?.(text);
+        } else err.push(chunk);
         // Not of each piece: a host may send each byte by itself, and it is all looked through.
         if (stopping !== undefined && errSize <= mostBeforePid && chunk.includes("\n")) killWhenKnown();
         if (stopping === undefined && size > maxOutput)

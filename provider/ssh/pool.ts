@@ -1,6 +1,6 @@
 /**
- * The hosts of a run: one connection each, opened at first use, opened again when it was lost. Reads are run
- * again after a lost link; a change never is, once it may have reached the host.
+ * The hosts of a run: one connection each, opened at first use, opened again when it was lost, and those that a long read has to itself.
+ * Reads are run again after a lost link; a change never is, once it may have reached the host.
  */
 import { hash } from "node:crypto";
 import { unlessCancelled } from "../core/cancel.js";
@@ -80,6 +80,8 @@ function briefly(host: ResolvedHost): object {
 
 class PooledHost implements Host {
   private connection: Promise<OpenConnection> | undefined;
+  /** Those that one command has to itself. */
+  private readonly own = new Set<Promise<OpenConnection>>();
   private closed = false;
   /** By connection: the next one may lead to another machine. */
   private readonly machineIds = new WeakMap<OpenConnection, Promise<string | undefined>>();
@@ -92,11 +94,14 @@ class PooledHost implements Host {
   ) {}
 
   run(command: RemoteCommand, signal?: AbortSignal): Promise<CommandResult> {
-    return this.onConnection(command, signal, (connection) => connection.run(command, signal));
+    return this.untilAnswered(command, signal, () =>
+      command.ownConnection ? this.runApart(command, signal) : this.runShared(command, signal),
+    );
   }
 
   machineId(signal?: AbortSignal): Promise<string | undefined> {
-    return this.onConnection(machineIdCommand, signal, (connection) => {
+    return this.untilAnswered(machineIdCommand, signal, async () => {
+      const connection = await this.connected(signal);
       let id = this.machineIds.get(connection);
       if (id === undefined) {
         // Shared by all who ask: none of their signals ends it.
@@ -112,21 +117,37 @@ class PooledHost implements Host {
     this.closed = true;
     const { connection } = this;
     this.connection = undefined;
-    connection?.then(
-      (open) => open.end(),
-      // A dial that failed left nothing to end; whoever asked for it has its error.
-      () => undefined,
-    );
+    if (connection !== undefined) end(connection);
+    for (const one of this.own) end(one);
   }
 
-  private async onConnection<T>(
+  private async runShared(command: RemoteCommand, signal: AbortSignal | undefined): Promise<CommandResult> {
+    const connection = await this.connected(signal);
+    return connection.run(command, signal);
+  }
+
+  private async runApart(command: RemoteCommand, signal: AbortSignal | undefined): Promise<CommandResult> {
+    this.refuseEnded(signal);
+    const dialled = this.connect(this.resolved);
+    this.own.add(dialled);
+    try {
+      const connection = await unlessCancelled(dialled, signal, this.name);
+      return await connection.run(command, signal);
+    } finally {
+      this.own.delete(dialled);
+      // Also one that comes about after a cancel.
+      end(dialled);
+    }
+  }
+
+  private async untilAnswered<T>(
     command: RemoteCommand,
     signal: AbortSignal | undefined,
-    work: (connection: OpenConnection) => Promise<T>,
+    work: () => Promise<T>,
   ): Promise<T> {
     for (let attempt = 0; ; attempt++) {
       try {
-        return await work(await this.connected(signal));
+        return await work();
       } catch (error) {
         const repeatable =
           (error instanceof DialFailed && error.mayPass) ||
@@ -141,17 +162,20 @@ class PooledHost implements Host {
 
   /** The open connection; all who ask while it is being dialled share the dial. A failed one is not kept. */
   private async connected(signal: AbortSignal | undefined): Promise<OpenConnection> {
-    if (signal?.aborted)
-      throw new LvmNbdError("CANCELLED", { host: this.name, message: "cancelled before it began" });
     for (;;) {
-      if (this.closed)
-        throw new LvmNbdError("CANCELLED", { host: this.name, message: "its connection was ended" });
+      this.refuseEnded(signal);
       this.connection ??= this.dial();
       const current = this.connection;
       const open = await unlessCancelled(current, signal, this.name);
       if (!open.lost) return open;
       if (this.connection === current) this.connection = undefined;
     }
+  }
+
+  /** Raises CANCELLED for who is cancelled, and for all once the host is closed. */
+  private refuseEnded(signal: AbortSignal | undefined): void {
+    const why = this.closed ? "its connection was ended" : "cancelled before it began";
+    if (this.closed || signal?.aborted) throw new LvmNbdError("CANCELLED", { host: this.name, message: why });
   }
 
   private dial(): Promise<OpenConnection> {
@@ -178,6 +202,14 @@ class PooledHost implements Host {
     }
     return isLvmNbdError(error) ? error.with({ host: this.name }) : error;
   }
+}
+
+function end(dialled: Promise<OpenConnection>): void {
+  dialled.then(
+    (open) => open.end(),
+    // A dial that failed left nothing to end; whoever asked for it has its error.
+    () => undefined,
+  );
 }
 
 function sleep(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {

@@ -18,8 +18,15 @@ export interface RemoteCommand {
    * so long ago on the same machine, if this process has changed nothing on any host since. Default: none is shared.
    */
   readonly shared?: { readonly oldestSeconds: number } | undefined;
+  /**
+   * Of a `read` that goes on for minutes and hours: it has a connection of its own, which ends with it. A host may open one or two
+   * sessions a connection (MaxSessions in sshd_config(5)), and everything else would wait for it. Its user sees to it that they are few.
+   */
+  readonly ownConnection?: boolean | undefined;
   /** Seconds between TERM and KILL, e.g. to let a script's trap run. Default 5. */
   readonly graceSeconds?: number | undefined;
+  /** Called with what it prints on stdout, as it comes: of one that is run again, from the beginning. Must not throw. */
+  readonly onOutput?: ((text: string) => void) | undefined;
   /** Bytes of stdout or stderr after which the command is stopped with `OUTPUT_TOO_LARGE`. Default 16 MiB. */
   readonly maxOutputBytes?: number | undefined;
 }
@@ -64,7 +71,7 @@ export type HostArgs = string | HostConnection;
 /** Hosts by the names that the provider's configuration gives them, which go before the SSH configuration's aliases. */
 export type NamedHosts = ReadonlyMap<string, HostConnection>;
 
-/** An open host. Made by the pool; one TCP connection each, however many commands run at once. */
+/** An open host. Made by the pool; one TCP connection each, however many commands run at once, but for those with one of their own. */
 export interface Host {
   /** How the user names it, for messages and ids: the alias, or `address[:port]` (port only when not 22). */
   readonly name: string;

@@ -8,8 +8,8 @@ const benches: Readonly<Record<string, string>> = {
   plugin: "the plugin's start and memory (2 minutes)",
   scale: "up to 1,000 hosts with ten resources each (12 minutes)",
   startup: "the dynamic provider's first answer beside that of an empty one (1 minute)",
-  copies: "copies beside dd, nbdcopy and qemu-img (25 minutes)",
   tls: "what TLS costs a copy (5 minutes)",
+  copies: "copies beside dd, nbdcopy and qemu-img (25 minutes)",
   chains: "chains beside a hand-written script and the engine alone (30 minutes)",
 };
 

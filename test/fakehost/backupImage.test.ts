@@ -24,12 +24,14 @@ import { PartialFailure } from "../../provider/core/partialFailure.js";
 import { resourceType } from "../../provider/core/registry.js";
 import { restoreTagOf } from "../../provider/core/restoreMark.js";
 import { commitCopyScript, followCopyScript, livingCopiesScript } from "../../provider/linux/copyScripts.js";
+import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
 import { parseNbdUri } from "../../provider/linux/nbd.js";
 import { createHostPool } from "../../provider/ssh/pool.js";
 import type { Host } from "../../provider/ssh/types.js";
 import { CopyHost } from "../support/copyHost.js";
 import { imported, importer } from "../support/imported.js";
 import { before, expectOthersUntouched, furnish, later, ours } from "./program.js";
+import { readSources } from "./sourceReads.js";
 import type { Values } from "./stack.js";
 import { FakeWorld } from "./world.js";
 
@@ -72,6 +74,7 @@ afterEach(end);
 async function anew(): Promise<void> {
   world = new FakeWorld();
   furnish(world);
+  for (const server of [world.server1, world.server2]) readSources(server);
   world.server1.lvm.addVolume("VgVm", "small", 4 * MiB, before);
   world.server1.lvm.addVolume("VgVm", "data", 4 * MiB, dataBefore);
   await world.open();
@@ -655,7 +658,12 @@ describe("a backup that fails leaves nothing but its reason", () => {
   });
 
   it("the source cannot be read the second time", () => {
-    destination.set("broken-reread", "");
+    world.server1.scripts.set(checkDeviceScript, (process) => {
+      // Its first sector can be.
+      if (process.argv.at(-1) !== "512") return 70;
+      process.out(`${"0".repeat(64)}\n`);
+      return 0;
+    });
     return fails("COPY_FAILED");
   });
 
@@ -965,21 +973,23 @@ describe("whatever cuts it, the next run finishes the work", () => {
 
   it("a command that only looks changes nothing", async () => {
     /** Everything that a backup can leave, and what is nobody's. */
-    const seen = () => [
+    const seen = (beside: boolean) => [
       ...world.servers.map((server) => [
         server.lvm.all().map(({ group, volume }) => ({ group, ...volume })),
         server.files.snapshot("/etc"),
         ours(server),
       ]),
-      destination.left(),
+      beside ? [] : destination.left(),
     ];
     let looks = 0;
     onCommand = (index) => {
       const looked = sent[index];
       if (looked === undefined || isTurn(looked)) return undefined;
-      const before = structuredClone(seen());
+      // The source is looked at on its own host while the job goes on.
+      const beside = looked.host !== destination.name;
+      const before = structuredClone(seen(beside));
       return () => {
-        expect(seen(), looked.text).toEqual(before);
+        expect(seen(beside), looked.text).toEqual(before);
         looks += 1;
       };
     };
@@ -1216,8 +1226,13 @@ describe("whatever cuts it, the next run finishes the work", () => {
     await tuesday();
     expect(content("tuesday.raw")).toBe(later);
     expect(ours(world.server1)).not.toEqual([]);
-    await made();
     // What a stand-in reads when it is let go is what was served last, to whomever.
+    if (runs)
+      world.server1.scripts.set(checkDeviceScript, (process) => {
+        process.out(destination.servedSum());
+        return 0;
+      });
+    await made();
     if (!runs) expect(content()).toBe(before);
     expect(destination.started).toBe(2);
     expect(ours(world.server1)).toEqual([]);
@@ -1358,6 +1373,9 @@ describe("whatever cuts it, the next run finishes the work", () => {
     });
 
     it("a backup that is being made at the same time is not disturbed", async () => {
+      // The stand-ins read what was served last, to whomever.
+      const data = world.server1.lvm.find("VgVm", "data");
+      if (data !== undefined) data.data = before;
       const [one, another] = [await checked(), await checked({ ...other, file: image("data.raw") })];
       const { create } = handlers();
       await Promise.all([create(one), create(another)]);

@@ -1,5 +1,8 @@
 /** Copies into logical volumes, through the CLI, on a group whose extents are larger than the source's and hold old data. */
 import { afterAll, beforeAll, expect, it, vi } from "vitest";
+import { script } from "../../provider/core/hostCommands.js";
+import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
+import { createHostPool } from "../../provider/ssh/pool.js";
 import {
   type Declared,
   FaultStack,
@@ -10,7 +13,7 @@ import {
   volumeCopy,
 } from "./faults/fault-stack.mts";
 import type { Lab } from "./lab.mts";
-import { freshLab } from "./support.mts";
+import { freshLab, LabStack } from "./support.mts";
 import { waitFor } from "./wait.mts";
 
 // A run of the CLI takes seconds, and many times that where others work on the machine too.
@@ -170,4 +173,61 @@ it("handed over to a VM it stays, open, without its tags; all else goes with the
   );
   expect(await on2("ls -d /run/lvm-nbd-copy-* 2>/dev/null; true")).toBe("");
   await on2("umount /mnt");
+});
+
+it("of a volume that is mostly empty little more than its data crosses the network, and the copies hold it to the last byte", async () => {
+  await lab.server1.run(`
+    lvcreate -qq -y -W n -L 64M -n LV-VM2 VgVm && dd if=/dev/zero of=/dev/VgVm/LV-VM2 bs=1M count=64 oflag=direct status=none
+    put() { dd of=/dev/VgVm/LV-VM2 bs=1 seek="$1" conv=notrunc status=none; }
+    printf f | put 0 && printf x | put ${10 * MiB + 12_345} && printf last | put ${64 * MiB - 512} &&
+      dd if=/dev/urandom of=/dev/VgVm/LV-VM2 bs=1M seek=20 count=2 conv=notrunc,fsync status=none && blockdev --flushbufs /dev/VgVm/LV-VM2`);
+  await on2("mkdir -m 700 /backup");
+  const received = async () => Number(await on2("cat /sys/class/net/private0/statistics/rx_bytes"));
+  const before = await received();
+  stack.declare(
+    snapshot("vm2", { origin: "LV-VM2", size: "16M" }),
+    nbdExport("vm2-export", { device: output("vm2", "path") }),
+    volumeCopy("mostly-empty", "vm2", { volume: { volumeGroup: "VgCopy", name: "vm2" } }),
+    volumeCopy("image", "vm2", { file: "/backup/vm2.raw" }),
+    volumeCopy("qcow2", "vm2", { file: "/backup/vm2.qcow2", format: "qcow2" }),
+  );
+  (await stack.up()).succeeded();
+  // Three times the 5 MiB in which there is anything, the random ones among them.
+  const crossed = (await received()) - before;
+  expect(crossed).toBeGreaterThan(3 * 2 * MiB);
+  expect(crossed).toBeLessThan(3 * 8 * MiB);
+  const read = "bs=1M iflag=direct status=none | sha256sum";
+  const source = (await lab.server1.run(`dd if=/dev/VgVm/LV-VM2 ${read}`)).stdout.split(" ")[0];
+  expect((await on2(`dd if=/dev/VgCopy/vm2 count=64 ${read}`)).split(" ")[0]).toBe(source);
+  expect((await on2("sha256sum /backup/vm2.raw")).split(" ")[0]).toBe(source);
+  await on2("qemu-img convert -f qcow2 -O raw /backup/vm2.qcow2 /root/unpacked");
+  expect((await on2("sha256sum /root/unpacked")).split(" ")[0]).toBe(source);
+  for (const name of ["mostly-empty", "image", "qcow2"])
+    expect(await state(name)).toMatchObject({ sha256: source, sizeBytes: 64 * MiB, verified: true });
+  (await stack.destroy()).succeeded();
+});
+
+it("what reads a snapshot on its own host ends when its link is lost, and that can be removed at once", async () => {
+  // It is read for a minute and more.
+  await lab.server1.run("lvcreate -qq -y -W n -L 5G -n LV-VM3 VgVm");
+  const snapshots = new LabStack("lost");
+  const taken = { host: "server1", volumeGroup: "VgVm", origin: "LV-VM3", name: "vm3", size: "16M" };
+  await snapshots.up("LvSnapshot", "vm3", taken);
+  const pool = createHostPool();
+  const host = await pool.get("server1");
+  const argv = script(checkDeviceScript, "/dev/VgVm/vm3", String(5 * 1024 * MiB));
+  const reading = host.run({ argv, kind: "read", deadlineSeconds: 600 });
+  const reads = async () => (await lab.server1.run("pgrep -x dd; true")).stdout.trim();
+  const lost = expect(reading).rejects.toThrow();
+  try {
+    await waitFor(async () => (await reads()) || undefined, { timeoutSeconds: 60, what: "it to be read" });
+  } finally {
+    pool.close();
+  }
+  await lost;
+  expect(await reads()).not.toBe("");
+  await snapshots.destroy("LvSnapshot", "vm3");
+  snapshots.close();
+  expect(await reads()).toBe("");
+  expect((await lab.server1.run("lvs --noheadings -o lv_name VgVm | xargs")).stdout).not.toContain("vm3");
 });

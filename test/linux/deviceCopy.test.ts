@@ -1,4 +1,4 @@
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import {
   existsSync,
@@ -11,7 +11,7 @@ import {
 } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, beforeAll, describe, expect, it, vi } from "vitest";
 import { copyPaths } from "../../provider/linux/copyJob.js";
 import {
   checkDeviceScript,
@@ -21,6 +21,8 @@ import {
   deviceJob,
   deviceNodeFunction,
 } from "../../provider/linux/deviceCopy.js";
+import { aliveSeconds } from "../../provider/linux/holders.js";
+import { withExtents } from "../../provider/linux/zeroRanges.js";
 import { CopyHost } from "../support/copyHost.js";
 
 it("a job follows from the path alone, and is none of a file's", () => {
@@ -112,6 +114,61 @@ describe("reading a device back", () => {
     }
   });
 
+  it("does not call it readable where it cannot even be opened", () => {
+    expect(check(join(folder, "gone"), 512)).toEqual({ status: 70, stdout: "" });
+  });
+
+  it("says meanwhile how far it is, and ends when it is done", async () => {
+    const programs = join(folder, "halting");
+    mkdirSync(programs);
+    const dd = `#!/bin/sh\nhead -c 4096; while [ ! -e ${folder}/go ]; do sleep 0.02; done; exec cat\n`;
+    writeFileSync(join(programs, "dd"), dd, { mode: 0o755 });
+    const quick = onFiles.replace(`sleep ${aliveSeconds} `, "sleep 0.05 ");
+    const env = { PATH: `${programs}:${join(folder, "bin")}:${process.env.PATH}` };
+    const child = spawn("/bin/sh", ["-c", quick, "sh", device(), "8192"], { env, detached: true });
+    let [told, ended] = ["", false];
+    child.stdout.on("data", (chunk) => {
+      told += String(chunk);
+    });
+    child.once("close", () => {
+      ended = true;
+    });
+    try {
+      await vi.waitFor(() => expect(told).toMatch(/^(0\n)*(4096\n)+$/), { timeout: 10_000 });
+      writeFileSync(join(folder, "go"), "");
+      await vi.waitFor(() => expect(ended).toBe(true), { timeout: 10_000 });
+      const sum = createHash("sha256").update(readFileSync(device())).digest("hex");
+      expect(told.split("\n").filter((line) => !/^\d{0,20}$/.test(line))).toEqual([sum]);
+    } finally {
+      if (child.pid !== undefined && !ended) process.kill(-child.pid, "SIGKILL");
+    }
+  });
+
+  it("ends with all it started where nobody is told any more that it reads", async () => {
+    const programs = join(folder, "slow");
+    const reader = join(folder, "reader");
+    mkdirSync(programs);
+    writeFileSync(join(programs, "dd"), `#!/bin/sh\necho $$ >${reader}; exec sleep 1000\n`, { mode: 0o755 });
+    const quick = onFiles.replace(`sleep ${aliveSeconds} `, "sleep 0.05 ");
+    expect(quick).not.toBe(onFiles);
+    const env = { PATH: `${programs}:${join(folder, "bin")}:${process.env.PATH}` };
+    const child = spawn("/bin/sh", ["-c", quick, "sh", device(), "512"], { env, detached: true });
+    let ended = false;
+    child.once("exit", () => {
+      ended = true;
+    });
+    const alive = () => existsSync(`/proc/${readFileSync(reader, "utf8").trim()}`);
+    try {
+      // As long as somebody listens it goes on.
+      for (let told = 0; told < 3; told++) await new Promise((resolve) => child.stdout.once("data", resolve));
+      expect(alive()).toBe(true);
+      child.stdout.destroy();
+      await vi.waitFor(() => expect([ended, alive()]).toEqual([true, false]), { timeout: 10_000 });
+    } finally {
+      if (child.pid !== undefined && !ended) process.kill(-child.pid, "SIGKILL");
+    }
+  });
+
   it("does not call it unreadable for want of a program", () => {
     expect(check(device(), 512, "/nowhere")).toEqual({ status: 71, stdout: "" });
   });
@@ -125,15 +182,15 @@ describe("a job onto a volume that is there", () => {
   });
   afterAll(() => host.close());
 
-  const run = async (device: string, rest: "zero" | "keep") => {
+  const run = async (device: string, rest: "zero" | "keep", extents = "", bandwidthLimit?: number) => {
     const folder = join(host.disk, "job");
     rmSync(folder, { recursive: true, force: true });
     mkdirSync(folder);
     mkdirSync(dirname(host.device("old")), { recursive: true });
     writeFileSync(host.device("old"), device);
-    const plan = { uri: "nbd://a/b", connections: 1, verify: true, bandwidthLimit: undefined, rest };
+    const plan = { uri: "nbd://a/b", connections: 1, verify: true, bandwidthLimit, rest };
     const args = deviceCopyArguments({ unit: "-", run: folder }, "/dev/VgVm/old", plan);
-    const argv = ["sh", "-c", deviceCopyJob, "sh", ...args];
+    const argv = ["sh", "-c", withExtents(extents, deviceCopyJob), "sh", ...args];
     const { exitCode } = await host.run({ argv, kind: "read", deadlineSeconds: 30 });
     const told = (name: string) => readFileSync(join(folder, name), "utf8");
     return { exitCode, told, held: readFileSync(host.device("old"), "utf8") };
@@ -147,6 +204,35 @@ describe("a job onto a volume that is there", () => {
     expect(exitCode).toBe(0);
     expect(held).toBe("content".repeat(1000).padEnd(8192, behind));
     expect(JSON.parse(told("result"))).toMatchObject({ sizeBytes: 7000, facts: "8192", verified: true });
+  });
+
+  describe("of which a part is empty", () => {
+    const source = "\0".repeat(4096).padEnd(7000, "#");
+    beforeAll(() => host.serve(source));
+
+    it("is read through one nbdkit that knows that, and the limit", async () => {
+      const { exitCode, held } = await run("old".repeat(4096), "zero", "0 4096 hole,zero\n4096 2904\n", 1000);
+      expect([exitCode, held]).toEqual([0, source.padEnd(12288, "\0")]);
+      expect(host.bytesAsked).toBe(2904);
+      const copying = host.nbdkitCalls.filter(
+        (call) => call.includes(" nbd ") && call.includes("extentlist"),
+      );
+      expect(copying).toEqual([
+        expect.stringMatching(
+          /^-U - -r --exit-with-parent --filter=extentlist --filter=rate nbd uri=nbd:\/\/a\/b rate=8000 extentlist=\S+\/extents --run /,
+        ),
+      ]);
+      // The second reading is of all of it: nothing that was believed of the source passes for read.
+      expect(host.nbdkitCalls.at(-1)).toMatch(/ --filter=rate nbd .* rate=8000 --run /);
+      expect(host.nbdkitCalls.at(-1)).not.toContain("extentlist");
+    });
+
+    it("is read whole by a list of another size, which would leave out the rest", async () => {
+      const calls = host.nbdkitCalls.length;
+      const { exitCode, held } = await run("old".repeat(4096), "zero", "0 4096 hole,zero\n4096 1000\n");
+      expect([exitCode, held]).toEqual([0, source.padEnd(12288, "\0")]);
+      expect(host.nbdkitCalls.slice(calls)).toEqual(["--dump-plugin nbd"]);
+    });
   });
 
   it("does not begin on one that is too small", async () => {

@@ -3,9 +3,15 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import fc from "fast-check";
-import { describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it } from "vitest";
 import { emitFunctions, parseFields } from "../../provider/linux/fields.js";
-import { findPattern, holdersScript, parseHolders, usersScript } from "../../provider/linux/holders.js";
+import {
+  aliveSeconds,
+  findPattern,
+  holdersScript,
+  parseHolders,
+  usersScript,
+} from "../../provider/linux/holders.js";
 
 const line = (kind: string, who: string) => `${kind}\t${Buffer.from(who).toString("base64")}\n`;
 
@@ -44,6 +50,50 @@ describe("holders of a device", () => {
         stdio: ["ignore", "pipe", "pipe"],
       });
     expect(run).toThrow(/not a block device/);
+  });
+});
+
+describe("processes that have a device open", () => {
+  let folder: string;
+  const begun: ReturnType<typeof spawn>[] = [];
+  beforeEach(() => {
+    folder = mkdtempSync(join(tmpdir(), "lvm-nbd-holders-"));
+    mkdirSync(join(folder, "class", "disk"), { recursive: true });
+    writeFileSync(join(folder, "class", "disk", "dev"), "254:9\n");
+    writeFileSync(join(folder, "disk"), "x\n");
+  });
+  afterEach(() => {
+    for (const process of begun.splice(0)) process.kill("SIGKILL");
+    rmSync(folder, { recursive: true, force: true });
+  });
+
+  async function opens(environment: NodeJS.ProcessEnv = {}): Promise<number | undefined> {
+    const reader = spawn("tail", ["-f", join(folder, "disk")], { env: { ...process.env, ...environment } });
+    begun.push(reader);
+    await new Promise((resolve) => reader.stdout.once("data", resolve));
+    return reader.pid;
+  }
+
+  /** A file stands for the device. */
+  function holders(): string[] {
+    const text = holdersScript
+      .replace('[ -b "$device" ]', "true")
+      .replaceAll("/sys/class/block/", `${folder}/class/`)
+      .replaceAll('"/dev/$name"', `"${folder}/$name"`)
+      .replace(`patience=${2 * aliveSeconds}`, "patience=1");
+    const argv = ["-c", text, "sh", join(folder, "disk"), ""];
+    return parseHolders(execFileSync("sh", argv, { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }));
+  }
+
+  it("are named; of what lvm-nbd itself reads there it is said once that it ends by itself, and when", async () => {
+    const ours = { LVM_NBD_RUN: "lvm-nbd-1" };
+    const [other, ...own] = [await opens(), await opens(ours), await opens(ours)];
+    const seen = holders();
+    expect(seen).toHaveLength(2);
+    expect(seen).toContain(`open in tail -f ${join(folder, "disk")} (pid ${other})`);
+    expect(seen.find((line) => own.some((pid) => line.includes(`(pid ${pid})`)))).toMatch(
+      /\), which is lvm-nbd's own: it ends by itself .* half an hour after its link died at the latest$/,
+    );
   });
 });
 

@@ -67,8 +67,10 @@ afterEach(() => destination.close());
 
 function handlers(): Handlers {
   [cancel, warnings, lines] = [new AbortController(), [], []];
-  const source = fakeHost(({ argv }) =>
-    argv[0] === "date" ? String(Number(recorded.lv_time) + 100) : volumes,
+  const source = fakeHost(
+    (command) =>
+      destination.sourceAnswer(command) ??
+      (command.argv[0] === "date" ? String(Number(recorded.lv_time) + 100) : volumes),
   );
   return createHandlers(resourceType("VolumeCopy"), {
     openHost: async (host) =>
@@ -291,10 +293,12 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
     const uuidOf = JSON.parse(overflowed).report[0].lv.find(
       (row: Values) => row.lv_snapshot_invalid === "1",
     ).lv_uuid;
-    destination.onCommand = ({ argv }) => {
-      if (argv[2]?.includes("systemd-run")) volumes = overflowed.replaceAll(uuidOf, snapshot.uuid);
-      return undefined;
-    };
+    destination.onCommand = ({ argv }) =>
+      argv[2]?.includes("CPUUsageNSec")
+        ? () => {
+            volumes = overflowed.replaceAll(uuidOf, snapshot.uuid);
+          }
+        : undefined;
     await fails("SNAPSHOT_OVERFLOWED", /ran full/, { snapshot });
   });
 

@@ -70,6 +70,8 @@ function handlers(): Handlers {
   [cancel, warnings, lines] = [new AbortController(), [], []];
   const source: Host = fakeHost((command) => {
     if (command.argv[0] === "date") return String(Number(recorded.lv_time) + 100);
+    const answer = destination.sourceAnswer(command);
+    if (answer !== undefined) return answer;
     if (command.argv[0] === "vgs")
       return { exitCode: 5, stderr: `Volume group "${recorded.vg_name}" not found` };
     return volumes;
@@ -332,22 +334,25 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
     await fails("COPY_MISMATCH", new RegExp(sha256(later)));
   });
 
+  it("its snapshot reads as something else on its own host", async () => {
+    destination.set("reread", later);
+    await fails("COPY_MISMATCH", new RegExp(sha256(later)), { snapshot });
+  });
+
   it("the snapshot overflows while it is copied: said with a size that would do", async () => {
     destination.set("broken", "Input/output error\n");
-    destination.onCommand = ({ argv }) => {
-      if (argv[2]?.includes("systemd-run")) volumes = overflowed();
-      return undefined;
-    };
+    onceFollowed(() => {
+      volumes = overflowed();
+    });
     await fails("SNAPSHOT_OVERFLOWED", /larger `size`.*filled 8\.0 MiB in 100 s.*"\d+M"|100%ORIGIN/, {
       snapshot,
     });
   });
 
   it("the snapshot overflows after the last byte was read: the image is not certified", async () => {
-    destination.onCommand = ({ argv }) => {
-      if (argv[2]?.includes("systemd-run")) volumes = overflowed();
-      return undefined;
-    };
+    onceFollowed(() => {
+      volumes = overflowed();
+    });
     await fails("SNAPSHOT_OVERFLOWED", /ran full/, { snapshot });
   });
 
@@ -396,6 +401,15 @@ describe("a copy that cannot be made leaves nothing but its reason", () => {
     expect(destination.left()).toEqual(complete);
   });
 });
+
+/** Does something when the job was first looked at: its source was read on its own host by then. */
+function onceFollowed(act: () => void): void {
+  destination.onCommand = ({ argv }) => {
+    if (!argv[2]?.includes("CPUUsageNSec")) return undefined;
+    destination.onCommand = () => undefined;
+    return act;
+  };
+}
 
 /** The recorded overflow, as that of the snapshot that is copied, with a store of 8 MiB. */
 const overflowed = () =>
@@ -864,11 +878,9 @@ describe("whatever cuts it, the next up finishes the work", () => {
     ],
     ["a volume group that is not there now", () => recordedLvs("empty"), "VOLUME_GROUP_NOT_FOUND"],
   ])("a verified image waits, whatever cannot be told: %s", async (_what, listing, code) => {
-    destination.onCommand = ({ argv }) => {
-      if (argv[2]?.includes("systemd-run"))
-        volumes = listing() ?? new LvmNbdError("COMMAND_FAILED", { message: "lvs was killed" });
-      return undefined;
-    };
+    onceFollowed(() => {
+      volumes = listing() ?? new LvmNbdError("COMMAND_FAILED", { message: "lvs was killed" });
+    });
     const wanted = await checked({ snapshot });
     await expect(handlers().create(wanted)).rejects.toThrow(code);
     expect(destination.left()).toContain("vm1.raw.part/result");
@@ -891,6 +903,17 @@ describe("whatever cuts it, the next up finishes the work", () => {
     await handlers().create(wanted);
     expect(destination.started).toBe(1);
     expect(destination.left()).toEqual(complete);
+  });
+
+  it("the source is read a second time on its own host, not over the network; cut off there, it is read once more", async () => {
+    destination.set("broken-reread", "");
+    let cuts = 1;
+    destination.onSource = () => {
+      if (cuts-- > 0) throw new LvmNbdError("LINK_LOST", { message: "connection reset" });
+    };
+    expect(await made({ snapshot })).toMatchObject({ state: "complete", verified: true });
+    expect(cuts).toBe(-1);
+    expect(destination.started).toBe(1);
   });
 
   it("a host that does not answer for a while is waited for: its job goes on", async () => {

@@ -365,6 +365,26 @@ test("a command that was cancelled before it began is never sent", async () => {
   expect(server.lines).toHaveLength(1);
 });
 
+test("what a command prints is told as it comes, and is all in its result", async () => {
+  let arrived: Arrived | undefined;
+  const server = await serve({
+    run: (command) => {
+      command.started();
+      arrived = command;
+    },
+  });
+  const told: string[] = [];
+  const host = await open(server.host());
+  const running = host.run({ ...read, onOutput: (text) => told.push(text) }, undefined);
+  await until(() => arrived !== undefined, "the command");
+  arrived?.channel.write("4096\n");
+  await until(() => told.join("") === "4096\n", "what it printed");
+  arrived?.channel.stderr.write("not that\n");
+  arrived?.exit(0, "end\n");
+  expect((await running).stdout).toBe("4096\nend\n");
+  expect(told.join("")).toBe("4096\nend\n");
+});
+
 test("a cancel ends the process group on the host", async () => {
   let command: Arrived | undefined;
   const server = await serve({

@@ -343,6 +343,65 @@ test("a closed pool ends its connections and opens none", async () => {
   expect(server.sockets).toHaveLength(1);
 });
 
+const long: RemoteCommand = { ...read, argv: ["dd"], ownConnection: true };
+
+test("what is read for long leaves the only session of a connection to the others, and its own one ends with it", async () => {
+  let held: Arrived | undefined;
+  const server = await serve({
+    maxSessions: 1,
+    run: (command) => {
+      command.started();
+      if (command.line.includes(" dd")) held = command;
+      else command.exit(0, "done");
+    },
+  });
+  const host = await pool().get(args(server));
+  const reading = host.run(long);
+  await until(() => held !== undefined, "the reading");
+  expect((await host.run(read)).stdout).toBe("done");
+  expect((await host.run(change)).stdout).toBe("done");
+  expect(server.sockets).toHaveLength(2);
+  held?.exit(0, "sum");
+  expect((await reading).stdout).toBe("sum");
+  await until(() => held?.socket.destroyed === true, "the end of its connection");
+  expect((await host.run(read)).stdout).toBe("done");
+  expect(server.sockets).toHaveLength(2);
+});
+
+test("what is read for long is read again on another connection of its own when its link is lost", async () => {
+  const server = await serve(cutting("while it runs"));
+  const host = await pool().get(args(server));
+  expect((await host.run(long)).stdout).toBe("done");
+  expect(server.lines).toHaveLength(2);
+  await until(() => server.sockets.every(({ destroyed }) => destroyed), "the end of both connections");
+});
+
+test("a closed pool ends what is read for long, too", async () => {
+  const server = await serve({ run: (command) => command.started() });
+  const hosts = pool();
+  const host = await hosts.get(args(server));
+  const reading = failure(host.run(long));
+  await until(() => server.lines.length === 1, "the reading");
+  hosts.close();
+  expect((await reading).code).toBe("CANCELLED");
+  await until(() => server.sockets.every(({ destroyed }) => destroyed), "the end of the connection");
+  expect(server.sockets).toHaveLength(1);
+});
+
+test("a connection of its own that comes about after a cancel ends at once", async () => {
+  const waiting: (() => void)[] = [];
+  const server = await serve({ authenticate: (context) => waiting.push(() => context.accept()) });
+  const host = await pool().get(args(server));
+  const abort = new AbortController();
+  const cancelled = failure(host.run(long, abort.signal));
+  await until(() => waiting.length === 1, "the login");
+  abort.abort();
+  expect((await cancelled).code).toBe("CANCELLED");
+  waiting[0]?.();
+  await until(() => server.sockets[0]?.destroyed === true, "the end of the connection");
+  expect(server.lines).toEqual([]);
+});
+
 /** Servers under one address that have these machine-ids in turn, one each connection. `undefined`: no answer, the link is cut. */
 async function machines(...answers: (Partial<CommandResult> | undefined)[]) {
   const asked: string[] = [];

@@ -3,19 +3,22 @@
  * findmnt are stand-ins of a few lines, everything else is the machine's. For cuts that a lab cannot make one by one.
  */
 import { spawn, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { LvmNbdError } from "../../provider/core/errors.js";
-import { deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
+import { checkDeviceScript, deviceNodeFunction } from "../../provider/linux/deviceCopy.js";
 import { holdersScript } from "../../provider/linux/holders.js";
+import { zeroRangesScript } from "../../provider/linux/zeroRanges.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
 import { lvmStandIns } from "./lvmStandIns.js";
 import { ShellHost } from "./shellHost.js";
 
 /**
  * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
- * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `type` (the file system's), `name` (the host's). Of a copy onto a device the
+ * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `type` (the file system's), `name` (the host's),
+ * `no-nbd-plugin` and `no-extentlist` (nbdkit is without them). Of a copy onto a device the
  * second time is the first.
  */
 const standIns: Readonly<Record<string, string>> = {
@@ -61,13 +64,41 @@ const standIns: Readonly<Record<string, string>> = {
     if [ "$target" = - ]; then while [ -e "$SANDBOX/hold-reread" ]; do sleep 0.02; done; fi
     if [ "$target" = - ] && [ -e "$SANDBOX/broken-reread" ]; then head -c 100 "$SANDBOX/source"; exit 1; fi
     if [ "$target" = - ]; then cat "$SANDBOX/$([ -e "$SANDBOX/reread" ] && echo reread || echo source)"; exit; fi
+    source=\${SERVED:-$SANDBOX/source}
     echo 50/100 >&3
     while [ -e "$SANDBOX/hold" ]; do sleep 0.02; done
     [ ! -e "$SANDBOX/broken" ] || { cat "$SANDBOX/broken" >&2; echo half | dd of="$target" conv=notrunc status=none; exit 1; }
     case $target in
-      */dev/*) [ "$(stat -c %s "$SANDBOX/source")" -le "$(stat -c %s "$target")" ] && dd if="$SANDBOX/source" of="$target" bs=64K conv=notrunc status=none;;
-      *) cp --sparse=always "$SANDBOX/source" "$target";;
+      */dev/*) [ "$(stat -c %s "$source")" -le "$(stat -c %s "$target")" ] && dd if="$source" of="$target" bs=64K conv=notrunc status=none;;
+      *) cp --sparse=always "$source" "$target";;
     esac`,
+  // What the list of extents calls a hole, or does not tell of, nobody asks the source for, and takes for zero.
+  nbdkit: `
+    printf '%s\\n' "$*" >>"$SANDBOX/nbdkit"
+    if [ "$1" = --dump-plugin ]; then [ ! -e "$SANDBOX/no-nbd-plugin" ]; exit; fi
+    list= inner= uri=nbd+unix:///stand-in
+    while [ $# -gt 0 ]; do
+      case $1 in
+        --filter=extentlist) [ ! -e "$SANDBOX/no-extentlist" ] || { echo "nbdkit: no such filter" >&2; exit 1; };;
+        extentlist=*) list=\${1#extentlist=};;
+        --run) inner=$2;;
+      esac
+      shift
+    done
+    if [ -n "$list" ] && [ "$inner" != true ]; then
+      cp "$list" "$SANDBOX/list" || exit 1
+      SERVED=$SANDBOX/served; export SERVED
+      rm -f "$SERVED"; truncate -s "$(stat -c %s "$SANDBOX/source")" "$SERVED"
+      while read -r at length hole; do
+        [ -n "$hole" ] || dd if="$SANDBOX/source" of="$SERVED" bs=64K iflag=skip_bytes,count_bytes oflag=seek_bytes skip="$at" seek="$at" count="$length" conv=notrunc status=none || exit
+      done <"$list"
+    fi
+    export uri; exec sh -c "$inner"`,
+  "qemu-img": `
+    [ "$1" != --version ] || { echo "qemu-img version 7.2.22"; exit; }
+    echo "    (50.00/100%)"
+    for target; do :; done
+    exec nbdcopy "$target" 3>/dev/null`,
   ...lvmStandIns,
 };
 
@@ -94,6 +125,12 @@ export class CopyHost extends ShellHost implements Host {
   readonly commands: RemoteCommand[] = [];
   /** Called with each command before it runs; may throw. What it returns is called when the command has run. */
   onCommand: (command: RemoteCommand, index: number) => undefined | (() => void) = () => undefined;
+  /** Called before the source is read on its own host; may throw. */
+  onSource: () => void = () => undefined;
+  /** What reading the first sector there comes to, before a copy is begun; may throw. */
+  onFirstSector: () => string | Partial<CommandResult> = () => `${"0".repeat(64)}\n`;
+  /** What the look there for what is empty comes to; may throw. Unless set as where there is no perl. */
+  onScan: () => string | Partial<CommandResult> = () => "";
   /** Where images go. */
   readonly disk: string;
   /** What `holdersScript` prints. */
@@ -111,6 +148,49 @@ export class CopyHost extends ShellHost implements Host {
   /** What the export serves; `undefined` when nothing answers. */
   serve(content: string | undefined): void {
     this.set("source", content);
+  }
+
+  /** What the source's host prints for a script that only a copy from a snapshot runs there; `undefined` of any other. */
+  sourceAnswer({ argv }: RemoteCommand): string | Partial<CommandResult> | undefined {
+    if (argv[2] === zeroRangesScript) return this.onScan();
+    if (argv[2] !== checkDeviceScript) return undefined;
+    if (argv[5] === "512") return this.onFirstSector();
+    this.onSource();
+    return this.servedSum();
+  }
+
+  /** What is really found where a snapshot has this content. */
+  scanOf(content: string): string {
+    const file = join(this.folder, "scanned");
+    writeFileSync(file, content);
+    const argv = ["-c", this.inside(zeroRangesScript), "sh", file, String(Buffer.byteLength(content))];
+    const { status, stdout, stderr } = spawnSync("sh", argv, { encoding: "utf8" });
+    if (status !== 0) throw new Error(stderr);
+    return stdout;
+  }
+
+  /** Each call of nbdkit. */
+  get nbdkitCalls(): string[] {
+    const list = join(this.folder, "nbdkit");
+    return existsSync(list) ? readFileSync(list, "utf8").trim().split("\n") : [];
+  }
+
+  /** Of how many bytes the source was asked by the last copy that knew what of it is empty; `undefined` if none did. */
+  get bytesAsked(): number | undefined {
+    const list = join(this.folder, "list");
+    if (!existsSync(list)) return undefined;
+    const data = readFileSync(list, "utf8")
+      .trim()
+      .split("\n")
+      .map((line) => line.split(" "));
+    return data.reduce((sum, [, length, hole]) => sum + (hole === undefined ? Number(length) : 0), 0);
+  }
+
+  /** SHA-256 of what is served, the second time where that is another, as a script prints it. */
+  servedSum(): string {
+    const [again = "", first = ""] = ["reread", "source"].map((file) => join(this.folder, file));
+    const served = readFileSync(existsSync(again) ? again : first);
+    return `${createHash("sha256").update(served).digest("hex")}\n`;
   }
 
   /** An export of an image is up, to which no client is connected. */
