@@ -136,6 +136,8 @@ if [ -z "$filesystem" ]; then
   case $filesystem in /dev/*) uuid=$(blkid -o value -s UUID "$filesystem") && [ -n "$uuid" ] && filesystem=$uuid;; esac
 fi
 emit filesystem "$filesystem"
+# Before what it made: the job's last work is its result, so that one which runs no more has no other to come.
+emit active "$(systemctl show -p ActiveState --value "$unit")"
 emit facts "$(facts "$file")"
 if [ -e "$file" ] || [ -L "$file" ]; then
   emit kind "$(stat -c %F "$file")"
@@ -154,7 +156,6 @@ if [ -d "$part" ] && [ ! -L "$part" ]; then
     emit image "$(facts "$part/image")"
   fi
 elif [ -e "$part" ] || [ -L "$part" ]; then emit part other; fi
-emit active "$(systemctl show -p ActiveState --value "$unit")"
 emit end ""
 `,
   ["path", "path", "path", "unit", "run"],

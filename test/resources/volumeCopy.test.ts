@@ -799,6 +799,17 @@ describe("whatever cuts it, the next up finishes the work", () => {
     expect(destination.left()).toEqual(complete);
   });
 
+  it("a job that ends while it is looked at is found, not started again", async () => {
+    destination.set("hold", "");
+    dies(destination, 4, "after");
+    await expect(made({ snapshot })).rejects.toThrow(Died);
+    destination.onCommand = () => undefined;
+    destination.set("ends-meanwhile", "");
+    await made({ snapshot });
+    expect(destination.started).toBe(1);
+    expect(destination.left()).toEqual(complete);
+  });
+
   it("a job for another declaration is not taken for it", async () => {
     destination.set("hold", "");
     dies(destination, 3, "after");

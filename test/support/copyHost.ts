@@ -16,7 +16,7 @@ import { lvmStandIns } from "./lvmStandIns.js";
 import { ShellHost } from "./shellHost.js";
 
 /**
- * Their switches: `hold` (copying waits), `broken` (copying fails with these words), `reread` (what the source serves the
+ * Their switches: `hold` (copying waits), `ends-meanwhile` (until the next look at a unit), `broken` (copying fails with these words), `reread` (what the source serves the
  * second time), `broken-reread` (it breaks off then), `hold-reread` (it waits then), `filesystem`, `type` (the file system's), `name` (the host's),
  * `no-nbd-plugin` and `no-extentlist` (nbdkit is without them). Of a copy onto a device the
  * second time is the first.
@@ -35,7 +35,8 @@ const standIns: Readonly<Record<string, string>> = {
     pid=$(cat "$SANDBOX/units/$unit.pid" 2>/dev/null)
     alive() { [ -n "$pid" ] && grep -qs '^State:[^Z]*$' "/proc/$pid/status"; }
     case $verb in
-      show) if alive; then state=active; else state=inactive; fi
+      show) if [ -e "$SANDBOX/ends-meanwhile" ]; then rm -f "$SANDBOX/hold" "$SANDBOX/ends-meanwhile"; while alive; do sleep 0.02; done; fi
+        if alive; then state=active; else state=inactive; fi
         if [ $value = yes ]; then echo $state; else echo ActiveState=$state; echo CPUUsageNSec=1; fi;;
       stop) alive && kill -KILL "-$pid"; for try in $(seq 250); do alive || break; sleep 0.02; done; rm -f "$SANDBOX/units/$unit.pid";;
     esac`,
