@@ -1,8 +1,8 @@
-#!/usr/bin/env -S node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16
+#!/usr/bin/env -S node --optimize-for-size --max-semi-space-size=2 --initial-old-space-size=16 --no-opt
 /**
  * `pulumi-resource-lvm-nbd`: started by Pulumi's engine with its address as the last argument, it prints the port of its
  * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 is
- * to take the little memory that it needs. The first line has no variables, which shims of package managers take for the program, and
+ * to take the little memory that it needs, and not 10 MB to compile code a second time. The first line has no variables, which shims of package managers take for the program, and
  * less than 127 bytes, of which kernels before 5.1 cut the rest.
  */
 import { fstatSync, readFileSync } from "node:fs";
@@ -82,6 +82,7 @@ function start(): void {
   // Here and not in the first line: a Node that does not know it starts all the same. What is live grows by a tenth before it is looked
   // through again: by more, what a look at a thousand volumes leaves behind adds up.
   setFlagsFromString("--heap-growing-percent=10");
+  setFlagsFromString("--no-maglev");
   const server = new grpc.Server(anySize);
   const address = process.argv.at(-1);
   const parts = {
