@@ -133,6 +133,10 @@ class PooledHost implements Host {
     try {
       const connection = await unlessCancelled(dialled, signal, this.name);
       return await connection.run(command, signal);
+    } catch (error) {
+      // A certificate or an agent that let us in once may not do so hours later.
+      if (!isLvmNbdError(error, "AUTH_FAILED")) throw error;
+      return await this.runShared(command, signal);
     } finally {
       this.own.delete(dialled);
       // Also one that comes about after a cancel.

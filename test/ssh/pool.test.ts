@@ -376,6 +376,18 @@ test("what is read for long is read again on another connection of its own when 
   await until(() => server.sockets.every(({ destroyed }) => destroyed), "the end of both connections");
 });
 
+test("what is read for long is read over the connection there is, where the host lets nobody in a second time", async () => {
+  let logins = 0;
+  const server = await serve({
+    authenticate: (context) => (++logins === 1 ? context.accept() : context.reject(["publickey"])),
+  });
+  const host = await pool().get(args(server));
+  await host.run(read);
+  expect((await host.run(long)).exitCode).toBe(0);
+  expect(server.lines).toHaveLength(2);
+  expect(logins).toBeGreaterThan(1);
+});
+
 test("a closed pool ends what is read for long, too", async () => {
   const server = await serve({ run: (command) => command.started() });
   const hosts = pool();
