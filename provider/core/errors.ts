@@ -107,8 +107,10 @@ export const errorCodes = {
     "The snapshot is not active, so LVM cannot tell whether it is valid. Nothing was changed, and what was copied is kept. Activate its volume group (`vgchange -ay`) and run again.",
   COPY_STALLED:
     "The copy made no progress for minutes; it was stopped and removed. Look at the export, at the network and at the destination's disk, then run again.",
+  SOURCE_STALLED:
+    "A source came no further for minutes while it was read on its own host, to be compared with its copy. What was copied is kept. Look at that host's disks (`dmesg`); the next `pulumi up` goes on.",
   COPY_UNCERTIFIED:
-    "The snapshot was removed, or is being merged, before the copy was certified: whether all that was read is its moment cannot be told, so the image was removed. Run `pulumi up --refresh`, which takes the snapshot anew.",
+    "The snapshot was removed, made writable, or is being merged, before the copy was certified: whether all that was read is its moment cannot be told, so the image was removed. Run `pulumi up --refresh`, which takes the snapshot anew.",
   IMAGE_CORRUPT:
     "The image does not read as the `sha256` that was declared: it was changed since, or `uri` serves another one. Nothing was written. Check that `uri` serves the image of that checksum; if it does, its disk has spoiled it: restore from another backup.",
   RESTORE_OVERFLOWS:

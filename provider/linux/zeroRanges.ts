@@ -11,7 +11,7 @@ import { aliveSeconds } from "./holders.js";
 const stepBytes = 1024 ** 2;
 
 /** So many ranges at most are told: shorter ones than this share of a large volume are copied. */
-const mostRanges = 16_384;
+const mostRanges = 4096;
 
 /** After which the look ends at the latest, with what was found until then. */
 export const zeroSeconds = 1800;

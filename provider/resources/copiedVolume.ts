@@ -62,6 +62,7 @@ import {
   comparedBy,
   emptyRanges,
   explained,
+  isRefusedNow,
   isVerifiable,
   refused,
   sourceSize,
@@ -432,8 +433,9 @@ export async function copyToVolume(
   const goesOn = running === true || (result !== undefined && snapshot !== undefined);
   const asDeclared = record?.generation === generation && isVerifiable(record, wanted);
   const writesIt = part?.tags.includes(runTagOf(recordDigest ?? "")) === true;
+  const isWanted = goesOn && asDeclared && writesIt && facts === undefined;
   const runTag = ownRun(wanted.owner, seen);
-  if (runTag !== undefined && !(goesOn && asDeclared && writesIt && facts === undefined)) {
+  if (runTag !== undefined && (!isWanted || (await isRefusedNow(context, record, wanted)))) {
     context.progress(`removing an unfinished copy to ${path}`);
     await discard(context, volume, runTag);
     part = undefined;
@@ -479,7 +481,7 @@ export async function copyToVolume(
       return sourceSumOf(compared);
     },
     certify: async (done) => {
-      const lv = await certifySize(context, wanted, done.sizeBytes);
+      const lv = await certifySize(context, wanted, done.sizeBytes, compared);
       if (part === undefined) throw new Error("a copy without its volume");
       return [part, factsOf(part, done, snapshot?.uuid, lv?.createdAt)] as const;
     },

@@ -26,7 +26,7 @@ export interface CopyIdentity {
   readonly generation: string;
 }
 
-/** Reads the SHA-256 of a source; `tell` is given its progress, as a person reads it. Raises COPY_STALLED. */
+/** Reads the SHA-256 of a source; `tell` is given its progress, as a person reads it. Raises SOURCE_STALLED. */
 export type SourceSum = (context: Context, tell: (progress: string) => void) => Promise<string>;
 
 /** One copy: what differs by what it is made into. */
@@ -141,30 +141,35 @@ async function followed(
   const signal = AbortSignal.any([context.signal, ended.signal]);
   // Until then it is the job's progress that is told.
   let isLast = false;
+  let last = "";
   const tell = (progress: string) => {
+    last = progress;
     if (isLast) context.progress(progress);
   };
   const reading = Promise.allSettled(
     sourceSum === undefined ? [] : [sourceSum({ ...context, signal }, tell)],
   ).then(([read]) => {
-    if (read?.status === "rejected" && !mayPass(read.reason)) refused.abort();
+    if (read?.status === "rejected" && isFinal(read.reason)) refused.abort();
     return read;
   });
   const following = { ...context, signal: AbortSignal.any([context.signal, refused.signal]) };
   try {
     const result = await follow(following, run, recordDigest, report);
     if (sourceSum === undefined || result.verified) return result;
-    context.progress("the copy was read back; waiting for the checksum of its source");
+    context.progress(`the copy was read back; waiting for the checksum of its source${last && `: ${last}`}`);
     isLast = true;
     const read = await reading;
-    // What was cut off long ago is tried again, now that nothing else is left to do.
-    if (read?.status === "rejected" && !mayPass(read.reason)) throw read.reason;
+    // What failed long ago is tried again, now that nothing else is left to do.
+    if (read?.status === "rejected" && isFinal(read.reason)) throw read.reason;
     const source = read?.status === "fulfilled" ? read.value : await sourceSum(context, tell);
     if (source === result.sha256) return { ...result, verified: true };
     throw new LvmNbdError("COPY_MISMATCH", {
-      message: `mismatch: the copy reads back as ${result.sha256}, the source as ${source}`,
+      message: `mismatch: the copy reads back as ${result.sha256}, the source, where it lies, as ${source}`,
       host: context.host.name,
       resource: context.resource,
+      advice:
+        "Nothing of the copy is kept; an earlier one is untouched. See that `uri` serves the snapshot that `snapshot` names, and look at the " +
+        "destination's disk and memory; then run again.",
     });
   } catch (error) {
     const read = refused.signal.aborted && !context.signal.aborted ? await reading : undefined;
@@ -179,8 +184,9 @@ async function followed(
   }
 }
 
-function mayPass(error: unknown): boolean {
-  return isLvmNbdError(error, "HOST_UNREACHABLE", "LINK_LOST", "COMMAND_TIMED_OUT");
+/** With these the copy cannot be compared, whatever comes of it. Any other failure may pass until it is complete. */
+function isFinal(error: unknown): boolean {
+  return !isLvmNbdError(error) || isLvmNbdError(error, ...copyFailures, "SOURCE_STALLED", "SUDO_DENIED");
 }
 
 const pollSeconds = { first: 0.2, most: 2 };

@@ -7,7 +7,7 @@ import { parseOutput, succeed } from "../core/command.js";
 import { briefly, type ErrorCode, isLvmNbdError, LvmNbdError } from "../core/errors.js";
 import { script } from "../core/hostCommands.js";
 import type { Context } from "../core/resource.js";
-import { serially } from "../core/serial.js";
+import { atMost } from "../core/serial.js";
 import { bytesPhrase, type CopyProgress, ratePhrase } from "../linux/copyJob.js";
 import { clockCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume } from "../linux/lvm.js";
@@ -31,7 +31,7 @@ interface Reading extends Pick<CopySource, "snapshot"> {
   readonly bandwidthLimit?: string | number | undefined;
   /** Whether what was copied is compared with it. */
   readonly verify: boolean;
-  /** Its host lets nobody read it: see `asReadable`. */
+  /** Its host lets nobody read it, or it may be written to: see `asReadable`. */
   readonly refusedThere?: boolean;
 }
 
@@ -110,14 +110,19 @@ export function refused(
   });
 }
 
-/** Sees that the snapshot is valid, and that it has the size of what is served under its name. */
+/**
+ * Sees that the snapshot is valid, and that it has the size of what is served under its name. `reading`: how the copy was compared with
+ * it. Raises COPY_UNCERTIFIED for one that may have been written to meanwhile, of which two readings beside each other prove nothing.
+ */
 export async function certifySize(
   context: Context,
   { snapshot, uri }: CopySource,
   sizeBytes: number,
+  reading?: Reading,
 ): Promise<LogicalVolume | undefined> {
   if (snapshot === undefined) return undefined;
   const lv = await certify(context, snapshot);
+  if (reading !== undefined && isReadThere(reading)) requireReadOnly(context, lv);
   const size = visibleBytes(lv);
   if (size === sizeBytes) return lv;
   throw new LvmNbdError("COPY_MISMATCH", {
@@ -129,21 +134,34 @@ export async function certifySize(
   });
 }
 
+function requireReadOnly(context: Context, { path, readOnly }: LogicalVolume): void {
+  if (readOnly) return;
+  throw new LvmNbdError("COPY_UNCERTIFIED", {
+    message: `the snapshot ${path} was made writable while it was copied, so whether all that was read is one moment cannot be told`,
+    host: context.host.name,
+    resource: context.resource,
+    advice: "Run `pulumi up` again: what is writable is read a second time once it is copied.",
+  });
+}
+
 /** Bytes that a reader of it sees. A thin snapshot has a size of its own, and its origin may have grown since. */
 function visibleBytes({ kind, originSizeBytes, sizeBytes }: LogicalVolume): number {
   return kind === "cow" ? (originSizeBytes ?? sizeBytes) : sizeBytes;
 }
 
+/** So many sources of a host are read at once for one purpose. One alone would keep all others waiting behind a large one. */
+const mostReadings = 4;
+
 /**
- * Reads a source of the context's host for one purpose. For each one at a time: it has a connection of its own for as long as it reads, and
- * all read one host's disks. Who is cancelled does not wait for the others, but for what he has begun.
+ * Reads a source of the context's host for one purpose. For each so many at a time: it has a connection of its own for as long as it reads,
+ * and all read one host's disks. Who is cancelled does not wait for the others, but for what he has begun.
  */
 async function inTurn<T>({ host, signal }: Context, purpose: string, read: () => Promise<T>): Promise<T> {
   let begin = () => {};
   const begun = new Promise<void>((resolve) => {
     begin = resolve;
   });
-  const reading = serially(host, purpose, () => {
+  const reading = atMost(host, purpose, mostReadings, () => {
     begin();
     return read();
   });
@@ -159,9 +177,11 @@ export function sourceSumOf(source: Reading): SourceSum | undefined {
   if (snapshot === undefined || !isReadThere(source)) return undefined;
   return async (context, tell) => {
     const there = { ...context, host: await context.open(snapshot.host) };
+    tell(`waiting until other sources are read on ${there.host.name}`);
     return inTurn(there, "checksums of sources", async () => {
       // Not before its turn: that may come hours later.
       const lv = await certify(context, snapshot);
+      requireReadOnly(context, lv);
       const [sizeBytes, began] = [visibleBytes(lv), performance.now()];
       const watch = (bytes: number) => {
         const seconds = (performance.now() - began) / 1000;
@@ -187,25 +207,58 @@ export function sourceSumOf(source: Reading): SourceSum | undefined {
 
 /**
  * How the source is read for a copy that is begun now: by its job, over the network, where the snapshot's host refuses what would be run
- * there. Found out by the first sector: what is refused at once is not to be told when the copy is complete.
+ * there, which is found out by the first sector: what is refused at once is not to be told when the copy is complete. Also where it may be
+ * written to: only a second reading after the copy shows that nothing was.
  */
 export async function asReadable<T extends Reading>(context: Context, source: T): Promise<T> {
   const { snapshot } = source;
   if (snapshot === undefined || !isReadThere(source)) return source;
   const lv = await certify(context, snapshot);
-  const there = { ...context, host: await context.open(snapshot.host) };
+  if (!lv.readOnly) return { ...source, refusedThere: true };
   let reason = "its first sector cannot be read";
   try {
-    const sum = await inTurn(there, "first sectors of sources", () =>
-      deviceSum(there, lv.path, 512, { ownConnection: true, watch: () => undefined }),
-    );
-    if (sum !== undefined) return source;
+    if ((await firstSector(context, snapshot, lv)) !== undefined) return source;
   } catch (error) {
     if (!isLvmNbdError(error, ...untold)) throw error;
     reason = briefly(error);
   }
-  context.warn(`${lv.path} is read a second time over the network, not on ${there.host.name}: ${reason}`);
+  const { name } = await context.open(snapshot.host);
+  context.warn(`${lv.path} is read a second time over the network, not on ${name}: ${reason}`);
   return { ...source, refusedThere: true };
+}
+
+/**
+ * Whether its host refuses by now what a copy was begun with, as after an update of what it is allowed to run: then the copy could never be
+ * compared. What may pass is no refusal.
+ */
+export async function isRefusedNow(
+  context: Context,
+  begun: Begun | undefined,
+  wanted: Reading,
+): Promise<boolean> {
+  const source = comparedBy(begun, wanted);
+  const { snapshot } = source;
+  if (begun === undefined || snapshot === undefined || !isReadThere(source)) return false;
+  try {
+    await firstSector(context, snapshot, await certify(context, snapshot));
+    return false;
+  } catch (error) {
+    // Whatever else keeps it from being read is told by the reading itself.
+    if (!isLvmNbdError(error)) throw error;
+    return error.code === "SUDO_DENIED";
+  }
+}
+
+/** Its checksum; `undefined` if it cannot be read. */
+async function firstSector(
+  context: Context,
+  snapshot: SnapshotReference,
+  { path }: LogicalVolume,
+): Promise<string | undefined> {
+  const there = { ...context, host: await context.open(snapshot.host) };
+  return inTurn(there, "first sectors of sources", () =>
+    deviceSum(there, path, 512, { ownConnection: true, watch: () => undefined }),
+  );
 }
 
 /**
@@ -227,7 +280,7 @@ export async function emptyRanges(context: Context, source: Reading, sizeBytes: 
       const command: RemoteCommand = {
         argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
         kind: "read",
-        deadlineSeconds: zeroSeconds + 120,
+        deadlineSeconds: Math.min(zeroSeconds, 5 + Math.ceil(sizeBytes / (100 * 1024 ** 2))) + 300,
         ownConnection: true,
       };
       const result = await succeed(there, command, `${lv.path} could not be read`);

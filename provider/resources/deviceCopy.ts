@@ -154,7 +154,7 @@ export async function requireClosed(
 
 /** How a device is read. */
 interface DeviceReading extends Pick<RemoteCommand, "ownConnection"> {
-  /** Told how many bytes are read. What comes no further is ended, with COPY_STALLED. */
+  /** Told how many bytes are read. What comes no further is ended, with SOURCE_STALLED. */
   readonly watch?: ((bytes: number) => void) | undefined;
 }
 
@@ -187,7 +187,10 @@ export async function deviceSum(
   return parseOutput(context, command, result, parseSum);
 }
 
-/** Runs a command that says how many bytes it has read. One that comes no further for `stallSeconds` is ended, with COPY_STALLED. */
+/**
+ * Runs a command that says how many bytes it has read. One that says for `stallSeconds` that it comes no further, or nothing, is ended, with
+ * SOURCE_STALLED.
+ */
 async function watched(
   context: Context,
   command: RemoteCommand,
@@ -195,16 +198,26 @@ async function watched(
   watch: (bytes: number) => void,
 ): Promise<CommandResult> {
   const stalled = new AbortController();
-  const timer = setTimeout(() => stalled.abort(), stallSeconds * 1000);
-  let [position, begun] = ["", ""];
+  // The clock goes on while this process stands still; what was said meanwhile is then heard first.
+  let silent: NodeJS.Timeout | undefined;
+  const timer = setTimeout(() => {
+    silent = setTimeout(() => stalled.abort(), 2 * aliveSeconds * 1000);
+  }, stallSeconds * 1000);
+  const heard = () => {
+    clearTimeout(silent);
+    timer.refresh();
+  };
+  let [position, begun, same] = ["", "", 0];
   const onOutput = (text: string) => {
     const lines = `${begun}${text}`.split("\n");
     begun = (lines.pop() ?? "").slice(0, 100);
     for (const line of lines.filter((one) => saysPosition.test(one))) {
+      heard();
       // Where no position can be told it may come further for all we know.
-      if (line !== position || line === "") timer.refresh();
+      same = line === position && line !== "" ? same + 1 : 0;
       position = line;
       if (line !== "") watch(Number(line));
+      if (same * aliveSeconds >= stallSeconds) stalled.abort();
     }
   };
   try {
@@ -212,15 +225,15 @@ async function watched(
     return await context.host.run({ ...command, onOutput }, signal);
   } catch (error) {
     if (!stalled.signal.aborted || context.signal.aborted) throw error;
-    throw new LvmNbdError("COPY_STALLED", {
+    throw new LvmNbdError("SOURCE_STALLED", {
       message: `${what}: no progress for ${stallSeconds} s${position === "" ? "" : ` at byte ${position}`}`,
       host: context.host.name,
       resource: context.resource,
-      advice: "Look at that host's disks (`dmesg`), then run again.",
       cause: error,
     });
   } finally {
     clearTimeout(timer);
+    clearTimeout(silent);
   }
 }
 

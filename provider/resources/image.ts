@@ -66,6 +66,7 @@ import {
   comparedBy,
   emptyRanges,
   explained,
+  isRefusedNow,
   isVerifiable,
   refused,
   type SizeAnswer,
@@ -555,7 +556,11 @@ export async function verifiedCopy(
       ...{ recordDigest: part.recordDigest, imageFacts: part.imageFacts },
       manifest: { ...seen.manifest, mark: ownerMark(wanted.owner), copyId: identity.copyId },
     };
-  if (part !== undefined && !isGoneOnWith(wanted, seen, identity)) {
+  const begun = part?.record;
+  if (
+    part !== undefined &&
+    (!isGoneOnWith(wanted, seen, identity) || (await isRefusedNow(context, begun, wanted)))
+  ) {
     context.progress(`removing an unfinished copy to ${wanted.file}`);
     await discard(context, paths, part.recordDigest);
     part = undefined;
@@ -582,7 +587,7 @@ export async function verifiedCopy(
       return sourceSumOf(compared);
     },
     certify: async (result, recordDigest) => {
-      const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes));
+      const snapshot = snapshotFacts(await certifySize(context, wanted, result.sizeBytes, compared));
       const manifest = manifestOf(wanted, identity, result, snapshot);
       return { recordDigest, imageFacts: result.facts, manifest };
     },

@@ -77,7 +77,7 @@ describe("what of a device is zero", () => {
 
   it("is told only where that is worth a line: so many at most, however large the device", () => {
     const { stdout } = zerosOf(12 * MiB, { 0: "x", [2 * MiB]: "x", [6 * MiB]: "x" }, {}, [
-      "$size / 16384",
+      "$size / 4096",
       "$size / 4",
     ]);
     expect(parseZeroRanges(stdout, 12 * MiB)).toEqual([

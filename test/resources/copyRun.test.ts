@@ -75,8 +75,8 @@ describe("what reads the source beside the job", () => {
     expect(lines).not.toContain("25 % there");
   });
 
-  it.each(["SUDO_DENIED", "COMMAND_FAILED", "OUTPUT_UNREADABLE"] as const)(
-    "is told at once when it is refused: %s; the job goes on",
+  it.each(["SUDO_DENIED", "SOURCE_STALLED"] as const)(
+    "is told at once when it cannot go on: %s; the job does",
     async (code) => {
       const { lines, discarded, seen, made } = job(() =>
         Promise.reject(new LvmNbdError(code, { message: "no" })),
@@ -98,10 +98,13 @@ describe("what reads the source beside the job", () => {
     },
   );
 
-  it("is begun anew when the job has ended, if its link was lost", async () => {
+  it.each([
+    ...(["HOST_UNREACHABLE", "AUTH_FAILED", "COMMAND_TIMED_OUT", "COMMAND_FAILED"] as const),
+    "OUTPUT_UNREADABLE",
+  ] as const)("is begun anew when the job has ended, after what may have passed: %s", async (code) => {
     let begun = 0;
     const { seen, made } = job(async () => {
-      if (++begun === 1) throw new LvmNbdError("HOST_UNREACHABLE", { message: "the link was lost" });
+      if (++begun === 1) throw new LvmNbdError(code, { message: "not now" });
       return sum;
     });
     const making = made();

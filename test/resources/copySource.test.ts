@@ -1,11 +1,17 @@
-/** Sources that are read on their own host, one after the other. */
+/** Sources that are read on their own host. */
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import { LvmNbdError } from "../../provider/core/errors.js";
 import type { Context } from "../../provider/core/resource.js";
 import { checkDeviceScript } from "../../provider/linux/deviceCopy.js";
 import { aliveSeconds } from "../../provider/linux/holders.js";
 import { zeroRangesScript } from "../../provider/linux/zeroRanges.js";
-import { emptyRanges, sourceSumOf } from "../../provider/resources/copySource.js";
+import {
+  asReadable,
+  begunWith,
+  certifySize,
+  emptyRanges,
+  sourceSumOf,
+} from "../../provider/resources/copySource.js";
 import { deviceSum } from "../../provider/resources/deviceCopy.js";
 import { leastChunk } from "../../provider/ssh/receiveWindow.js";
 import type { CommandResult, Host, RemoteCommand } from "../../provider/ssh/types.js";
@@ -23,9 +29,13 @@ const sum = "0".repeat(64);
 /** A host on which a reading goes on until it is let go, or cancelled. */
 class SlowHost implements Host {
   readonly name = "server1";
-  /** How its volumes are. */
-  volumes: "valid" | "overflowed" = "valid";
-  readonly #looks = fakeHost(() => recordedLvs(this.volumes));
+  /** How its volumes are; "writable": the snapshot among valid ones. */
+  volumes: "valid" | "overflowed" | "writable" = "valid";
+  readonly #looks = fakeHost(() =>
+    this.volumes === "writable"
+      ? recordedLvs("valid").replaceAll("sri-a-s---", "swi-a-s---")
+      : recordedLvs(this.volumes),
+  );
   readonly #waiting: (() => void)[] = [];
   reading = 0;
   /** What a reading says in the end, after that it was on its way. */
@@ -92,35 +102,66 @@ describe("the checksum of a source", () => {
     expect(sourceSumOf(source)).toBeUndefined();
   });
 
-  it("is read in turn; who is cancelled does not wait for the others, and reads nothing", async () => {
+  it("is read beside three others; who is cancelled does not wait for them, and reads nothing", async () => {
     const host = new SlowHost();
     const cancel = new AbortController();
-    const first = read(contextOn(host, new AbortController().signal));
-    const second = read(contextOn(host, cancel.signal));
-    await until(() => host.reading === 1);
+    const { signal } = new AbortController();
+    const others = [1, 2, 3, 4].map(() => read(contextOn(host, signal)));
+    const told: string[] = [];
+    const one = read(contextOn(host, cancel.signal), (line) => told.push(line));
+    await until(() => host.reading === 4);
     cancel.abort();
-    await expect(second).rejects.toMatchObject({ code: "CANCELLED" });
-    expect(host.reading).toBe(1);
-    host.letGo();
-    expect(await first).toBe(sum);
-    const third = read(contextOn(host, new AbortController().signal));
+    await expect(one).rejects.toMatchObject({ code: "CANCELLED" });
+    expect(told).toEqual(["waiting until other sources are read on server1"]);
+    expect(host.reading).toBe(4);
+    const later = read(contextOn(host, signal));
+    for (const _ of others) host.letGo();
+    expect(await Promise.all(others)).toEqual([sum, sum, sum, sum]);
     await until(() => host.reading === 1);
     host.letGo();
-    expect(await third).toBe(sum);
-    expect(host.begun).toBe(2);
+    expect(await later).toBe(sum);
+    expect(host.begun).toBe(5);
   });
 
   it("is not read of what ran full while it waited for its turn", async () => {
     const host = new SlowHost();
     const { signal } = new AbortController();
-    const first = read(contextOn(host, signal));
-    const second = read(contextOn(host, signal));
-    await until(() => host.reading === 1);
+    const others = [1, 2, 3, 4].map(() => read(contextOn(host, signal)));
+    const last = read(contextOn(host, signal));
+    await until(() => host.reading === 4);
     host.volumes = "overflowed";
-    host.letGo();
-    expect(await first).toBe(sum);
-    await expect(second).rejects.toMatchObject({ code: "SNAPSHOT_OVERFLOWED" });
-    expect(host.begun).toBe(1);
+    for (const _ of others) host.letGo();
+    await Promise.all(others);
+    await expect(last).rejects.toMatchObject({ code: "SNAPSHOT_OVERFLOWED" });
+    expect(host.begun).toBe(4);
+  });
+
+  it("is not read of what may be written to: beside the copy it would prove nothing", async () => {
+    const host = new SlowHost();
+    host.volumes = "writable";
+    const { signal } = new AbortController();
+    await expect(read(contextOn(host, signal))).rejects.toMatchObject({ code: "COPY_UNCERTIFIED" });
+    const warnings: string[] = [];
+    const context = { ...contextOn(host, signal), warn: (line: string) => warnings.push(line) };
+    const source = await asReadable(context, { snapshot, verify: true });
+    expect(sourceSumOf(source)).toBeUndefined();
+    expect(begunWith(source)).toEqual({ verify: true, readThere: false });
+    expect([host.begun, warnings]).toEqual([0, []]);
+  });
+
+  it("of what was made writable meanwhile certifies no copy; of one that was read again afterwards it does", async () => {
+    const host = new SlowHost();
+    const context = contextOn(host, new AbortController().signal);
+    const source = { snapshot, verify: true, uri: "nbd://10.0.0.1/vm1" };
+    const sizeBytes = Number(recorded.origin_size);
+    expect(await certifySize(context, source, sizeBytes, source)).toMatchObject({ uuid: snapshot.uuid });
+    host.volumes = "writable";
+    await expect(certifySize(context, source, sizeBytes, source)).rejects.toMatchObject({
+      code: "COPY_UNCERTIFIED",
+    });
+    expect(await certifySize(context, source, sizeBytes, { ...source, refusedThere: true })).toMatchObject({
+      uuid: snapshot.uuid,
+    });
   });
 
   it("that is cancelled has ended when that is told: what reads a snapshot holds it", async () => {
@@ -145,33 +186,44 @@ describe("the checksum of a source", () => {
       const host = new SlowHost();
       const told: string[] = [];
       const only = read(contextOn(host, new AbortController().signal), (line) => told.push(line));
-      const failed = expect(only).rejects.toMatchObject({ code: "COPY_STALLED" });
+      const failed = expect(only).rejects.toMatchObject({ code: "SOURCE_STALLED" });
       await until(() => host.reading === 1);
-      host.say("0\n");
-      await vi.advanceTimersByTimeAsync(299_000);
+      host.say("0\n".repeat(60));
       host.say("16777");
       host.say("216\n");
-      await vi.advanceTimersByTimeAsync(299_000);
-      host.say("33554432\n");
-      await vi.advanceTimersByTimeAsync(299_000);
-      host.say("33554432\n");
+      host.say("16777216\n".repeat(59));
+      host.say("33554432\n".repeat(60));
       expect(host.reading).toBe(1);
-      await vi.advanceTimersByTimeAsync(1000);
+      host.say("33554432\n");
       await failed;
       expect(host.reading).toBe(0);
-      expect(told).toEqual(
-        [/: 0 % of 64 MiB/, /: 25 % of 64 MiB, \S+ \S+\/s, .* left$/, /: 50 % of/, /: 50 % of/].map((line) =>
+      const phrases = [...new Set(told)].filter((line) => line.startsWith("reading the source"));
+      expect(phrases).toEqual(
+        [/: 0 % of 64 MiB/, /: 25 % of 64 MiB, \S+ \S+\/s, .* left$/, /: 50 % of/].map((line) =>
           expect.stringMatching(line),
         ),
       );
     });
 
+    it("not where only this process stood still, and what was said meanwhile comes now", async () => {
+      const host = new SlowHost();
+      const only = read(contextOn(host, new AbortController().signal));
+      await until(() => host.reading === 1);
+      host.say("0\n");
+      for (const position of [1, 2, 3]) {
+        await vi.advanceTimersByTimeAsync(305_000);
+        host.say(`${position}\n`);
+      }
+      host.letGo();
+      expect(await only).toBe(sum);
+    });
+
     it("before it says anything", async () => {
       const host = new SlowHost();
       const only = read(contextOn(host, new AbortController().signal));
-      const failed = expect(only).rejects.toMatchObject({ code: "COPY_STALLED" });
+      const failed = expect(only).rejects.toMatchObject({ code: "SOURCE_STALLED" });
       await until(() => host.reading === 1);
-      await vi.advanceTimersByTimeAsync(300_000);
+      await vi.advanceTimersByTimeAsync(310_000);
       await failed;
     });
 

@@ -262,6 +262,28 @@ describe.each([
     expect(destination.started).toBe(1);
   });
 
+  it("that waits for a comparison on the snapshot's host is begun anew where that refuses it by now", async () => {
+    diesWhileCopied();
+    await expect(made()).rejects.toThrow(Died);
+    goesOn();
+    destination.onFirstSector = () => lost("SUDO_DENIED");
+    expect(await made()).toMatchObject({ verified: true });
+    expect(sha256(held())).toBe(sha256(moment));
+    expect(destination.started).toBe(2);
+  });
+
+  it.each(["HOST_UNREACHABLE", "COMMAND_TIMED_OUT"] as const)(
+    "that waits for a comparison on the snapshot's host is gone on with after what may pass: %s",
+    async (code) => {
+      diesWhileCopied();
+      await expect(made()).rejects.toThrow(Died);
+      goesOn();
+      destination.onFirstSector = () => lost(code);
+      expect(await made()).toMatchObject({ verified: true });
+      expect(destination.started).toBe(1);
+    },
+  );
+
   it("that waits for a comparison on the snapshot's host is begun anew where that is not to be read there any more", async () => {
     diesWhileCopied();
     await expect(made()).rejects.toThrow(Died);
