@@ -257,7 +257,7 @@ async function firstSector(
 ): Promise<string | undefined> {
   const there = { ...context, host: await context.open(snapshot.host) };
   return inTurn(there, "first sectors of sources", () =>
-    deviceSum(there, path, 512, { ownConnection: true, watch: () => undefined }),
+    deviceSum(there, path, 512, { watch: () => undefined }),
   );
 }
 

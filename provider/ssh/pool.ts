@@ -131,12 +131,17 @@ class PooledHost implements Host {
     const dialled = this.connect(this.resolved);
     this.own.add(dialled);
     try {
-      const connection = await unlessCancelled(dialled, signal, this.name);
+      let connection: OpenConnection;
+      try {
+        connection = await unlessCancelled(dialled, signal, this.name);
+      } catch (error) {
+        if (!(error instanceof DialFailed) && !isLvmNbdError(error, "AUTH_FAILED")) throw error;
+        // A certificate or an agent that let us in once may not do so hours later, nor a firewall that counts. Nobody logs in again for it.
+        const shared = await this.connection?.catch(() => undefined);
+        if (shared === undefined || shared.lost) throw error;
+        connection = shared;
+      }
       return await connection.run(command, signal);
-    } catch (error) {
-      // A certificate or an agent that let us in once may not do so hours later.
-      if (!isLvmNbdError(error, "AUTH_FAILED")) throw error;
-      return await this.runShared(command, signal);
     } finally {
       this.own.delete(dialled);
       // Also one that comes about after a cancel.

@@ -212,7 +212,7 @@ describe.each([
     ["is not allowed", () => lost("SUDO_DENIED")],
     ["has no program for it", () => ({ exitCode: 71, stderr: "sh: sha256sum: not found" })],
     ["cannot", () => ({ exitCode: 70 })],
-    ["opens no second connection", () => lost("HOST_UNREACHABLE")],
+    ["does not answer", () => lost("HOST_UNREACHABLE")],
   ])(
     "is compared over the network where the snapshot's host %s, which shows before it is begun",
     async (_what, firstSector) => {

@@ -376,16 +376,30 @@ test("what is read for long is read again on another connection of its own when 
   await until(() => server.sockets.every(({ destroyed }) => destroyed), "the end of both connections");
 });
 
-test("what is read for long is read over the connection there is, where the host lets nobody in a second time", async () => {
-  let logins = 0;
-  const server = await serve({
-    authenticate: (context) => (++logins === 1 ? context.accept() : context.reject(["publickey"])),
-  });
+test.each(["lets nobody in", "cuts everybody off"])(
+  "what is read for long is read over the connection there is, where the host %s a second time",
+  async (how) => {
+    let logins = 0;
+    const server = await serve({
+      authenticate: (context) => {
+        if (++logins === 1) context.accept();
+        else if (how === "lets nobody in") context.reject(["publickey"]);
+        else server.sockets.at(-1)?.destroy();
+      },
+    });
+    const host = await pool().get(args(server));
+    await host.run(read);
+    expect((await host.run(long)).exitCode).toBe(0);
+    expect(server.lines).toHaveLength(2);
+    expect(logins).toBeGreaterThan(1);
+  },
+);
+
+test("what is read for long logs in once where it is not let in and no other connection is open", async () => {
+  const server = await serve({ authenticate: (context) => context.reject(["publickey"]) });
   const host = await pool().get(args(server));
-  await host.run(read);
-  expect((await host.run(long)).exitCode).toBe(0);
-  expect(server.lines).toHaveLength(2);
-  expect(logins).toBeGreaterThan(1);
+  expect((await failure(host.run(long))).code).toBe("AUTH_FAILED");
+  expect(server.sockets).toHaveLength(1);
 });
 
 test("a closed pool ends what is read for long, too", async () => {
