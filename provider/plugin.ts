@@ -2,8 +2,8 @@
 /**
  * `pulumi-resource-lvm-nbd`: started by Pulumi's engine with its address as the last argument, it prints the port of its
  * `ResourceProvider` service. Only what the first answer needs is loaded before that is given. It waits for hosts, not for code: V8 is
- * to take the little memory that it needs, and not 10 MB to compile code a second time. The first line has no variables, which shims of package managers take for the program, and
- * less than 127 bytes, of which kernels before 5.1 cut the rest.
+ * to take the little memory that it needs, and not 10 MB to compile code a second time. The first line has no variables, which shims of
+ * package managers take for the program, and less than 127 bytes, of which kernels before 5.1 cut the rest.
  */
 import { fstatSync, readFileSync } from "node:fs";
 import { readFile } from "node:fs/promises";
@@ -82,6 +82,7 @@ function start(): void {
   // Here and not in the first line: a Node that does not know it starts all the same. What is live grows by a tenth before it is looked
   // through again: by more, what a look at a thousand volumes leaves behind adds up.
   setFlagsFromString("--heap-growing-percent=10");
+  // The other compiler that `--no-opt` leaves.
   setFlagsFromString("--no-maglev");
   const server = new grpc.Server(anySize);
   const address = process.argv.at(-1);

@@ -14,7 +14,12 @@ const stepBytes = 1024 ** 2;
 const mostRanges = 4096;
 
 /** After which the look ends at the latest, with what was found until then. */
-export const zeroSeconds = 1800;
+const zeroSeconds = 1800;
+
+/** The bound of a command that looks at a device of that size: beyond it, the look hangs. */
+export function zeroDeadline(sizeBytes: number): number {
+  return Math.min(zeroSeconds, 5 + Math.ceil(sizeBytes / (100 * 1024 ** 2))) + 300;
+}
 
 /**
  * Prints `OFFSET LENGTH` of ranges that were read and are zero. Arguments: device, bytes. Nothing where there is no perl, which reads

@@ -12,7 +12,7 @@ import { bytesPhrase, type CopyProgress, ratePhrase } from "../linux/copyJob.js"
 import { clockCommand } from "../linux/looks.js";
 import { identified, type LogicalVolume } from "../linux/lvm.js";
 import type { ClientTls } from "../linux/tls.js";
-import { extentList, parseZeroRanges, zeroRangesScript, zeroSeconds } from "../linux/zeroRanges.js";
+import { extentList, parseZeroRanges, zeroDeadline, zeroRangesScript } from "../linux/zeroRanges.js";
 import type { RemoteCommand } from "../ssh/types.js";
 import type { SourceSum } from "./copyRun.js";
 import { deviceSum } from "./deviceCopy.js";
@@ -280,7 +280,7 @@ export async function emptyRanges(context: Context, source: Reading, sizeBytes: 
       const command: RemoteCommand = {
         argv: script(zeroRangesScript, lv.path, String(sizeBytes)),
         kind: "read",
-        deadlineSeconds: Math.min(zeroSeconds, 5 + Math.ceil(sizeBytes / (100 * 1024 ** 2))) + 300,
+        deadlineSeconds: zeroDeadline(sizeBytes),
         ownConnection: true,
       };
       const result = await succeed(there, command, `${lv.path} could not be read`);

@@ -556,10 +556,9 @@ export async function verifiedCopy(
       ...{ recordDigest: part.recordDigest, imageFacts: part.imageFacts },
       manifest: { ...seen.manifest, mark: ownerMark(wanted.owner), copyId: identity.copyId },
     };
-  const begun = part?.record;
   if (
     part !== undefined &&
-    (!isGoneOnWith(wanted, seen, identity) || (await isRefusedNow(context, begun, wanted)))
+    (!isGoneOnWith(wanted, seen, identity) || (await isRefusedNow(context, part.record, wanted)))
   ) {
     context.progress(`removing an unfinished copy to ${wanted.file}`);
     await discard(context, paths, part.recordDigest);

@@ -131,22 +131,23 @@ class PooledHost implements Host {
     const dialled = this.connect(this.resolved);
     this.own.add(dialled);
     try {
-      let connection: OpenConnection;
-      try {
-        connection = await unlessCancelled(dialled, signal, this.name);
-      } catch (error) {
-        if (!(error instanceof DialFailed) && !isLvmNbdError(error, "AUTH_FAILED")) throw error;
-        // A certificate or an agent that let us in once may not do so hours later, nor a firewall that counts. Nobody logs in again for it.
-        const shared = await this.connection?.catch(() => undefined);
-        if (shared === undefined || shared.lost) throw error;
-        connection = shared;
-      }
+      const connection = await unlessCancelled(dialled, signal, this.name).catch((error: unknown) =>
+        this.sharedAfter(error),
+      );
       return await connection.run(command, signal);
     } finally {
       this.own.delete(dialled);
       // Also one that comes about after a cancel.
       end(dialled);
     }
+  }
+
+  /** A certificate or an agent that let us in once may not do so hours later, nor a firewall that counts. Nobody logs in again for it. */
+  private async sharedAfter(error: unknown): Promise<OpenConnection> {
+    if (!(error instanceof DialFailed) && !isLvmNbdError(error, "AUTH_FAILED")) throw error;
+    const shared = await this.connection?.catch(() => undefined);
+    if (shared === undefined || shared.lost) throw error;
+    return shared;
   }
 
   private async untilAnswered<T>(
